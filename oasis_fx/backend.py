@@ -1,0 +1,157 @@
+"""The entry point of `torch.compile`: settings in, compiled graphs out."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import fx
+
+from oasis_fx.config import Rank, Settings
+from oasis_fx.errors import OasisWarning
+
+Compiled = Callable[..., Any]
+
+
+def oasis_backend(
+    rank: Rank = 32,
+    *,
+    subspace: str = "oja",
+    subspace_lr: float = 1.0,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    inner: str = "inductor",
+    memory_budget: float = 1.0,
+    options: Mapping[str, Any] | None = None,
+) -> OasisBackend:
+    """Make a backend for `torch.compile` that trains linear layers in a learned activation subspace.
+
+        model = torch.compile(model, backend=oasis_backend(rank=32))
+        optimizer = OasisAdamW(model.parameters(), lr=1e-3)
+
+    The forward pass and the gradients of activations are exact. The gradient of a rewritten weight
+    W[m,n] is ``dW @ Q`` (m x rank), for the basis Q[n,rank] of the activation that the layer reads.
+
+    Args:
+        rank: columns of each basis: a whole number from 1 (more than in_features means all of them), a
+            fraction of in_features between 0 and 1, or a dict of globs over weight names to either, where
+            the first that matches counts and weights that none matches keep dense gradients.
+        subspace: how a basis moves: ``"oja"``, the rule of OASIS (arXiv 2604.09406).
+        subspace_lr: step of the Oja update in units of the statistic's mean singular value, over 0;
+            ``math.inf`` is power iteration.
+        include: globs over weight names; others keep dense gradients. Default: every weight.
+        exclude: globs over weight names that keep dense gradients. Default: output heads, and embeddings
+            with whatever is tied to one.
+        inner: what compiles the rewritten graphs: ``"inductor"``, or ``"aot_eager"`` to run them node by node.
+        memory_budget: torch's `activation_memory_budget`, 0 to 1: how much of the saved-for-backward bytes
+            to keep, by recomputing. 1 leaves torch's own setting.
+        options: options of Inductor, as in `torch.compile(options=...)`, which override these.
+
+    Raises:
+        ValueError: naming the value and what is allowed.
+    """
+    settings = Settings(
+        rank=rank,
+        subspace=subspace,
+        subspace_lr=subspace_lr,
+        include=include,  # type: ignore[arg-type]  # Settings makes a tuple of it
+        exclude=exclude,  # type: ignore[arg-type]
+        inner=inner,
+        memory_budget=memory_budget,
+        options=dict(options or {}),
+    )
+    return OasisBackend(settings)
+
+
+class OasisBackend:
+    """A backend of `torch.compile`. Made by `oasis_backend`; one object may compile any number of models."""
+
+    __name__ = "oasis"  # what torch shows for this backend in its logs
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._records: list[Any] = []
+        self._unmatched = set(settings.globs())
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"OasisBackend({self.settings})"
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Compiled:
+        """Compile one graph of Dynamo. `mode` and `options` are those of `torch.compile`."""
+        try:
+            from oasis_fx import lowering, torch_private
+        except ImportError as error:
+            warnings.warn(
+                f"oasis_fx does not know this torch ({torch.__version__}: {error}); gradients stay dense",
+                OasisWarning,
+                stacklevel=2,
+            )
+            return torch._inductor.compile(gm, list(example_inputs), options=dict(options or {}) or None)
+        merged = self._inductor_options(mode, options)
+        if not torch.is_grad_enabled():
+            return lowering.compile_plainly(gm, example_inputs, self.settings, merged)
+        problem = self._unmatched_globs(lowering.parameter_names(gm, example_inputs), torch_private.is_partial_graph(gm))
+        if problem is not None:
+            return _raise_when_called(ValueError(problem))
+        compiled, record = lowering.lower(gm, example_inputs, self.settings, merged)
+        with self._lock:
+            self._records.append(record)
+        return compiled
+
+    def reset(self) -> None:
+        """Forget the compiled graphs; `torch._dynamo.reset()` calls this. Bases belong to their weights and stay."""
+        with self._lock:
+            self._records.clear()
+
+    def _inductor_options(self, mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+        by_mode = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else {}
+        merged = {**by_mode, **self.settings.options, **(options or {})}
+        Settings(options=merged)  # refuses what cannot be combined with this backend
+        return merged
+
+    def _unmatched_globs(self, names: Iterable[str], partial: bool) -> str | None:
+        """Note which globs match a weight of this graph; say so if one matches none and no other graph can."""
+        known = list(names)
+        with self._lock:
+            self._unmatched -= {glob for glob in self._unmatched if any(fnmatchcase(n, glob) for n in known)}
+            unmatched = sorted(self._unmatched)
+        if not unmatched or not known or partial:
+            return None
+        return (
+            f"no weight matches {', '.join(map(repr, unmatched))} (include, exclude or rank): "
+            f"the weights of this graph are {', '.join(known)}"
+        )
+
+
+def _raise_when_called(error: Exception) -> Compiled:
+    # An exception raised in a backend reaches the user wrapped in a BackendCompilerFailed of Dynamo's.
+    @torch.compiler.disable
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail
+
+
+_default_backend: OasisBackend | None = None
+_default_lock = threading.Lock()
+
+
+def oasis(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
+    """`torch.compile(model, backend="oasis")`: the backend with its defaults; `options` are Inductor's."""
+    global _default_backend
+    with _default_lock:
+        if _default_backend is None:
+            _default_backend = oasis_backend()
+    return _default_backend(gm, example_inputs, **kwargs)

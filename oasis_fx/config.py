@@ -1,0 +1,109 @@
+"""The settings of a backend: checked when given, before anything is compiled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any
+
+SUBSPACES = ("oja",)
+INNER_COMPILERS = ("inductor", "aot_eager")
+
+# Output heads: their input is small beside the logits, and their rows are the vocabulary.
+DEFAULT_EXCLUDE = ("lm_head.*", "*.lm_head.*", "embed_out.*", "*.embed_out.*", "score.*", "*.score.*", "head.*",
+                   "classifier.*", "*.classifier.*", "output_projection.*", "*.output_projection.*")
+
+Rank = int | float | Mapping[str, int | float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked settings of one backend; see `oasis_fx.backend.oasis_backend` for what they mean."""
+
+    rank: Rank = 32
+    subspace: str = "oja"
+    subspace_lr: float = 1.0
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    inner: str = "inductor"
+    memory_budget: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, rank in self.rank.items() if isinstance(self.rank, Mapping) else [("", self.rank)]:
+            _check_rank(rank, f"rank[{key!r}]" if key else "rank")
+        if isinstance(self.rank, Mapping):
+            if not self.rank:
+                raise ValueError("rank is {}: give at least one glob, such as {'*': 32}")
+            object.__setattr__(self, "rank", MappingProxyType(dict(self.rank)))
+        _check_choice("subspace", self.subspace, SUBSPACES)
+        _check_choice("inner", self.inner, INNER_COMPILERS)
+        if not _is_number(self.subspace_lr) or not self.subspace_lr > 0:
+            raise ValueError(f"subspace_lr is {self.subspace_lr!r}: it must be a number over 0 (inf: power iteration)")
+        if not _is_number(self.memory_budget) or not 0 <= self.memory_budget <= 1:
+            raise ValueError(f"memory_budget is {self.memory_budget!r}: it must be a number from 0 to 1")
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _globs(name, getattr(self, name)))
+        if "custom_partitioner_fn" in self.options:
+            raise ValueError("options names 'custom_partitioner_fn': oasis_fx is one itself, it cannot take another")
+
+    def rank_of(self, name: str, in_features: int) -> int | None:
+        """Columns of the basis for a weight, at most ``in_features``; None where no glob of ``rank`` names it."""
+        rank: int | float | None
+        if isinstance(self.rank, Mapping):
+            rank = next((r for glob, r in self.rank.items() if fnmatchcase(name, glob)), None)
+        else:
+            rank = self.rank
+        if rank is None:
+            return None
+        columns = rank if isinstance(rank, int) else max(1, round(rank * in_features))
+        return min(columns, in_features)
+
+    def reason_to_skip(self, name: str) -> str | None:
+        """Why the settings leave the weight ``name`` alone, or None."""
+        if self.include is not None and not any(fnmatchcase(name, glob) for glob in self.include):
+            return "not in include"
+        globs, origin = (DEFAULT_EXCLUDE, "output head, excluded by default") if self.exclude is None else (self.exclude, "")
+        for glob in globs:
+            if fnmatchcase(name, glob):
+                return origin or f"excluded by {glob!r}"
+        if isinstance(self.rank, Mapping) and not any(fnmatchcase(name, glob) for glob in self.rank):
+            return "no glob of rank names it"
+        return None
+
+    def globs(self) -> tuple[str, ...]:
+        """Every glob that the user gave."""
+        ranks = tuple(self.rank) if isinstance(self.rank, Mapping) else ()
+        return (*(self.include or ()), *(self.exclude or ()), *ranks)
+
+
+def _check_rank(rank: object, name: str) -> None:
+    allowed = "it must be a whole number from 1, or a fraction of in_features between 0 and 1"
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
+        raise ValueError(f"{name} is {rank!r}: {allowed}, or a dict of globs over weight names to either")
+    if isinstance(rank, int):
+        if rank < 1:
+            raise ValueError(f"{name} is {rank!r}: {allowed}")
+    elif not 0 < rank < 1:  # false for NaN too
+        raise ValueError(f"{name} is {rank!r}: {allowed}")
+
+
+def _check_choice(name: str, given: object, allowed: Iterable[str]) -> None:
+    if given not in tuple(allowed):
+        raise ValueError(f"{name} is {given!r}: it must be one of {', '.join(map(repr, allowed))}")
+
+
+def _is_number(given: object) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and not math.isnan(given)
+
+
+def _globs(name: str, given: object) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    items = (given,) if isinstance(given, str) else given
+    if not isinstance(items, Iterable) or not all(isinstance(glob, str) and glob for glob in items):
+        raise ValueError(f"{name} is {given!r}: it must be a glob over weight names, or several")
+    return tuple(items)

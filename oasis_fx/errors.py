@@ -1,0 +1,5 @@
+"""Warnings of oasis_fx."""
+
+
+class OasisWarning(UserWarning):
+    """Something was left undone; training goes on, and is right, without it."""

@@ -1,0 +1,191 @@
+"""What the passes share: facts about a joint graph, node helpers, and the graph verifier.
+
+Symbols, here and in passes/: N tokens, n in_features, m out_features, r rank;
+X[N,n] activation, W[m,n] weight, Q[n,r] basis, S[m,r] coordinate slot;
+P[N,r] = X Q, G[m,r] = dY^T P, C[n,r] = X^T P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from oasis_fx.torch_private import unguarded_fake_mode
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+@dataclass(frozen=True)
+class LiftedWeight:
+    """One candidate weight and the runtime's inputs for it, by position among the graph's inputs.
+
+    Numbers only: they are part of the compile cache's key, and equal layers must give equal keys.
+
+    Attributes:
+        weight: position of W.
+        slot: position of S, whose gradient will be G.
+        basis: position of Q, whose gradient will be C; weights that read one activation share it.
+        transposed: W is stored n x m (`x @ w`, Hugging Face's Conv1D), not m x n (nn.Linear).
+    """
+
+    weight: int
+    slot: int
+    basis: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """One matmul ``dY^T X`` within a weight gradient.
+
+    Attributes:
+        dense: the node that computes it.
+        dy: the operand that depends on an incoming gradient; [N, m], or [m, N] if ``dy_transposed``.
+        x: the operand that does not; [N, n], or [n, N] if ``x_transposed``.
+    """
+
+    dense: fx.Node
+    dy: fx.Node
+    dy_transposed: bool
+    x: fx.Node
+    x_transposed: bool
+
+
+@dataclass(frozen=True)
+class WeightGradient:
+    """A weight gradient that is a sum of contractions.
+
+    Attributes:
+        inputs: the weight and the runtime's inputs for it.
+        position: where its dense gradient stands among the joint graph's outputs.
+        terms: one contraction for each use of the weight.
+    """
+
+    inputs: LiftedWeight
+    position: int
+    terms: tuple[Contraction, ...]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight (position among the graph's inputs) that keeps its dense gradient, and why."""
+
+    weight: int
+    reason: str
+
+
+class PassError(Exception):
+    """A pass met a graph that breaks what it requires, or left one that breaks what it ensures."""
+
+    def __init__(self, pass_name: str, node: fx.Node | None, why: str) -> None:
+        at = "" if node is None else f" at {node.format_node()}"
+        super().__init__(f"{pass_name}{at}: {why}")
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value of a node: AOTAutograd's ``val``, or Dynamo's ``example_value``."""
+    return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """The shape of a tensor node; sizes are ints or SymInts."""
+    return tuple(value(node).shape)
+
+
+def outputs(graph: fx.Graph) -> list[Any]:
+    """The output values of a graph (nodes, numbers or None) as a flat list."""
+    return list(graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def set_output(graph: fx.Graph, position: int, node: fx.Node | None) -> None:
+    """Put ``node`` at ``position`` of the graph's outputs."""
+    output = graph.output_node()
+    values = outputs(graph)
+    values[position] = node
+    output.args = (tuple(values),)
+
+
+def dependents(sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that are computed from ``sources``, these included."""
+    found = set(sources)
+    pending = list(found)
+    while pending:
+        for user in pending.pop().users:
+            if user not in found:
+                found.add(user)
+                pending.append(user)
+    return found
+
+
+def insert_after(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Insert ``target(*args)`` behind ``node``, or behind the inputs where ``node`` is one of them."""
+    point = node
+    if node.op == "placeholder":
+        point = list(graph.find_nodes(op="placeholder"))[-1]
+    with graph.inserting_after(point):
+        return _finish(graph.call_function(target, args), node)
+
+
+def insert_before(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Insert ``target(*args)`` in front of ``node``."""
+    with graph.inserting_before(node):
+        return _finish(graph.call_function(target, args), node)
+
+
+def _finish(new: fx.Node, neighbour: fx.Node) -> fx.Node:
+    new.meta["val"] = run_on_values(new)
+    for key in ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id"):
+        # The last two are the tags of a checkpointed region: what is computed there is recomputed there.
+        if key in neighbour.meta:
+            new.meta[key] = neighbour.meta[key]
+    return new
+
+
+def run_on_values(node: fx.Node) -> Any:
+    """Run a node's operator on the fake values of its inputs. Nothing is computed and no guard is added."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    with unguarded_fake_mode(value(source) for source in node.all_input_nodes):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def check_graph(pass_name: str, graph: fx.Graph, nodes: Iterable[fx.Node] | None = None) -> None:
+    """Verify a graph, or some nodes of it, after a pass.
+
+    Each operator is run again on its inputs' fake values; shape, dtype and device must be those that
+    the node claims. Operators without a schema (higher-order ones) are taken at their word.
+
+    Raises:
+        PassError: naming the pass and the node, with what it claims and what was found.
+    """
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise PassError(pass_name, None, str(error)) from error
+    for node in graph.nodes if nodes is None else nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            _check_node(pass_name, node)
+
+
+def _check_node(pass_name: str, node: fx.Node) -> None:
+    if any(value(source) is None for source in node.all_input_nodes):
+        raise PassError(pass_name, node, "an input has no value")
+    found, claimed = run_on_values(node), value(node)
+    flat_found, flat_claimed = (torch.utils._pytree.tree_leaves(item) for item in (found, claimed))
+    for one, other in zip(flat_found, flat_claimed, strict=True):
+        if not isinstance(one, torch.Tensor):
+            continue
+        same_shape = one.dim() == other.dim() and all(
+            statically_known_true(a == b) for a, b in zip(one.shape, other.shape, strict=True)
+        )
+        if not same_shape or one.dtype != other.dtype or one.device != other.device:
+            raise PassError(pass_name, node, f"claims {_describe(other)}, computes {_describe(one)}")
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"

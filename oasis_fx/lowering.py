@@ -1,0 +1,282 @@
+"""From a graph of Dynamo to compiled code that calls the runtime: what happens on every compile, warm or cold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from torch import fx
+
+from oasis_fx.config import Settings
+from oasis_fx.graph import LiftedWeight, value
+from oasis_fx.names import weight_name
+from oasis_fx.partitioner import JointPartitioner
+from oasis_fx.passes.group_by_activation import WeightUse, group_by_activation
+from oasis_fx.passes.lift_runtime_inputs import lift_runtime_inputs
+from oasis_fx.pipeline import Trace, observe_traces, partition_joint
+from oasis_fx.runtime.slots import coordinate_slots
+from oasis_fx.runtime.store import STORE
+from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.torch_private import (
+    FakeTensor,
+    aot_eager_lowering,
+    compile_caches_disabled,
+    compile_fx,
+    functorch_config,
+    known_fake,
+    tracing_fake_mode,
+)
+
+Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights of one graph that share a basis, by position among the graph's inputs."""
+
+    weights: tuple[int, ...]
+    transposed: tuple[bool, ...]
+    spec: SubspaceSpec
+
+
+@dataclass
+class CompiledGraph:
+    """What the backend keeps of one compiled graph, for the report and the printer.
+
+    Attributes:
+        names: parameter names by position among the graph's inputs.
+        groups: the weights that share a basis, group by group.
+        lifted: the same as the passes see them.
+        reasons: weights left alone before any pass, with the reason.
+        trace: what the passes did; None while unknown, as when a compile cache had the result.
+        retrace: runs the passes again, without caches and code generation.
+    """
+
+    names: Mapping[int, str]
+    groups: tuple[WeightGroup, ...]
+    lifted: tuple[LiftedWeight, ...]
+    reasons: Mapping[int, str]
+    trace: Trace | None = None
+    retrace: Callable[[], Trace] | None = field(default=None, repr=False)
+
+
+def choose_groups(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
+) -> tuple[tuple[WeightGroup, ...], dict[int, str], dict[int, str]]:
+    """Decide which weights of a graph get a basis, and which share one.
+
+    Returns:
+        The groups, the reasons for the weights left alone, and all parameter names, both by position.
+    """
+    position = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    weights = _weights(gm, example_inputs)
+    names = {position[node]: weight_name(node) for node in weights}
+    reasons: dict[int, str] = {}
+    for node in weights:
+        if not example_inputs[position[node]].requires_grad:
+            reasons[position[node]] = "frozen"
+        elif not value(node).is_floating_point() or value(node).layout != torch.strided:
+            reasons[position[node]] = f"its dtype is {value(node).dtype}"
+        elif _is_looked_up(node) and settings.exclude is None:
+            reasons[position[node]] = "embedding, or tied to one, excluded by default"
+        elif (reason := settings.reason_to_skip(names[position[node]])) is not None:
+            reasons[position[node]] = reason
+    eligible = [node for node in weights if position[node] not in reasons]
+    uses, missed = group_by_activation(gm, eligible)
+    reasons |= {position[node]: reason for node, reason in missed.items()}
+    groups = [group for members in uses for group in _split(members, position, names, example_inputs, settings)]
+    return tuple(groups), reasons, names
+
+
+def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
+    """Names of the weights of a graph: its parameters of at least two dimensions."""
+    return [weight_name(node) for node in _weights(gm, example_inputs)]
+
+
+def _weights(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[fx.Node]:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return [
+        node
+        for node, given in zip(placeholders, example_inputs, strict=True)
+        if isinstance(given, torch.nn.Parameter) and given.dim() >= 2
+    ]
+
+
+def _is_looked_up(node: fx.Node) -> bool:
+    return any(user.target is torch.nn.functional.embedding for user in node.users)
+
+
+def _split(
+    members: Sequence[WeightUse],
+    position: Mapping[fx.Node, int],
+    names: Mapping[int, str],
+    example_inputs: Sequence[Any],
+    settings: Settings,
+) -> list[WeightGroup]:
+    """Part a group where its weights want different ranks, or already have different bases."""
+    parts: dict[Any, list[WeightUse]] = {}
+    for use in members:
+        index = position[use.weight]
+        weight = example_inputs[index]
+        rank = settings.rank_of(names[index], weight.shape[0 if use.transposed else 1])
+        assert rank is not None  # a weight that no glob of rank names was left alone before
+        spec = SubspaceSpec(rank=rank, rule=settings.subspace, learning_rate=settings.subspace_lr)
+        # Under DDP the example inputs are fake: what the real weights have is seen at run time alone.
+        present = None if isinstance(weight, FakeTensor) else STORE.existing(weight, spec)
+        parts.setdefault((spec, weight.dtype, weight.device, id(present)), []).append(use)
+    return [
+        WeightGroup(
+            tuple(position[use.weight] for use in uses), tuple(use.transposed for use in uses), spec
+        )
+        for (spec, *_), uses in parts.items()
+    ]
+
+
+def lower(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Settings,
+    options: Mapping[str, Any],
+    inner_compile: Compiled | None = None,
+) -> tuple[Compiled, CompiledGraph]:
+    """Compile one training graph with its weights in subspaces.
+
+    Args:
+        gm: Dynamo's graph; not changed.
+        example_inputs: its inputs, real or fake.
+        settings: of the backend.
+        options: Inductor's, from the backend and from `torch.compile`.
+        inner_compile: in place of Inductor's code generation, for the printer.
+    """
+    groups, reasons, names = choose_groups(gm, example_inputs, settings)
+    record = CompiledGraph(names, groups, _lifted(groups, len(example_inputs)), reasons)
+    if not groups:
+        return compile_plainly(gm, example_inputs, settings, options), record
+    tensors, labels = _fake_runtime_inputs(groups, example_inputs)
+    lifted_gm = lift_runtime_inputs(gm, tensors, labels)
+    inputs = [*example_inputs, *tensors]
+    compiled, record.trace = _compile(lifted_gm, inputs, record.lifted, settings, options, inner_compile)
+    fakes = [known_fake(given) for given in inputs]  # what is kept must not keep the user's tensors
+    record.retrace = lambda: _retrace(lifted_gm, fakes, record.lifted, settings, options)
+    return _call_with_runtime_inputs(compiled, groups), record
+
+
+def _compile(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    lifted: tuple[LiftedWeight, ...],
+    settings: Settings,
+    options: Mapping[str, Any],
+    inner_compile: Compiled | None,
+) -> tuple[Compiled, Trace | None]:
+    """Compile a lifted graph; the trace is None where a compile cache had the result."""
+    traces: list[Trace] = []
+    with observe_traces(traces.append), _budget(settings):
+        if settings.inner == "aot_eager":
+            compiled = aot_eager_lowering(gm, inputs, _EagerPartition(lifted))
+        else:
+            patches = {**options, "custom_partitioner_fn": JointPartitioner(lifted)}
+            extra = {} if inner_compile is None else {"inner_compile": inner_compile}
+            compiled = compile_fx(gm, inputs, config_patches=patches, **extra)
+    # Subgraphs of higher-order operators are partitioned on the way; the whole graph comes last.
+    return compiled, traces[-1] if traces else None
+
+
+def _retrace(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    lifted: tuple[LiftedWeight, ...],
+    settings: Settings,
+    options: Mapping[str, Any],
+) -> Trace:
+    """Run the passes over a lifted graph again, on the fake values of its inputs."""
+    with compile_caches_disabled(), torch.enable_grad():
+        _, trace = _compile(gm, inputs, lifted, settings, options, run_node_by_node)
+    assert trace is not None
+    return trace
+
+
+def run_node_by_node(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+    """In place of Inductor's code generation."""
+    return make_boxed_func(fx.Interpreter(gm).run)
+
+
+def compile_plainly(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, options: Mapping[str, Any]
+) -> Compiled:
+    """Compile a graph as the inner compiler alone would."""
+    with _budget(settings):
+        if settings.inner == "aot_eager":
+            return aot_eager_lowering(gm, example_inputs)
+        return compile_fx(gm, example_inputs, config_patches=dict(options) or None)
+
+
+@dataclass(frozen=True)
+class _EagerPartition:
+    lifted: tuple[LiftedWeight, ...]
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        return partition_joint(gm, joint_inputs, lifted=self.lifted, **kwargs)
+
+
+def _budget(settings: Settings) -> AbstractContextManager[Any]:
+    if settings.memory_budget == 1.0:
+        return nullcontext()  # leave what the user may have set globally
+    return functorch_config.patch(activation_memory_budget=float(settings.memory_budget))
+
+
+def _lifted(groups: Sequence[WeightGroup], num_inputs: int) -> tuple[LiftedWeight, ...]:
+    """Positions of the runtime's inputs: all bases behind the graph's own inputs, then all slots."""
+    lifted = []
+    slot = num_inputs + len(groups)
+    for index, group in enumerate(groups):
+        for weight, transposed in zip(group.weights, group.transposed, strict=True):
+            lifted.append(LiftedWeight(weight, slot, num_inputs + index, transposed))
+            slot += 1
+    return tuple(lifted)
+
+
+def _fake_runtime_inputs(
+    groups: Sequence[WeightGroup], example_inputs: Sequence[Any]
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Fake bases and slots in the fake mode of the compile, with static shapes: they have no source to guard on."""
+    mode = tracing_fake_mode()
+    assert mode is not None  # Dynamo always sets one
+    bases, slots = [], []
+    for group in groups:
+        for weight, transposed in zip(group.weights, group.transposed, strict=True):
+            w = example_inputs[weight]
+            m, n = (w.shape[1], w.shape[0]) if transposed else (w.shape[0], w.shape[1])
+            slot = torch.zeros(1, dtype=w.dtype, device=w.device).expand(int(m), group.spec.rank)
+            slots.append(slot.detach().requires_grad_())
+        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        bases.append(torch.empty(int(n), group.spec.rank, dtype=dtype, device=w.device).requires_grad_())
+    fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in (*bases, *slots)]
+    return fakes, [f"basis_{i}" for i in range(len(bases))] + [f"slot_{i}" for i in range(len(slots))]
+
+
+def _call_with_runtime_inputs(compiled: Compiled, groups: Sequence[WeightGroup]) -> Compiled:
+    """Call ``compiled`` with the bases and slots of the parameters of *each call*.
+
+    One compiled graph serves other layers and other models with the same code: what was seen at compile
+    time must not be remembered here.
+    """
+    transposed = tuple(flag for group in groups for flag in group.transposed)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def run(*args: Any) -> Any:
+        subspaces, weights, owners = [], [], []
+        for group in groups:
+            members = [args[index] for index in group.weights]
+            subspace = STORE.resolve(members, group.spec, group.transposed)
+            subspaces.append(subspace)
+            weights += members
+            owners += [subspace] * len(members)
+        slots = coordinate_slots(weights, owners, transposed)
+        return compiled(*args, *(subspace.basis for subspace in subspaces), *slots)
+
+    return run

@@ -1,0 +1,25 @@
+"""Readable names of a graph's parameters, for globs and messages. Never for finding a parameter again."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+from oasis_fx.torch_private import input_source
+
+_STEP = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.([A-Za-z]\w*)")
+_ROOT = re.compile(r"^[LG]\['[^']*'\]")
+
+
+def weight_name(placeholder: fx.Node) -> str:
+    """The dotted path from the compiled module to a parameter, such as ``model.layers.0.mlp.up_proj.weight``.
+
+    Read off Dynamo's source text: ``L['self']._modules['fc']._parameters['weight']`` is ``fc.weight``.
+    Where Dynamo gives none (a graph split for distributed training), the placeholder's own name.
+    """
+    source = input_source(placeholder)
+    if source is None:
+        return placeholder.name
+    path = [next(part for part in match if part) for match in _STEP.findall(_ROOT.sub("", source))]
+    return ".".join(step for step in path if step != "_orig_mod") or placeholder.name

@@ -1,0 +1,140 @@
+"""Every private name of torch that oasis_fx relies on, and nothing else of ours imports one.
+
+Read on torch 2.11, 2.13 and 2.14. A name that moved raises ImportError here, at the first use of the backend;
+`oasis_fx.backend` turns that into plain Inductor with one warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import aot_eager, boxed_nop
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput, TangentAOTInput
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._guards import TracingContext
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+__all__ = [
+    "CustomPartitionerFn",
+    "FakeTensor",
+    "FakeTensorMode",
+    "aot_eager_lowering",
+    "compile_caches_disabled",
+    "compile_fx",
+    "copy_dynamo_attributes",
+    "functorch_config",
+    "fx_graph_cse",
+    "gradient_positions",
+    "input_source",
+    "is_tangent",
+    "known_fake",
+    "is_partial_graph",
+    "mark_static_input",
+    "tracing_fake_mode",
+    "unguarded_fake_mode",
+]
+
+_STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}
+
+
+def aot_eager_lowering(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], partition_fn: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Torch's ``aot_eager`` backend, which runs the two graphs node by node, with another partitioner."""
+    if partition_fn is None:
+        return aot_eager(gm, list(example_inputs))  # type: ignore[no-any-return]
+    lowering = aot_autograd(
+        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition_fn, keep_inference_input_mutations=True
+    )
+    return lowering(gm, list(example_inputs))  # type: ignore[no-any-return]
+
+
+def input_source(placeholder: fx.Node) -> str | None:
+    """Dynamo's source text of a graph input, such as ``L['self']._modules['fc']._parameters['weight']``."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return None if source is None else str(source.name)
+
+
+def tracing_fake_mode() -> FakeTensorMode | None:
+    """The fake mode in which Dynamo traced the graph that is being compiled."""
+    context = TracingContext.try_get()
+    return None if context is None else context.fake_mode
+
+
+def known_fake(given: Any) -> Any:
+    """The fake value that the compile in progress has made of an input; other inputs (sizes) as they are."""
+    mode = tracing_fake_mode()
+    if mode is None or not isinstance(given, torch.Tensor) or isinstance(given, FakeTensor):
+        return given
+    return mode.from_tensor(given, static_shapes=True)  # remembered by the mode with the sizes it gave it
+
+
+def is_partial_graph(gm: fx.GraphModule) -> bool:
+    """True where Dynamo broke the user's function: this graph does not see the whole model."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        return True
+    # What follows a graph break is compiled as a function of its own, named by Dynamo.
+    stack = list(getattr(reason, "user_stack", ()) or ())
+    return any("torch_dynamo_resume_in" in frame.name for frame in stack)
+
+
+def copy_dynamo_attributes(source: fx.GraphModule, target: fx.GraphModule) -> None:
+    """Carry over what AOTAutograd and the AOT cache read off a graph of Dynamo's."""
+    target.meta = dict(source.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+    placeholders = zip(source.graph.find_nodes(op="placeholder"), target.graph.find_nodes(op="placeholder"), strict=False)
+    for old, new in placeholders:
+        # AOTAutograd asserts that each placeholder has the attribute; None is a legal value.
+        new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+
+
+def mark_static_input(placeholder: fx.Node) -> None:
+    """Make ``placeholder`` an input of ours: it has no source in the user's code, and its memory never moves."""
+    placeholder._dynamo_source = None  # type: ignore[attr-defined]
+    placeholder.meta["tensor_dict"] = dict(_STATIC_INPUT)
+
+
+def gradient_positions(joint: fx.Graph) -> dict[int, int]:
+    """Map the position of each graph input to the position of its gradient in the joint graph's outputs."""
+    output = joint.output_node()
+    descriptors: Sequence[Any] = output.meta["desc"]
+    positions: dict[int, int] = {}
+    for position, descriptor in enumerate(descriptors):
+        if isinstance(descriptor, GradAOTOutput) and isinstance(descriptor.grad_of, PlainAOTInput):
+            positions[descriptor.grad_of.idx] = position
+    return positions
+
+
+def is_tangent(placeholder: fx.Node) -> bool:
+    """True for an incoming gradient of the joint graph."""
+    return isinstance(placeholder.meta.get("desc"), TangentAOTInput)
+
+
+@contextlib.contextmanager
+def unguarded_fake_mode(values: Iterable[Any]) -> Iterator[None]:
+    """Enter the fake mode of the first fake tensor in ``values``; shape guards met within are not kept."""
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    if mode is None:
+        yield
+        return
+    quiet = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
+    with quiet, mode:
+        yield
+
+
+@contextlib.contextmanager
+def compile_caches_disabled() -> Iterator[None]:
+    """Within: AOTAutograd traces again although its cache may hold the result."""
+    with functorch_config.patch(enable_autograd_cache=False), torch._inductor.config.patch(force_disable_caches=True):
+        yield

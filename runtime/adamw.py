@@ -1,0 +1,120 @@
+"""AdamW on weights in a subspace, batched over weights of equal shape, and on bfloat16 weights.
+
+In the coordinates of Q [n, r], with G [m, r] the low-rank gradient and hats bias-corrected at step t:
+
+    m = b1 m + (1 - b1) G;   v = b2 v + (1 - b2) G^2;   U = m^ / (sqrt(v^) + eps)
+    W = (1 - lr wd) W - lr U Q^T
+
+Source: AdamW, arXiv 1711.05101; in a subspace, GaLore, arXiv 2403.03507, and OASIS, arXiv 2604.09406.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oasis_fx.runtime.stochastic_rounding import round_stochastically_
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The settings of one parameter group at one step."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    stochastic_rounding: bool
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """One weight's share of a step: its gradient in the coordinates of a basis, and its state."""
+
+    weight: torch.Tensor
+    factor: torch.Tensor
+    basis: torch.Tensor
+    transposed: bool
+    state: State
+
+
+def step_low_rank(
+    updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
+) -> None:
+    """Update moments and weights of equal m, r, dtypes and device.
+
+    Args:
+        gate: bool scalar; where false, everything stays as it is. None for true.
+        generator: for stochastic rounding.
+    """
+    states = [update.state for update in updates]
+    mean, second = (torch.stack([s[key] for s in states]) for key in ("exp_avg", "exp_avg_sq"))
+    step = torch.stack([s["step"] for s in states]).view(-1, 1, 1) + 1
+    gradient = torch.stack([update.factor for update in updates]).to(mean.dtype)
+    new_mean = mean.lerp(gradient, 1 - hyper.beta1)
+    new_second = torch.addcmul(second * hyper.beta2, gradient, gradient, value=1 - hyper.beta2)
+    bias1, bias2 = 1 - hyper.beta1**step, 1 - hyper.beta2**step
+    direction = (new_mean / bias1) / ((new_second / bias2).sqrt() + hyper.eps)
+    if gate is not None:
+        new_mean, new_second = torch.where(gate, new_mean, mean), torch.where(gate, new_second, second)
+        direction, step = torch.where(gate, direction, 0.0), torch.where(gate, step, step - 1)
+    torch._foreach_copy_([s["exp_avg"] for s in states], list(new_mean))
+    torch._foreach_copy_([s["exp_avg_sq"] for s in states], list(new_second))
+    torch._foreach_copy_([s["step"] for s in states], list(step.flatten()))
+    for update, u in zip(updates, direction, strict=True):
+        _step_weight(update, u, hyper, gate, generator)
+
+
+def _step_weight(
+    update: LowRankUpdate, u: torch.Tensor, hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
+) -> None:
+    weight, basis = update.weight, update.basis
+    left, right = (basis, u.T) if update.transposed else (u, basis.T)
+    keep = 1 - hyper.lr * hyper.weight_decay
+    if weight.dtype == basis.dtype:
+        if gate is not None and keep != 1:
+            weight.mul_(torch.where(gate, keep, 1.0))
+            keep = 1.0
+        weight.addmm_(left, right, beta=keep, alpha=-hyper.lr)
+        return
+    full = weight.to(basis.dtype)
+    if gate is not None and keep != 1:
+        full.mul_(torch.where(gate, keep, 1.0))
+        keep = 1.0
+    full.addmm_(left, right, beta=keep, alpha=-hyper.lr)
+    if hyper.stochastic_rounding:
+        round_stochastically_(weight, full, generator)
+    else:
+        weight.copy_(full)
+
+
+def step_dense_bfloat16(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    state: State,
+    hyper: Hyper,
+    gate: torch.Tensor | None,
+    generator: torch.Generator,
+) -> None:
+    """AdamW on a bfloat16 weight with weight and moments rounded stochastically: computed in float32.
+
+    Moments stay in bfloat16 as in torch's AdamW. Rounded to nearest, the second moment could not move by
+    less than its last digit, which `1 - beta2` = 0.001 of it is.
+    """
+    step = state["step"] + 1
+    g = gradient.float()
+    mean = state["exp_avg"].float().lerp(g, 1 - hyper.beta1)
+    second = torch.addcmul(state["exp_avg_sq"].float() * hyper.beta2, g, g, value=1 - hyper.beta2)
+    direction = (mean / (1 - hyper.beta1**step)) / ((second / (1 - hyper.beta2**step)).sqrt() + hyper.eps)
+    new = weight.float() * (1 - hyper.lr * hyper.weight_decay) - hyper.lr * direction
+    for target, source in ((weight, new), (state["exp_avg"], mean), (state["exp_avg_sq"], second)):
+        if gate is not None:
+            source = torch.where(gate, source, target.float())
+        round_stochastically_(target, source, generator)
+    state["step"].copy_(step if gate is None else torch.where(gate, step, step - 1))

@@ -1,0 +1,88 @@
+"""The Oja step of OASIS: how bases follow their activations.
+
+    Q+ = orth(Q + eta * C / s),   C = X^T X Q [n, r],   s = ||C||_F / sqrt(r)
+
+The scale s makes eta free of units. The first step of a basis, from its random start, is a power step (eta
+towards infinity): with the random start it is a randomized range finder, so from the second step on the basis
+is that of the data.
+
+Source: OASIS, arXiv 2604.09406, whose body we do not have; the scale and the first step are ours (docs/design.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from oasis_fx.runtime.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.orthonormalize import orthonormalize
+from oasis_fx.runtime.subspace import Subspace
+
+# Q + eta C / s has singular values from 1 to 1 + eta sqrt(r). At 100, C outweighs Q and yet the Gram matrix
+# stays positive definite in float32, whatever the data: no fall back to Householder QR.
+POWER_STEP = 100.0
+
+
+@torch.no_grad()
+def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) -> dict[Subspace, torch.Tensor]:
+    """Move each basis by its statistic, and drop the statistic.
+
+    A subspace without a statistic is left out. One whose statistic is zero or not finite, or all where ``gate``
+    is false, stays where it is and does not count the update.
+
+    Args:
+        gate: bool scalar on the device of the bases, or None for true.
+
+    Returns:
+        For each subspace that was looked at, the overlap R = Q^T Q+ [r, r] of the old and the new basis.
+    """
+    overlaps: dict[Subspace, torch.Tensor] = {}
+    for batch in _equal_batches(s for s in subspaces if s.statistic is not None):
+        old = torch.stack([subspace.basis for subspace in batch])
+        new, moved = _oja_step(old, batch, gate)
+        eye = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device)
+        overlap = torch.where(moved, old.mT @ new, eye)
+        for subspace, q, r, count in zip(batch, new, overlap, moved.flatten(), strict=True):
+            subspace.basis.copy_(q)
+            subspace.num_updates += count
+            subspace.drop_statistic()
+            overlaps[subspace] = r
+    return overlaps
+
+
+def advance_subspaces(weights: Iterable[torch.Tensor]) -> None:
+    """Move the bases behind the gradients of ``weights``, for use with an optimizer that knows nothing of them.
+
+    Call it after `optimizer.step()` and before `zero_grad()`. `OasisAdamW` does this by itself.
+    """
+    gradients = [weight.grad for weight in weights]
+    move_bases(list({g.subspace: None for g in gradients if isinstance(g, LowRankGrad)}))
+
+
+def _equal_batches(subspaces: Iterable[Subspace]) -> Iterable[list[Subspace]]:
+    batches: dict[object, list[Subspace]] = {}
+    for subspace in dict.fromkeys(subspaces):
+        basis = subspace.basis
+        batches.setdefault((basis.shape, basis.dtype, basis.device, subspace.spec), []).append(subspace)
+    return batches.values()
+
+
+def _oja_step(
+    old: torch.Tensor, batch: Sequence[Subspace], gate: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the new bases [L, n, r] and which of them moved [L, 1, 1]."""
+    statistic = torch.stack([subspace.statistic for subspace in batch])  # type: ignore[misc]
+    peak = statistic.abs().amax(dim=(-2, -1), keepdim=True)
+    moved = peak.isfinite() & (peak > 0)
+    if gate is not None:
+        moved = moved & gate
+    # Divided by its largest entry first: the squares in the norm could leave the exponent range.
+    direction = torch.where(moved, statistic / peak, 0.0)
+    scale = torch.linalg.vector_norm(direction, dim=(-2, -1), keepdim=True) / math.sqrt(old.shape[-1])
+    eta = batch[0].spec.learning_rate
+    first = torch.stack([subspace.num_updates for subspace in batch]).view(-1, 1, 1) == 0
+    step = torch.where(first, POWER_STEP, POWER_STEP if math.isinf(eta) else eta).to(old.dtype)
+    new = orthonormalize(old + torch.where(moved, step * direction / scale, 0.0))
+    return torch.where(moved, new, old), moved

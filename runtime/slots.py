@@ -1,0 +1,75 @@
+"""Coordinate slots: how the low-rank gradient of a compiled graph reaches the parameter that it belongs to.
+
+The compiled graph takes, for each rewritten weight, an input S [m, r] that it does not read; the gradient that
+it returns for S is G [m, r]. S is made from the weight by an autograd function outside of the graph, whose
+backward turns G into a `LowRankGrad` for the weight itself: hooks, `torch.autograd.grad`, accumulation and
+clipping see the parameter's own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from oasis_fx.runtime.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.subspace import Subspace
+
+# The storage behind every slot of one dtype and device. It never moves: CUDA graphs may keep its address.
+_zeros: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def coordinate_slots(
+    weights: Sequence[torch.Tensor], subspaces: Sequence[Subspace], transposed: Sequence[bool]
+) -> tuple[torch.Tensor, ...]:
+    """Return a slot S [m, r] for each weight, without memory of its own.
+
+    Args:
+        weights: trained parameters, m x n, or n x m where ``transposed``.
+        subspaces: for each weight, the subspace whose basis the graph is called with.
+    """
+    slots: tuple[torch.Tensor, ...] = _Slots.apply(tuple(subspaces), tuple(transposed), *weights)  # type: ignore[no-untyped-call]
+    return slots
+
+
+class _Slots(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, subspaces: tuple[Subspace, ...], transposed: tuple[bool, ...], *weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.subspaces, ctx.transposed, ctx.weights = subspaces, transposed, weights
+        ctx.versions = tuple(subspace.version for subspace in subspaces)
+        return tuple(
+            _zero(weight).expand(weight.shape[1 if flag else 0], subspace.basis.shape[1])
+            for weight, subspace, flag in zip(weights, subspaces, transposed, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *factors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        gradients: list[torch.Tensor | None] = []
+        seen: set[int] = set()
+        for factor, subspace, version, flag, weight in zip(
+            factors, ctx.subspaces, ctx.versions, ctx.transposed, ctx.weights, strict=True
+        ):
+            if factor is None:
+                gradients.append(None)
+                continue
+            if subspace.version != version:
+                raise RuntimeError(
+                    "a basis moved between the forward and the backward pass (optimizer.step() in between?): "
+                    "the gradient would be in coordinates that are gone"
+                )
+            if factor.data_ptr() in seen:
+                factor = factor.clone()  # autograd adds in place into what it takes over
+            seen.add(factor.data_ptr())
+            gradients.append(LowRankGrad(factor, subspace, weight, transposed=flag))
+        return (None, None, *gradients)
+
+
+def _zero(weight: torch.Tensor) -> torch.Tensor:
+    key = weight.dtype, weight.device
+    if key not in _zeros:
+        _zeros[key] = torch.zeros(1, dtype=weight.dtype, device=weight.device)
+    return _zeros[key]

@@ -1,0 +1,83 @@
+"""The subspace of one activation: its orthonormal basis, and the rule by which the basis moves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+RULES = ("oja",)
+
+
+@dataclass(frozen=True)
+class SubspaceSpec:
+    """What a subspace is asked to be.
+
+    Attributes:
+        rank: columns of the basis, from 1.
+        rule: how the basis moves; one of `RULES`.
+        learning_rate: step of the rule, over 0; `math.inf` is power iteration.
+
+    Raises:
+        ValueError: naming the value and what is allowed.
+    """
+
+    rank: int
+    rule: str = "oja"
+    learning_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank!r}: it must be a whole number from 1")
+        if self.rule not in RULES:
+            raise ValueError(f"rule is {self.rule!r}: it must be one of {', '.join(map(repr, RULES))}")
+        if math.isnan(self.learning_rate) or not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate!r}: it must be a number over 0")
+
+
+class Subspace:
+    """The basis Q [n, r] that the weights which read one activation share.
+
+    Attributes:
+        basis: leaf tensor [n, r], float32 (float64 for float64 weights), orthonormal columns. Allocated once
+            and changed in place only, so that CUDA graphs may keep its address.
+        spec: what was asked for; its rank is the basis' number of columns.
+        num_updates: int64 scalar on the basis' device: how often the basis has moved.
+    """
+
+    def __init__(self, basis: torch.Tensor, spec: SubspaceSpec, num_updates: int = 0) -> None:
+        self.basis = basis.detach().contiguous().requires_grad_()
+        self.spec = spec
+        self.num_updates = torch.tensor(num_updates, device=basis.device)
+
+    def __repr__(self) -> str:
+        n, r = self.basis.shape
+        return f"Subspace(n={n}, rank={r}, rule={self.spec.rule!r}, dtype={self.basis.dtype})"
+
+    @property
+    def statistic(self) -> torch.Tensor | None:
+        """C [n, r] = X^T X Q, summed over the backward passes since the last move; None before the first."""
+        return self.basis.grad
+
+    def drop_statistic(self) -> None:
+        self.basis.grad = None
+
+    @property
+    def version(self) -> int:
+        """Changes whenever the basis does."""
+        return self.basis._version
+
+    @torch.no_grad()
+    def load(self, basis: torch.Tensor, num_updates: int) -> None:
+        """Take over a basis from a checkpoint, in place."""
+        self.basis.copy_(basis)
+        self.num_updates.fill_(num_updates)
+        self.drop_statistic()
+
+
+def initial_basis(n: int, r: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """A random orthonormal n x r matrix: a function of its arguments only, so the same on every run and rank."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + n) * 1_000_003 + r)
+    gaussian = torch.randn(n, r, dtype=torch.float64, generator=generator)
+    return torch.linalg.qr(gaussian).Q.to(device=device, dtype=dtype).contiguous()
