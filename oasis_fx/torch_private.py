@@ -74,7 +74,7 @@ def known_fake(given: Any) -> Any:
     mode = tracing_fake_mode()
     if mode is None or not isinstance(given, torch.Tensor) or isinstance(given, FakeTensor):
         return given
-    return mode.from_tensor(given, static_shapes=True)  # remembered by the mode with the sizes it gave it
+    return mode.from_tensor(given)  # remembered by the mode, with the symbolic sizes that Dynamo gave it
 
 
 def is_partial_graph(gm: fx.GraphModule) -> bool:

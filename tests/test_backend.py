@@ -86,7 +86,7 @@ def test_memory_budget_is_passed_on() -> None:
     reference, x = copy.deepcopy(model), batch()
     backward(reference, x)
     saved = {}
-    for budget in (1.0, 0.2):
+    for budget in (1.0, 0.0):
         torch._dynamo.reset()
         model.zero_grad()
         backend = oasis_backend(rank=3, memory_budget=budget, **EAGER)
@@ -96,7 +96,7 @@ def test_memory_budget_is_passed_on() -> None:
         forward = record.trace.forward.graph.output_node().args[0]
         nodes = [n for n in forward if isinstance(n, torch.fx.Node) and n.op != "placeholder"]
         saved[budget] = sum(n.meta["val"].numel() for n in nodes)
-    assert saved[0.2] < saved[1.0]
+    assert saved[0.0] < saved[1.0]
 
 
 def test_a_user_partitioner_is_refused() -> None:
@@ -182,7 +182,7 @@ def test_unsupported_graphs_keep_right_dense_gradients() -> None:
             torch.manual_seed(0)
             self.plain, self.computed, self.mutated = (torch.nn.Linear(6, 6, dtype=torch.float64) for _ in range(3))
             self.custom = torch.nn.Linear(6, 6, dtype=torch.float64)
-            self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("calls", torch.zeros(()))
 
         def forward(self, x):
             self.calls.add_(1)
@@ -240,8 +240,16 @@ def test_a_failing_pass_leaves_dense_gradients_and_warns(monkeypatch) -> None:
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_one_compiled_graph_serves_equal_layers(inner) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(8, 8, dtype=torch.float64)
+
+        def forward(self, x):
+            return torch.tanh(self.fc(x))
+
     torch.manual_seed(0)
-    layers = torch.nn.ModuleList(torch.nn.Linear(8, 8, dtype=torch.float64) for _ in range(3))
+    layers = torch.nn.ModuleList(Layer() for _ in range(3))
     reference, x = copy.deepcopy(layers), torch.randn(5, 8, dtype=torch.float64)
     compiles = []
     backend = oasis_backend(rank=3, inner=inner)
@@ -254,11 +262,11 @@ def test_one_compiled_graph_serves_equal_layers(inner) -> None:
         layer.compile(backend=counting)
     h, expected = x, x
     for layer, plain in zip(layers, reference, strict=True):
-        h, expected = torch.tanh(layer(h)), torch.tanh(plain(expected))
+        h, expected = layer(h), plain(expected)
     h.square().sum().backward(), expected.square().sum().backward()
-    assert_exact(layers, reference, {"0", "1", "2"})
-    assert len(compiles) <= 2  # the first layer's input needs no gradient, the others' do
-    assert len({id(layer.weight.grad.basis) for layer in layers}) == 3
+    assert_exact(layers, reference, {"0.fc", "1.fc", "2.fc"})
+    assert len(compiles) == 2  # the first layer's input needs no gradient, the others' do: one graph for both
+    assert len({id(layer.fc.weight.grad.basis) for layer in layers}) == 3
 
 
 def test_a_second_model_with_the_same_code_has_its_own_bases() -> None:
@@ -297,7 +305,7 @@ def test_a_weight_used_in_two_graphs_adds_both_parts_up() -> None:
     x = torch.randn(4, 6, dtype=torch.float64)
     reference(torch.tanh(reference(x))).square().sum().backward()
     torch.compile(twice, backend=oasis_backend(rank=3, **EAGER))(x).square().sum().backward()
-    assert_exact(layer, reference, {""} if False else {"weight"})
+    assert_exact(layer, reference, {"weight"})
 
 
 def test_threads_do_not_share_state() -> None:
