@@ -1,0 +1,107 @@
+"""Text to train on: generated maths, a jsonl of prompts and answers, or plain text; in fixed-size batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+IGNORE = -100  # label of a token that the loss leaves out
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token ids and labels [number, seq_len]."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def batch(self, step: int, size: int, seed: int) -> dict[str, torch.Tensor]:
+        """The batch of one step: a function of the step and the seed, so that a resumed run goes on the same."""
+        epoch, offset = divmod(step * size, max(len(self) - len(self) % size, size))
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed + epoch))
+        rows = order.repeat(-(-size // len(self)) + 1)[offset : offset + size]
+        return {"input_ids": self.input_ids[rows], "labels": self.labels[rows]}
+
+    def batches(self, size: int) -> Iterable[dict[str, torch.Tensor]]:
+        for start in range(0, len(self), size):
+            yield {"input_ids": self.input_ids[start : start + size], "labels": self.labels[start : start + size]}
+
+
+def load_examples(source: str, tokenizer: Any, seq_len: int, num_heldout: int, seed: int) -> tuple[Examples, Examples]:
+    """Training and held-out examples.
+
+    Args:
+        source: ``gsm_symbolic`` (generated grade-school maths with chains of thought), or a file: jsonl with
+            ``prompt`` and ``answer`` (or ``question`` and ``answer``) in each line, or plain text.
+
+    Raises:
+        ValueError: the file does not exist, or a line of it has no such fields.
+    """
+    if source == "gsm_symbolic":
+        pairs = _gsm_symbolic(2000, seed)
+        heldout = _gsm_symbolic(num_heldout, seed + 1_000_000)
+        return _encode_pairs(pairs, tokenizer, seq_len), _encode_pairs(heldout, tokenizer, seq_len)
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"--data is {source!r}: it must be 'gsm_symbolic' or an existing jsonl or text file")
+    if path.suffix in (".jsonl", ".json"):
+        pairs = list(_read_pairs(path))
+        count = min(num_heldout, max(1, len(pairs) // 20))
+        return _encode_pairs(pairs[count:], tokenizer, seq_len), _encode_pairs(pairs[:count], tokenizer, seq_len)
+    ids = torch.tensor(tokenizer(path.read_text())["input_ids"])
+    chunks = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+    if len(chunks) < 2:
+        raise ValueError(f"--data is {source!r}: it has {len(ids)} tokens, fewer than two sequences of {seq_len}")
+    count = min(num_heldout, max(1, len(chunks) // 20))
+    return Examples(chunks[:-count], chunks[:-count]), Examples(chunks[-count:], chunks[-count:])
+
+
+def _gsm_symbolic(count: int, seed: int) -> list[tuple[str, str]]:
+    import reasoning_gym
+
+    dataset = reasoning_gym.create_dataset("gsm_symbolic", size=count, seed=seed)
+    return [(item["question"], item["metadata"]["answer_cot"]) for item in dataset]
+
+
+def _read_pairs(path: Path) -> Iterable[tuple[str, str]]:
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            yield fields["prompt"] if "prompt" in fields else fields["question"], fields["answer"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"--data: line {number} of {path} is no object with prompt and answer") from None
+
+
+def _encode_pairs(pairs: Iterable[tuple[str, str]], tokenizer: Any, seq_len: int) -> Examples:
+    rows = [_encode(prompt, answer, tokenizer, seq_len) for prompt, answer in pairs]
+    ids, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
+    return Examples(ids, labels)
+
+
+def _encode(prompt: str, answer: str, tokenizer: Any, seq_len: int) -> tuple[list[int], list[int]]:
+    """Prompt and answer cut or padded to ``seq_len``; labels on the answer only.
+
+    Padding stands behind everything that the loss reads: with causal attention it changes nothing.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    else:
+        prompt += "\n"
+    end = tokenizer.eos_token_id
+    head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(answer, add_special_tokens=False)["input_ids"] + ([] if end is None else [end])
+    ids = (head + tail)[:seq_len]
+    labels = ([IGNORE] * len(head) + tail)[:seq_len]
+    missing = seq_len - len(ids)
+    return ids + [end or 0] * missing, labels + [IGNORE] * missing
