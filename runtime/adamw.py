@@ -21,6 +21,11 @@ from oasis_fx.runtime.stochastic_rounding import round_stochastically_
 State = dict[str, Any]
 
 
+def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
+    """``1 - beta^step`` in float64: in float32, 1 - 0.999 is right to four digits only."""
+    return 1 - beta ** step.double()
+
+
 @dataclass(frozen=True)
 class Hyper:
     """The settings of one parameter group at one step."""
@@ -59,7 +64,7 @@ def step_low_rank(
     gradient = torch.stack([update.factor for update in updates]).to(mean.dtype)
     new_mean = mean.lerp(gradient, 1 - hyper.beta1)
     new_second = torch.addcmul(second * hyper.beta2, gradient, gradient, value=1 - hyper.beta2)
-    bias1, bias2 = 1 - hyper.beta1**step, 1 - hyper.beta2**step
+    bias1, bias2 = (bias_correction(beta, step).to(mean.dtype) for beta in (hyper.beta1, hyper.beta2))
     direction = (new_mean / bias1) / ((new_second / bias2).sqrt() + hyper.eps)
     if gate is not None:
         new_mean, new_second = torch.where(gate, new_mean, mean), torch.where(gate, new_second, second)
@@ -111,7 +116,8 @@ def step_dense_bfloat16(
     g = gradient.float()
     mean = state["exp_avg"].float().lerp(g, 1 - hyper.beta1)
     second = torch.addcmul(state["exp_avg_sq"].float() * hyper.beta2, g, g, value=1 - hyper.beta2)
-    direction = (mean / (1 - hyper.beta1**step)) / ((second / (1 - hyper.beta2**step)).sqrt() + hyper.eps)
+    bias1, bias2 = (bias_correction(beta, step).float() for beta in (hyper.beta1, hyper.beta2))
+    direction = (mean / bias1) / ((second / bias2).sqrt() + hyper.eps)
     new = weight.float() * (1 - hyper.lr * hyper.weight_decay) - hyper.lr * direction
     for target, source in ((weight, new), (state["exp_avg"], mean), (state["exp_avg_sq"], second)):
         if gate is not None:

@@ -142,6 +142,10 @@ def _densify_and_run(func: Any, args: Any, kwargs: Any) -> Any:
                 f"{func} in place on a low-rank gradient is not supported: it would change a temporary full-size "
                 "matrix and be lost. Use gradient.to_dense() and assign the result to .grad"
             )
+    return _run_dense(func, args, kwargs)
+
+
+def _run_dense(func: Any, args: Any, kwargs: Any) -> Any:
     _warn(str(func), "a low-rank gradient was made a full-size matrix")
     dense = torch.utils._pytree.tree_map(lambda v: v.to_dense() if isinstance(v, LowRankGrad) else v, (args, kwargs))
     return func(*dense[0], **dense[1])
@@ -277,3 +281,15 @@ def _foreach_scale(func: Any, tensors: Sequence[torch.Tensor], scalar: Any) -> A
 @_handles(aten._amp_foreach_non_finite_check_and_unscale_.default)
 def _unscale(func: Any, tensors: Sequence[torch.Tensor], found_inf: torch.Tensor, inverse_scale: torch.Tensor) -> None:
     func(_factors(tensors), found_inf, inverse_scale)
+
+
+# torch's fused optimizers say that they write to gradients; they do so only where they unscale them.
+@_handles(
+    *(
+        getattr(getattr(aten, name), overload)
+        for name in ("_fused_adam_", "_fused_adamw_", "_fused_sgd_")
+        for overload in ("default", "tensor_lr")
+    )
+)
+def _fused_optimizer(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs.get("grad_scale") is not None else _run_dense(func, args, kwargs)

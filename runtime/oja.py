@@ -83,6 +83,6 @@ def _oja_step(
     scale = torch.linalg.vector_norm(direction, dim=(-2, -1), keepdim=True) / math.sqrt(old.shape[-1])
     eta = batch[0].spec.learning_rate
     first = torch.stack([subspace.num_updates for subspace in batch]).view(-1, 1, 1) == 0
-    step = torch.where(first, POWER_STEP, POWER_STEP if math.isinf(eta) else eta).to(old.dtype)
+    step = torch.full_like(scale, POWER_STEP if math.isinf(eta) else eta).masked_fill(first, POWER_STEP)
     new = orthonormalize(old + torch.where(moved, step * direction / scale, 0.0))
     return torch.where(moved, new, old), moved

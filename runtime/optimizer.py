@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from oasis_fx.runtime.adamw import Hyper, LowRankUpdate, State, step_dense_bfloat16, step_low_rank
+from oasis_fx.runtime.adamw import (
+    Hyper,
+    LowRankUpdate,
+    State,
+    bias_correction,
+    step_dense_bfloat16,
+    step_low_rank,
+)
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.oja import move_bases
 from oasis_fx.runtime.optimizer_state import check_state, pack_state, restore_state
@@ -308,8 +315,9 @@ class OasisAdamW(torch.optim.Optimizer):
             states = [state for state, _ in batch]
             overlap = torch.stack([overlap for _, overlap in batch])
             mean, second = (torch.stack([s[key] for s in states]) for key in ("exp_avg", "exp_avg_sq"))
-            step = torch.stack([s["step"] for s in states]).view(-1, 1, 1).to(mean.dtype)
-            moved = transport_second_moment(second, mean, overlap, 1 - beta1**step, 1 - beta2**step)
+            step = torch.stack([s["step"] for s in states]).view(-1, 1, 1)
+            bias1, bias2 = (bias_correction(beta, step).to(mean.dtype) for beta in (beta1, beta2))
+            moved = transport_second_moment(second, mean, overlap, bias1, bias2)
             torch._foreach_copy_([s["exp_avg_sq"] for s in states], list(moved))
             torch._foreach_copy_([s["exp_avg"] for s in states], list(transport_mean(mean, overlap)))
 
