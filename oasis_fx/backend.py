@@ -6,13 +6,18 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from oasis_fx.config import Rank, Settings
 from oasis_fx.errors import OasisWarning
+
+if TYPE_CHECKING:  # these load Inductor
+    from oasis_fx.lowering import CompiledGraph
+    from oasis_fx.pipeline import Trace
+    from oasis_fx.report import GraphReport
 
 Compiled = Callable[..., Any]
 
@@ -74,7 +79,7 @@ class OasisBackend:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._records: list[Any] = []
+        self._records: list[CompiledGraph] = []
         self._unmatched = set(settings.globs())
         self._lock = threading.Lock()
 
@@ -109,6 +114,27 @@ class OasisBackend:
         with self._lock:
             self._records.append(record)
         return compiled
+
+    def report(self) -> list[GraphReport]:
+        """One report for each graph compiled so far, in order; `str()` of one is a table."""
+        from oasis_fx.report import report
+
+        return report(self._compiled())
+
+    def graphs(self) -> list[Trace]:
+        """For each graph with candidate weights: the joint graph before and after, and the two partitions."""
+        from oasis_fx.report import trace_of
+
+        return [trace for record in self._compiled() if (trace := trace_of(record)) is not None]
+
+    def unmatched_globs(self) -> tuple[str, ...]:
+        """Globs of the settings that have matched no weight of any graph yet."""
+        with self._lock:
+            return tuple(sorted(self._unmatched))
+
+    def _compiled(self) -> list[CompiledGraph]:
+        with self._lock:
+            return list(self._records)
 
     def reset(self) -> None:
         """Forget the compiled graphs; `torch._dynamo.reset()` calls this. Bases belong to their weights and stay."""

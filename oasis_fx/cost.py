@@ -1,0 +1,74 @@
+"""What a partitioned graph saves for the backward pass and computes in matmuls, counted on fake values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from oasis_fx.graph import outputs, value
+
+_VIEWS = frozenset(
+    {"alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes", "squeeze",
+     "t", "transpose", "unsqueeze", "view", "_unsafe_view", "unbind", "view_as_real", "diagonal"}
+)  # fmt: skip
+
+
+def size(number: Any) -> int:
+    """An int, or the example value of a symbolic one."""
+    return int(number.node.hint) if isinstance(number, torch.SymInt) else int(number)
+
+
+def num_bytes(node: fx.Node) -> int:
+    tensor = value(node)
+    return math.prod(size(s) for s in tensor.shape) * tensor.dtype.itemsize
+
+
+def base(node: fx.Node) -> fx.Node:
+    """The node that owns the memory of ``node``, behind views."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        if node.target.overloadpacket.__name__ not in _VIEWS:
+            break
+        node = node.all_input_nodes[0]
+    return node
+
+
+def saved_nodes(forward: fx.Graph, num_forward_outputs: int) -> list[fx.Node]:
+    """The values that a forward graph keeps for the backward: memory owners, each once, without inputs."""
+    extra = outputs(forward)[num_forward_outputs:]
+    owners = dict.fromkeys(base(node) for node in extra if isinstance(node, fx.Node))
+    return [node for node in owners if node.op != "placeholder" and isinstance(value(node), torch.Tensor)]
+
+
+def matmul_flops(graphs: Iterable[fx.Graph]) -> int:
+    """Floating-point operations of matmuls, attention and convolutions, by torch's own counts."""
+    return sum(_flops(node) for graph in graphs for node in graph.nodes)
+
+
+def _flops(node: fx.Node) -> int:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+    formula = flop_registry.get(node.target.overloadpacket)
+    if formula is None:
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _sized)
+    return int(formula(*args, **kwargs, out_val=_sized(node)))
+
+
+def _sized(node: fx.Node) -> Any:
+    """A value of a node with plain sizes, for formulas."""
+    return _plain(value(node))
+
+
+def _plain(found: Any) -> Any:
+    if isinstance(found, torch.Tensor):
+        return torch.empty([size(s) for s in found.shape], dtype=found.dtype, device="meta")
+    if isinstance(found, torch.SymInt):
+        return size(found)
+    if isinstance(found, Sequence) and not isinstance(found, str):
+        return type(found)(_plain(item) for item in found)
+    return found

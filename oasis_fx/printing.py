@@ -1,0 +1,123 @@
+"""A graph as a Python program: one line a node, with shapes; what is printed runs and computes the same."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from oasis_fx.graph import value
+
+_DTYPES = {
+    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "b8",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.complex64: "c64", torch.complex128: "c128",
+}  # fmt: skip
+
+
+def print_graph(gm: fx.GraphModule, name: str = "graph", inputs: Mapping[str, str] | None = None) -> str:
+    """Return ``gm`` as the source of a function ``name``.
+
+    Nodes are named by their operator and numbered in order, so that a rewrite changes few lines. Nothing in
+    the text depends on the machine or the time. The function takes the graph's inputs one by one, after a
+    ``self`` (the module) where the graph reads attributes of it.
+
+    Args:
+        inputs: names to show for placeholders, by the names that they have.
+    """
+    graph, names = gm.graph, _names(gm.graph, inputs or {})
+    arguments = ["self"] if any(node.op == "get_attr" for node in graph.nodes) else []
+    modules: dict[str, None] = {}
+    body: list[str] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            arguments.append(f"{names[node]}{annotation(value(node))}")
+        elif node.op == "output":
+            body.append(f"return {_argument(node.args[0], names)}")
+        elif node.op == "get_attr":
+            body.append(f"{names[node]}{annotation(value(node))} = self.{node.target}")
+        else:
+            called = _callee(node, names, modules)
+            given = [_argument(a, names) for a in (node.args[1:] if node.op == "call_method" else node.args)]
+            given += [f"{key}={_argument(a, names)}" for key, a in node.kwargs.items()]
+            body.append(f"{names[node]}{annotation(value(node))} = {called}({', '.join(given)})")
+    lines = ["import torch", *(["import operator"] if "operator" in modules else [])]
+    lines += [f"{namespace} = torch.ops.{namespace}" for namespace in sorted(modules) if namespace != "operator"]
+    lines += ["", "", f"def {name}(", *(f"    {argument}," for argument in arguments), "):"]
+    return "\n".join([*lines, *(f"    {line}" for line in body)]) + "\n"
+
+
+def annotation(shown: Any) -> str:
+    """``: "f32[6, 2]"`` for a tensor, the same of each for several, nothing for what has no shape."""
+    text = _describe(shown)
+    return f': "{text}"' if text else ""
+
+
+def _describe(shown: Any) -> str:
+    if isinstance(shown, torch.Tensor):
+        sizes = ", ".join(str(size) for size in shown.shape)
+        return f"{_DTYPES.get(shown.dtype, str(shown.dtype))}[{sizes}]"
+    if isinstance(shown, torch.SymInt):
+        return f"Sym({shown})"
+    if isinstance(shown, tuple | list):
+        return f"({', '.join(_describe(item) for item in shown)})"
+    return ""
+
+
+def _names(graph: fx.Graph, inputs: Mapping[str, str]) -> dict[fx.Node, str]:
+    names: dict[fx.Node, str] = {}
+    taken: set[str] = {"self", "torch", "operator"}
+    counts: dict[str, int] = {}
+    for node in graph.nodes:
+        base = inputs.get(node.name, node.name) if node.op in ("placeholder", "get_attr") else _operator_name(node)
+        name, number = base, counts.get(base, 0)
+        while name in taken:
+            number += 1
+            name = f"{base}_{number}"
+        counts[base] = number
+        taken.add(name)
+        names[node] = name
+    return names
+
+
+def _operator_name(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    return str(getattr(node.target, "__name__", node.target)).replace(".", "_")
+
+
+def _callee(node: fx.Node, names: Mapping[fx.Node, str], modules: dict[str, None]) -> str:
+    target = node.target
+    if node.op == "call_method":
+        return f"{names[node.args[0]]}.{target}"  # type: ignore[index]
+    if isinstance(target, torch._ops.OpOverload):
+        modules[target.namespace] = None
+        return str(target)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"torch.ops.higher_order.{target.__name__}"
+    if getattr(operator, getattr(target, "__name__", ""), None) is target:
+        modules["operator"] = None
+        return f"operator.{target.__name__}"  # type: ignore[union-attr]
+    module = getattr(target, "__module__", None) or "torch"
+    return f"{module}.{getattr(target, '__qualname__', target)}"
+
+
+def _argument(given: Any, names: Mapping[fx.Node, str]) -> str:
+    if isinstance(given, fx.Node):
+        return names[given]
+    if isinstance(given, tuple):
+        return f"({', '.join(_argument(item, names) for item in given)}{',' if len(given) == 1 else ''})"
+    if isinstance(given, list):
+        return f"[{', '.join(_argument(item, names) for item in given)}]"
+    if isinstance(given, dict):
+        return f"{{{', '.join(f'{key!r}: {_argument(item, names)}' for key, item in given.items())}}}"
+    if isinstance(given, slice):
+        return f"slice({', '.join(_argument(item, names) for item in (given.start, given.stop, given.step))})"
+    if isinstance(given, torch.device):
+        return f"torch.{given!r}"
+    if isinstance(given, float) and (given != given or given in (float("inf"), -float("inf"))):
+        return f"float('{given}')"
+    return repr(given)

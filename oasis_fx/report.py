@@ -1,0 +1,215 @@
+"""What the backend did to each weight of a compiled graph, and what that costs and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from functorch.compile import min_cut_rematerialization_partition
+from torch import fx
+
+from oasis_fx.cost import hint, matmul_flops, num_bytes, saved_storages, storage_node
+from oasis_fx.graph import Contraction, WeightGradient, dependents, shape, value
+from oasis_fx.graphs import trace_of
+from oasis_fx.lowering import CompiledGraph
+from oasis_fx.pipeline import Trace, copy_graph
+from oasis_fx.report_table import format_report
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """A weight with a low-rank gradient.
+
+    Attributes:
+        name: dotted path from the compiled module.
+        shape: as the weight is stored.
+        rank: columns of its basis.
+        shares_with: names of the other weights on its basis.
+        saved_bytes_before, saved_bytes_after: kept for the backward pass on behalf of the basis' weights, all in
+            the row of the first of them: X before; P, C and what else is made of Q after, and X where it is still
+            kept. An X that several bases read counts for the first.
+        flops_before, flops_after: of the weight's gradient: 2 N m n before; 2 N m r after, with an even share of
+            the 4 N n r of P = X Q and C = X^T P. Summed over the weight's uses.
+        note: what makes the saved bytes differ from N n before and N r + n r after; empty where nothing does.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+    shares_with: tuple[str, ...]
+    saved_bytes_before: int
+    saved_bytes_after: int
+    flops_before: float
+    flops_after: float
+    note: str
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A weight that keeps its dense gradient, and why; the shape is None where no pass saw the graph."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of one graph, before (the same graph by stock `torch.compile`) and after.
+
+    Attributes:
+        saved_bytes_before, saved_bytes_after: kept for the backward pass, each storage once, inputs aside. Before:
+            torch's min-cut under the settings of `torch._functorch.config` at the time of the report.
+        matmul_flops_before, matmul_flops_after: forward and backward, recomputed work included.
+        gradient_bytes_before, gradient_bytes_after: of the weights with low-rank gradients: dW; G and C.
+        adam_bytes_before, adam_bytes_after: of the same weights: two moments in the weight's dtype; two of m x r,
+            and the bases, in float32 (float64 for float64 weights).
+    """
+
+    saved_bytes_before: int
+    saved_bytes_after: int
+    matmul_flops_before: int
+    matmul_flops_after: int
+    gradient_bytes_before: int
+    gradient_bytes_after: int
+    adam_bytes_before: int
+    adam_bytes_after: int
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One compiled graph; `str()` of it is a table. ``totals`` is None where no weight got a basis."""
+
+    rows: tuple[WeightRow, ...]
+    skipped: tuple[SkippedRow, ...]
+    totals: Totals | None
+
+    def __str__(self) -> str:
+        return format_report(self)
+
+
+def report(records: Sequence[CompiledGraph]) -> list[GraphReport]:
+    """One report for each compiled graph, in the order of their compilation.
+
+    Where a compile cache had the result, the passes run once more, on fake values.
+    """
+    return [_report_graph(record, trace_of(record)) for record in records]
+
+
+def _report_graph(record: CompiledGraph, trace: Trace | None) -> GraphReport:
+    if trace is None:
+        skipped = [SkippedRow(record.names[at], None, reason) for at, reason in sorted(record.reasons.items())]
+        return GraphReport((), tuple(skipped), None)
+    placeholders = list(trace.before.graph.find_nodes(op="placeholder"))
+    reasons = {**record.reasons, **{item.weight: item.reason for item in trace.skipped}}
+    skipped = [
+        SkippedRow(record.names[at], _known_shape(placeholders[at]), reason) for at, reason in sorted(reasons.items())
+    ]
+    stock = min_cut_rematerialization_partition(
+        copy_graph(trace.before),
+        None,
+        num_fwd_outputs=trace.num_forward_outputs,
+        static_lifetime_input_indices=list(trace.static_inputs),
+    )
+    saved_before = saved_storages(stock[0].graph, trace.num_forward_outputs)
+    saved_after = saved_storages(trace.forward.graph, trace.num_forward_outputs)
+    totals = Totals(
+        sum(saved_before.values()),
+        sum(saved_after.values()),
+        sum(matmul_flops(gm.graph) for gm in stock),
+        matmul_flops(trace.forward.graph) + matmul_flops(trace.backward.graph),
+        *_gradient_bytes(trace, placeholders),
+        *_adam_bytes(trace, placeholders),
+    )
+    rows = _rows(record, trace, placeholders, saved_before, saved_after)
+    return GraphReport(tuple(rows), tuple(skipped), totals)
+
+
+def _rows(
+    record: CompiledGraph,
+    trace: Trace,
+    placeholders: Sequence[fx.Node],
+    saved_before: Mapping[str, int],
+    saved_after: Mapping[str, int],
+) -> list[WeightRow]:
+    rows = []
+    counted: set[str] = set()
+    for sites in _by_basis(trace).values():
+        basis = placeholders[sites[0].inputs.basis]
+        n, rank = _known_shape(basis)
+        bases = [storage_node(x) for x in {term.x: None for site in sites for term in site.terms}]
+        own = _made_of(trace.forward.graph, basis.name) & saved_after.keys()
+        fresh = {node.name for node in bases} - counted
+        counted |= fresh
+        before = sum(saved_before.get(name, 0) for name in fresh)
+        after = sum(saved_after.get(name, 0) for name in (own | fresh))
+        note = _note(bases, bool(own), saved_before, saved_after)
+        projections = {(term.x, term.x_transposed): _tokens(term) for site in sites for term in site.terms}
+        share = sum(4 * tokens * n * rank for tokens in projections.values()) / len(sites)
+        names = [record.names[site.inputs.weight] for site in sites]
+        for site, name in zip(sites, names, strict=True):
+            size = _known_shape(placeholders[site.inputs.weight])
+            m = size[1] if site.inputs.transposed else size[0]
+            tokens = sum(_tokens(term) for term in site.terms)
+            others = tuple(other for other in names if other != name)
+            flops = 2 * tokens * m * n, 2 * tokens * m * rank + share
+            rows.append(WeightRow(name, size, rank, others, before, after, *flops, note))
+            before = after = 0  # the group's bytes stand in its first row
+    return rows
+
+
+def _by_basis(trace: Trace) -> dict[int, list[WeightGradient]]:
+    groups: dict[int, list[WeightGradient]] = {}
+    for site in trace.sites:
+        groups.setdefault(site.inputs.basis, []).append(site)
+    return groups
+
+
+def _made_of(forward: fx.Graph, basis: str) -> set[str]:
+    """Names of what the forward graph computes from a basis: nothing of the user's depends on one."""
+    node = next(node for node in forward.find_nodes(op="placeholder") if node.name == basis)
+    return {found.name for found in dependents([node])} - {basis}
+
+
+def _note(
+    bases: Sequence[fx.Node], projection_kept: bool, saved_before: Mapping[str, int], saved_after: Mapping[str, int]
+) -> str:
+    notes = []
+    if all(node.op == "placeholder" for node in bases):
+        notes.append("X is an input")
+    elif not any(node.name in saved_before for node in bases):
+        notes.append("X was recomputed")
+    if any(node.name in saved_after for node in bases):
+        notes.append("X also kept")
+    if not projection_kept:
+        notes.append("P recomputed")
+    return ", ".join(notes)
+
+
+def _tokens(term: Contraction) -> int:
+    return hint(shape(term.x)[-1 if term.x_transposed else -2])
+
+
+def _known_shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(hint(size) for size in shape(node))
+
+
+def _gradient_bytes(trace: Trace, placeholders: Sequence[fx.Node]) -> tuple[int, int]:
+    dense = sum(_placed(placeholders, site.inputs.weight) for site in trace.sites)
+    low_rank = sum(_placed(placeholders, site.inputs.slot) for site in trace.sites)
+    return dense, low_rank + sum(_placed(placeholders, basis) for basis in _by_basis(trace))
+
+
+def _adam_bytes(trace: Trace, placeholders: Sequence[fx.Node]) -> tuple[int, int]:
+    dense = sum(2 * _placed(placeholders, site.inputs.weight) for site in trace.sites)
+    low_rank = 0
+    for basis, sites in _by_basis(trace).items():
+        element: Any = value(placeholders[basis]).element_size()
+        rows = [_known_shape(placeholders[site.inputs.slot]) for site in sites]
+        low_rank += _placed(placeholders, basis) + sum(2 * m * rank * element for m, rank in rows)
+    return dense, low_rank
+
+
+def _placed(placeholders: Sequence[fx.Node], position: int) -> int:
+    return num_bytes(value(placeholders[position]))
