@@ -30,10 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "print" and args.diff and args.graph is not None:
         parser.error("--diff shows the joint graph before and after: it goes without --graph")
     try:
-        settings = _settings(args)
-    except ValueError as error:
+        records = _trace(args, _settings(args))
+    except ValueError as error:  # a bad setting, or a glob that matches no weight of the model
         parser.error(str(error))
-    records = _trace(args, settings)
     if not records:
         print("oasis-fx: torch.compile found no graph in this model", file=sys.stderr)
         return 1

@@ -15,8 +15,8 @@ from oasis_fx.config import Rank, Settings
 from oasis_fx.errors import OasisWarning
 
 if TYPE_CHECKING:  # these load Inductor
+    from oasis_fx.graphs import GraphSet
     from oasis_fx.lowering import CompiledGraph
-    from oasis_fx.pipeline import Trace
     from oasis_fx.report import GraphReport
 
 Compiled = Callable[..., Any]
@@ -77,8 +77,10 @@ class OasisBackend:
 
     __name__ = "oasis"  # what torch shows for this backend in its logs
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, inner_compile: Compiled | None = None) -> None:
+        """``inner_compile`` stands in for Inductor's code generation, where graphs are wanted and not their code."""
         self.settings = settings
+        self._inner_compile = inner_compile
         self._records: list[CompiledGraph] = []
         self._unmatched = set(settings.globs())
         self._lock = threading.Lock()
@@ -110,7 +112,7 @@ class OasisBackend:
         problem = self._unmatched_globs(lowering.parameter_names(gm, example_inputs), torch_private.is_partial_graph(gm))
         if problem is not None:
             return _raise_when_called(ValueError(problem))
-        compiled, record = lowering.lower(gm, example_inputs, self.settings, merged)
+        compiled, record = lowering.lower(gm, example_inputs, self.settings, merged, self._inner_compile)
         with self._lock:
             self._records.append(record)
         return compiled
@@ -119,20 +121,21 @@ class OasisBackend:
         """One report for each graph compiled so far, in order; `str()` of one is a table."""
         from oasis_fx.report import report
 
-        return report(self._compiled())
+        return report(self.compiled_graphs())
 
-    def graphs(self) -> list[Trace]:
+    def graphs(self) -> list[GraphSet]:
         """For each graph with candidate weights: the joint graph before and after, and the two partitions."""
-        from oasis_fx.report import trace_of
+        from oasis_fx.graphs import graphs
 
-        return [trace for record in self._compiled() if (trace := trace_of(record)) is not None]
+        return graphs(self.compiled_graphs())
 
     def unmatched_globs(self) -> tuple[str, ...]:
         """Globs of the settings that have matched no weight of any graph yet."""
         with self._lock:
             return tuple(sorted(self._unmatched))
 
-    def _compiled(self) -> list[CompiledGraph]:
+    def compiled_graphs(self) -> list[CompiledGraph]:
+        """What is known of each training graph compiled so far, in order."""
         with self._lock:
             return list(self._records)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,17 @@ _VIEWS = frozenset(
 )  # fmt: skip
 
 
-def size(number: Any) -> int:
+def hint(number: Any) -> int:
     """An int, or the example value of a symbolic one."""
     return int(number.node.hint) if isinstance(number, torch.SymInt) else int(number)
 
 
-def num_bytes(node: fx.Node) -> int:
-    tensor = value(node)
-    return math.prod(size(s) for s in tensor.shape) * tensor.dtype.itemsize
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements, by the hints of symbolic sizes."""
+    return math.prod(hint(size) for size in tensor.shape) * tensor.dtype.itemsize
 
 
-def base(node: fx.Node) -> fx.Node:
+def storage_node(node: fx.Node) -> fx.Node:
     """The node that owns the memory of ``node``, behind views."""
     while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
         if node.target.overloadpacket.__name__ not in _VIEWS:
@@ -37,16 +37,20 @@ def base(node: fx.Node) -> fx.Node:
     return node
 
 
-def saved_nodes(forward: fx.Graph, num_forward_outputs: int) -> list[fx.Node]:
-    """The values that a forward graph keeps for the backward: memory owners, each once, without inputs."""
+def saved_storages(forward: fx.Graph, num_forward_outputs: int) -> dict[str, int]:
+    """Bytes that a forward graph keeps for the backward, by the name of the node that owns the memory.
+
+    Each storage counts once; inputs (weights and bases among them) exist anyway and do not count.
+    """
     extra = outputs(forward)[num_forward_outputs:]
-    owners = dict.fromkeys(base(node) for node in extra if isinstance(node, fx.Node))
-    return [node for node in owners if node.op != "placeholder" and isinstance(value(node), torch.Tensor)]
+    owners = dict.fromkeys(storage_node(node) for node in extra if isinstance(node, fx.Node))
+    kept = [node for node in owners if node.op != "placeholder" and isinstance(value(node), torch.Tensor)]
+    return {node.name: num_bytes(value(node)) for node in kept}
 
 
-def matmul_flops(graphs: Iterable[fx.Graph]) -> int:
+def matmul_flops(graph: fx.Graph) -> int:
     """Floating-point operations of matmuls, attention and convolutions, by torch's own counts."""
-    return sum(_flops(node) for graph in graphs for node in graph.nodes)
+    return sum(_flops(node) for node in graph.nodes)
 
 
 def _flops(node: fx.Node) -> int:
@@ -66,9 +70,9 @@ def _sized(node: fx.Node) -> Any:
 
 def _plain(found: Any) -> Any:
     if isinstance(found, torch.Tensor):
-        return torch.empty([size(s) for s in found.shape], dtype=found.dtype, device="meta")
+        return torch.empty([hint(size) for size in found.shape], dtype=found.dtype, device="meta")
     if isinstance(found, torch.SymInt):
-        return size(found)
+        return hint(found)
     if isinstance(found, Sequence) and not isinstance(found, str):
         return type(found)(_plain(item) for item in found)
     return found

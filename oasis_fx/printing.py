@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,36 +21,68 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def print_graph(gm: fx.GraphModule, name: str = "graph", inputs: Mapping[str, str] | None = None) -> str:
-    """Return ``gm`` as the source of a function ``name``.
+def print_graph(gm: fx.GraphModule, *, title: str = "graph", names: Mapping[str, str] | None = None) -> str:
+    """Return ``gm`` as the source of a function ``title``.
 
-    Nodes are named by their operator and numbered in order, so that a rewrite changes few lines. Nothing in
-    the text depends on the machine or the time. The function takes the graph's inputs one by one, after a
-    ``self`` (the module) where the graph reads attributes of it.
+    Nothing in the text depends on the machine or the time. The function takes the graph's inputs one by one,
+    after a ``self`` (the module) where the graph reads attributes of it.
 
     Args:
-        inputs: names to show for placeholders, by the names that they have.
+        names: printed names by node name, from `number_nodes`.
     """
-    graph, names = gm.graph, _names(gm.graph, inputs or {})
+    graph = gm.graph
+    known = number_nodes([graph], {}) if names is None else names
+    printed = {node: known[node.name] for node in graph.nodes if node.op != "output"}
     arguments = ["self"] if any(node.op == "get_attr" for node in graph.nodes) else []
     modules: dict[str, None] = {}
     body: list[str] = []
     for node in graph.nodes:
         if node.op == "placeholder":
-            arguments.append(f"{names[node]}{annotation(value(node))}")
+            arguments.append(f"{printed[node]}{annotation(value(node))}")
         elif node.op == "output":
-            body.append(f"return {_argument(node.args[0], names)}")
+            body.append(f"return {_argument(node.args[0], printed)}")
         elif node.op == "get_attr":
-            body.append(f"{names[node]}{annotation(value(node))} = self.{node.target}")
+            body.append(f"{printed[node]}{annotation(value(node))} = self.{node.target}")
         else:
-            called = _callee(node, names, modules)
-            given = [_argument(a, names) for a in (node.args[1:] if node.op == "call_method" else node.args)]
-            given += [f"{key}={_argument(a, names)}" for key, a in node.kwargs.items()]
-            body.append(f"{names[node]}{annotation(value(node))} = {called}({', '.join(given)})")
+            called = _callee(node, printed, modules)
+            given = [_argument(a, printed) for a in (node.args[1:] if node.op == "call_method" else node.args)]
+            given += [f"{key}={_argument(a, printed)}" for key, a in node.kwargs.items()]
+            body.append(f"{printed[node]}{annotation(value(node))} = {called}({', '.join(given)})")
     lines = ["import torch", *(["import operator"] if "operator" in modules else [])]
     lines += [f"{namespace} = torch.ops.{namespace}" for namespace in sorted(modules) if namespace != "operator"]
-    lines += ["", "", f"def {name}(", *(f"    {argument}," for argument in arguments), "):"]
+    lines += ["", "", f"def {title}(", *(f"    {argument}," for argument in arguments), "):"]
     return "\n".join([*lines, *(f"    {line}" for line in body)]) + "\n"
+
+
+def number_nodes(graphs: Iterable[fx.Graph], labels: Mapping[str, str]) -> dict[str, str]:
+    """Names to print, by node name: an operator's nodes are numbered in the order of the first graph they are in.
+
+    A node that several graphs have keeps its name in all of them, so that a rewrite shows as what it changes.
+
+    Args:
+        labels: what to call nodes, by node name, where the operator says too little: inputs.
+    """
+    printed: dict[str, str] = {}
+    taken: set[str] = {"self", "torch", "operator"} | set(keyword.kwlist)
+    numbers: Counter[str] = Counter()
+    for node in (node for graph in graphs for node in graph.nodes if node.op != "output"):
+        if node.name in printed:
+            continue
+        is_value = node.op in ("placeholder", "get_attr")
+        stem = _identifier(labels.get(node.name, node.name if is_value else _operator_name(node)))
+        name = stem if numbers[stem] == 0 else f"{stem}_{numbers[stem]}"
+        while name in taken:
+            numbers[stem] += 1
+            name = f"{stem}_{numbers[stem]}"
+        numbers[stem] += 1
+        taken.add(name)
+        printed[node.name] = name
+    return printed
+
+
+def _identifier(text: str) -> str:
+    word = re.sub(r"\W", "_", text)
+    return f"_{word}" if word[:1].isdigit() else word
 
 
 def annotation(shown: Any) -> str:
@@ -65,22 +100,6 @@ def _describe(shown: Any) -> str:
     if isinstance(shown, tuple | list):
         return f"({', '.join(_describe(item) for item in shown)})"
     return ""
-
-
-def _names(graph: fx.Graph, inputs: Mapping[str, str]) -> dict[fx.Node, str]:
-    names: dict[fx.Node, str] = {}
-    taken: set[str] = {"self", "torch", "operator"}
-    counts: dict[str, int] = {}
-    for node in graph.nodes:
-        base = inputs.get(node.name, node.name) if node.op in ("placeholder", "get_attr") else _operator_name(node)
-        name, number = base, counts.get(base, 0)
-        while name in taken:
-            number += 1
-            name = f"{base}_{number}"
-        counts[base] = number
-        taken.add(name)
-        names[node] = name
-    return names
 
 
 def _operator_name(node: fx.Node) -> str:

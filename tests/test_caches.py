@@ -24,7 +24,7 @@ reference, x = copy.deepcopy(model), torch.randn(9, 12, dtype=torch.float64)
 reference(x).square().sum().backward()
 backend = oasis_backend(**arguments)
 torch.compile(model, backend=backend)(x).square().sum().backward()
-(record,) = backend._records
+(record,) = backend.compiled_graphs()
 factors = {}
 for (name, weight), dense in zip(model.named_parameters(), reference.parameters()):
     if isinstance(weight.grad, LowRankGrad):

@@ -1,0 +1,120 @@
+"""Printed graphs are programs: they run, give the same numbers, and change only where a pass changed them."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import fx
+
+from oasis_fx.config import Settings
+from oasis_fx.diff import side_by_side, wants_color
+from oasis_fx.graphs import GRAPHS, graphs
+from oasis_fx.printing import number_nodes, print_graph
+from oasis_fx.tracing import trace_model
+
+
+def mlp():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double(), torch.randn(5, 6).double()
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, use_cache=False,
+    )
+    tokens = torch.randint(0, 64, (2, 10))
+    return LlamaForCausalLM(config).double(), {"input_ids": tokens, "labels": tokens}
+
+
+def traced(make, **settings):
+    model, inputs = make()
+    (shown,) = graphs(trace_model(model, inputs, Settings(rank=2, **settings)))
+    return shown
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_golden_texts(inner, golden) -> None:
+    shown = traced(mlp, inner=inner)
+    for which in GRAPHS:
+        golden(f"mlp-{inner}-{which}", shown.text(which))
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("make", [mlp, llama], ids=["mlp", "llama"])
+def test_the_text_runs_and_gives_the_same_numbers(make, inner) -> None:
+    shown = traced(make, inner=inner)
+    for which in GRAPHS:
+        gm = getattr(shown, which)
+        inputs = []
+        generator = torch.Generator().manual_seed(0)
+        for node in gm.graph.find_nodes(op="placeholder"):
+            fake = node.meta["val"]
+            elements = 1 + sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True))
+            if fake.is_floating_point():
+                memory = torch.randn(elements, dtype=fake.dtype, generator=generator)
+            else:
+                memory = torch.randint(0, 2, (elements,), generator=generator).to(fake.dtype)
+            inputs.append(memory.as_strided(fake.shape, fake.stride()))
+        scope: dict = {}
+        text = shown.text(which)
+        exec(text, scope)
+        function = scope["joint" if which in ("before", "after") else which]
+        given = [gm, *inputs] if "    self,\n" in text else inputs
+        expected = fx.Interpreter(gm).run(*inputs)
+        for one, other in zip(function(*given), expected, strict=True):
+            if other is None:
+                assert one is None
+            else:
+                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_names_are_kept_from_graph_to_graph() -> None:
+    shown = traced(mlp)
+    before, after = shown.text("before").splitlines(), shown.text("after").splitlines()
+    # The dense contraction of each weight goes, what the passes insert comes, nothing else changes.
+    gone, come = [x for x in before if x not in after], [x for x in after if x not in before]
+    assert all("permute" in line or " mm" in line or "return" in line for line in gone + come)
+    assert len(gone) < 8
+
+
+def test_names_are_identifiers() -> None:
+    gm = fx.symbolic_trace(torch.nn.Sequential(torch.nn.ReLU()))
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    total = graph.call_function(torch.ops.aten.sum.default, (x,))
+    endless = graph.call_function(torch.ops.aten.add.Tensor, (total, float("inf")), {"alpha": 1})
+    graph.output((endless, None))
+    names = number_nodes([graph], {"x": "0.lambda", total.name: "lambda"})
+    text = print_graph(fx.GraphModule(gm, graph), names=names)
+    scope: dict = {}
+    exec(text, scope)
+    assert scope["graph"](torch.ones(2))[0] == float("inf") and "float('inf')" in text
+    assert "_0_lambda," in text and "lambda_1 = aten.sum" in text
+
+
+def test_side_by_side() -> None:
+    before, after = "a\nb\nc\nlong " + "x" * 100, "a\nB\nc\nnew\nlong " + "x" * 100
+    text = side_by_side(before, after, width=43)
+    lines = text.splitlines()
+    assert lines[0] == "a" + " " * 22 + "a"
+    assert lines[1].split() == ["b", "|", "B"] and lines[3].split() == [">", "new"]
+    assert lines[4].split()[1].endswith("...") and max(map(len, lines)) <= 43
+    assert "\033" not in text and "\033[32mnew\033[0m" in side_by_side(before, after, color=True)
+
+
+def test_color_only_on_a_terminal(monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert wants_color("auto", Terminal()) and not wants_color("auto", io.StringIO())
+    assert wants_color("always", io.StringIO()) and not wants_color("never", Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not wants_color("auto", Terminal())
