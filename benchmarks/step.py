@@ -97,17 +97,27 @@ def build_model(args: argparse.Namespace) -> Any:
 
     if args.model == "smollm2":  # the shape of the demo's model; its weights do not matter for time
         config = LlamaConfig(
-            hidden_size=576, intermediate_size=1536, num_hidden_layers=args.layers or 30, num_attention_heads=9,
-            num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, use_cache=False,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=args.layers or 30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=49152,
+            tie_word_embeddings=True,
+            use_cache=False,
         )
     else:
         width, layers = map(int, args.model.split("x"))
         config = LlamaConfig(
-            hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
-            num_attention_heads=width // 64, num_key_value_heads=width // 64, vocab_size=args.vocabulary, use_cache=False,
+            hidden_size=width,
+            intermediate_size=width * 11 // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            num_key_value_heads=width // 64,
+            vocab_size=args.vocabulary,
+            use_cache=False,
         )
-    with torch.device(args.device):
-        return LlamaForCausalLM(config).to(getattr(torch, args.dtype))
+    return LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype))
 
 
 def reset_peak(device: str) -> None:
@@ -183,8 +193,29 @@ def table(results: dict[str, Any]) -> str:
             for k in ("saved", "block_gradients_and_optimizer", "peak")
         ]
         compiling = result["compile_and_first_step"] / first["compile_and_first_step"]
-        rows.append([name, f"{medians[name]['step']:.3f}", *times, *sizes, f"{compiling:.2f}", result["sizes"]["rewritten"]])
-    headers = ["", "s/step", "step", "forward", "backward", "optimizer", "saved MiB", "block grad+opt MiB", "peak MiB", "compile", "rewritten"]
+        rows.append(
+            [
+                name,
+                f"{medians[name]['step']:.3f}",
+                *times,
+                *sizes,
+                f"{compiling:.2f}",
+                result["sizes"]["rewritten"],
+            ]
+        )
+    headers = [
+        "",
+        "s/step",
+        "step",
+        "forward",
+        "backward",
+        "optimizer",
+        "saved MiB",
+        "block grad+opt MiB",
+        "peak MiB",
+        "compile",
+        "rewritten",
+    ]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -206,13 +237,19 @@ def main() -> None:
     results = measure(args)
     import torch
 
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    )
     text = table(results)
-    title = f"{args.model} {args.dtype}, {args.batch} x {args.seq} tokens, rank {args.rank}; {device}, torch {torch.__version__}"
+    title = f"{args.model} {args.dtype}, {args.batch} x {args.seq} tokens, rank {args.rank}"
+    title += f"; {device}, torch {torch.__version__}"
     print(f"\n{title}; ratios to {args.contenders[0]}, medians of {args.steps}\n\n{text}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        name = f"step-{args.model}-{args.dtype}-{args.batch}x{args.seq}-r{args.rank}-{'gpu' if args.device == 'cuda' else 'cpu'}"
+        kind = "gpu" if args.device == "cuda" else "cpu"
+        name = f"step-{args.model}-{args.dtype}-{args.batch}x{args.seq}-r{args.rank}-{kind}"
         settings = {k: v if not isinstance(v, Path) else str(v) for k, v in vars(args).items()}
         record = {"settings": settings, "device": device, "torch": torch.__version__, "results": results}
         (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -32,7 +32,10 @@ class Examples:
 
     def batches(self, size: int) -> Iterable[dict[str, torch.Tensor]]:
         for start in range(0, len(self), size):
-            yield {"input_ids": self.input_ids[start : start + size], "labels": self.labels[start : start + size]}
+            yield {
+                "input_ids": self.input_ids[start : start + size],
+                "labels": self.labels[start : start + size],
+            }
 
 
 def load_examples(source: str, tokenizer: Any, seq_len: int, num_heldout: int, seed: int) -> tuple[Examples, Examples]:

@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 def summarize(results: dict[str, dict[str, Any]]) -> str:
-    """One table, a method a column. Sizes in MiB of real tensors; the first step, which compiles, is not in the median."""
+    """One table, a method a column. Sizes are of real tensors; the median leaves out the first step, which compiles."""
     rows: list[list[Any]] = [
         ["held-out loss before", *(f"{r['heldout_before']:.4f}" for r in results.values())],
         ["held-out loss after", *(f"{r['heldout_after']:.4f}" for r in results.values())],
@@ -29,12 +29,22 @@ def summarize(results: dict[str, dict[str, Any]]) -> str:
     rows.append(["seconds a step, median", *(f"{_median(r):.3f}" for r in results.values())])
     rows.append(["first step with compiling, s", *(f"{r['seconds'][0]:.1f}" for r in results.values())])
     rows.append(["weights with low-rank gradients", *(r["sizes"]["rewritten"] for r in results.values())])
-    return tabulate(rows, headers=["", *results], tablefmt="github", disable_numparse=True, colalign=("left", *["right"] * len(results)))
+    return tabulate(
+        rows,
+        headers=["", *results],
+        tablefmt="github",
+        disable_numparse=True,
+        colalign=("left", *["right"] * len(results)),
+    )
 
 
 def write_json(file: Path, args: Namespace, results: dict[str, dict[str, Any]]) -> None:
     settings = {key: value for key, value in vars(args).items() if isinstance(value, str | int | float | None)}
-    machine = {"device": device_name(args.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {
+        "device": device_name(args.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     text = json.dumps({"settings": settings, "machine": machine, "results": results}, indent=1)
     file.write_text(text + "\n")
 
@@ -56,7 +66,14 @@ def draw(file: Path, args: Namespace, results: dict[str, dict[str, Any]]) -> Non
     for method, result in results.items():
         (line,) = curves.plot(range(1, len(result["losses"]) + 1), result["losses"], label=f"{method}, training")
         ends = [result["heldout_before"], result["heldout_after"]]
-        curves.plot([0, len(result["losses"])], ends, "o--", color=line.get_color(), alpha=0.6, label=f"{method}, held-out")
+        curves.plot(
+            [0, len(result["losses"])],
+            ends,
+            "o--",
+            color=line.get_color(),
+            alpha=0.6,
+            label=f"{method}, held-out",
+        )
     curves.set(xlabel="step", ylabel="loss", title=f"{args.model}, {args.batch_size} x {args.seq_len} tokens a step")
     curves.legend()
     bottom = [0.0] * len(results)

@@ -27,12 +27,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, help="run this one alone, in this process")
     parser.add_argument("--compare", default="oasis,adamw", help="methods to run side by side (default: %(default)s)")
-    parser.add_argument("--model", default=EMBEDDED, help="Hugging Face name or folder (default: %(default)s, embedded)")
+    parser.add_argument(
+        "--model", default=EMBEDDED, help="Hugging Face name or folder (default: %(default)s, embedded)"
+    )
     parser.add_argument("--data", default="gsm_symbolic", help="gsm_symbolic, a jsonl file or a text file")
     parser.add_argument("--layers", type=int, help="keep the first N blocks")
     parser.add_argument("--rank", type=int, default=32, help="columns of each basis, or of each adapter")
     parser.add_argument("--lr", type=float, help="default: the method's own, see _training.py")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--stop-after", type=int, help="stop at this step of the schedule's --steps (with --method)")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--num-heldout", type=int, default=32, help="held-out examples")
@@ -69,14 +72,19 @@ def train_one(args: argparse.Namespace) -> dict:
     if args.resume:
         run.resume(args.resume)
     before = run.heldout_loss()
-    bar = tqdm(range(run.step_number, args.steps), desc="compiling", unit="step")
+    bar = tqdm(range(run.step_number, min(args.stop_after or args.steps, args.steps)), desc="compiling", unit="step")
     for _ in bar:
         done = run.step()
         bar.set_description("training")
         bar.set_postfix(loss=f"{done['loss']:.3f}")
         if args.save and args.save_every and run.step_number % args.save_every == 0:
             run.save(args.save, with_model=False)
-    result = {"losses": run.losses, "seconds": run.seconds, "heldout_before": before, "peak_bytes": run.peak_bytes()}
+    result = {
+        "losses": run.losses,
+        "seconds": run.seconds,
+        "heldout_before": before,
+        "peak_bytes": run.peak_bytes(),
+    }
     if args.save:
         run.save(args.save, with_model=True)
     return {**result, "sizes": run.sizes(), "heldout_after": run.heldout_loss()}
@@ -92,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "results.json", args, results)
     draw(args.out / "plot.png", args, results)
-    print(f"\n{args.model} on {device_name(args.device)}, {args.steps} steps of {args.batch_size} x {args.seq_len} tokens\n")
+    tokens = f"{args.batch_size} x {args.seq_len} tokens"
+    print(f"\n{args.model} on {device_name(args.device)}, {args.steps} steps of {tokens}\n")
     print(summarize(results))
     print(f"\nresults: {args.out / 'results.json'}   plot: {args.out / 'plot.png'}")
     return 0

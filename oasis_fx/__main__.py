@@ -116,7 +116,9 @@ def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
             color = wants_color(args.color, sys.stdout) and (args.output is None or args.color == "always")
             width = max(shutil.get_terminal_size((160, 24)).columns, 40)
             titles = f"before{where}", f"after{where}"
-            parts.append(side_by_side(shown.text("before"), shown.text("after"), width=width, color=color, titles=titles))
+            parts.append(
+                side_by_side(shown.text("before"), shown.text("after"), width=width, color=color, titles=titles)
+            )
         else:
             chosen = GRAPHS if args.graph in (None, "all") else (args.graph,)
             parts += [f"# {which}{where}\n{shown.text(which)}" for which in chosen]

@@ -109,7 +109,9 @@ class OasisBackend:
         merged = self._inductor_options(mode, options)
         if not torch.is_grad_enabled():
             return lowering.compile_plainly(gm, example_inputs, self.settings, merged)
-        problem = self._unmatched_globs(lowering.parameter_names(gm, example_inputs), torch_private.is_partial_graph(gm))
+        problem = self._unmatched_globs(
+            lowering.parameter_names(gm, example_inputs), torch_private.is_partial_graph(gm)
+        )
         if problem is not None:
             return _raise_when_called(ValueError(problem))
         compiled, record = lowering.lower(gm, example_inputs, self.settings, merged, self._inner_compile)
@@ -166,7 +168,7 @@ class OasisBackend:
 
 def _raise_when_called(error: Exception) -> Compiled:
     # An exception raised in a backend reaches the user wrapped in a BackendCompilerFailed of Dynamo's.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def fail(*_: Any) -> Any:
         raise error
 

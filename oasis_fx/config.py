@@ -13,8 +13,19 @@ SUBSPACES = ("oja",)
 INNER_COMPILERS = ("inductor", "aot_eager")
 
 # Output heads: their input is small beside the logits, and their rows are the vocabulary.
-DEFAULT_EXCLUDE = ("lm_head.*", "*.lm_head.*", "embed_out.*", "*.embed_out.*", "score.*", "*.score.*", "head.*",
-                   "classifier.*", "*.classifier.*", "output_projection.*", "*.output_projection.*")
+DEFAULT_EXCLUDE = (
+    "lm_head.*",
+    "*.lm_head.*",
+    "embed_out.*",
+    "*.embed_out.*",
+    "score.*",
+    "*.score.*",
+    "head.*",
+    "classifier.*",
+    "*.classifier.*",
+    "output_projection.*",
+    "*.output_projection.*",
+)
 
 Rank = int | float | Mapping[str, int | float]
 
@@ -66,7 +77,9 @@ class Settings:
         """Why the settings leave the weight ``name`` alone, or None."""
         if self.include is not None and not any(fnmatchcase(name, glob) for glob in self.include):
             return "not in include"
-        globs, origin = (DEFAULT_EXCLUDE, "output head, excluded by default") if self.exclude is None else (self.exclude, "")
+        globs, origin = (
+            (DEFAULT_EXCLUDE, "output head, excluded by default") if self.exclude is None else (self.exclude, "")
+        )
         for glob in globs:
             if fnmatchcase(name, glob):
                 return origin or f"excluded by {glob!r}"

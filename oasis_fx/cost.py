@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,6 +72,6 @@ def _plain(found: Any) -> Any:
         return torch.empty([hint(size) for size in found.shape], dtype=found.dtype, device="meta")
     if isinstance(found, torch.SymInt):
         return hint(found)
-    if isinstance(found, Sequence) and not isinstance(found, str):
+    if isinstance(found, tuple | list):
         return type(found)(_plain(item) for item in found)
     return found

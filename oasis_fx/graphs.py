@@ -63,5 +63,5 @@ def _graph_set(record: CompiledGraph, trace: Trace) -> GraphSet:
     for kind in ("basis", "slot"):
         for index, position in enumerate(sorted({getattr(weight, kind) for weight in record.lifted})):
             labels[placeholders[position].name] = f"{kind}_{index}"
-    modules = [getattr(trace, which) for which in GRAPHS]
-    return GraphSet(*modules, names=number_nodes([gm.graph for gm in modules], labels))
+    modules = trace.before, trace.after, trace.forward, trace.backward
+    return GraphSet(*modules, number_nodes([gm.graph for gm in modules], labels))

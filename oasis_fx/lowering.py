@@ -25,8 +25,8 @@ from oasis_fx.torch_private import (
     FakeTensor,
     aot_eager_lowering,
     compile_caches_disabled,
-    compile_fx,
     functorch_config,
+    inductor_lowering,
     known_fake,
     tracing_fake_mode,
 )
@@ -129,9 +129,7 @@ def _split(
         present = None if isinstance(weight, FakeTensor) else STORE.existing(weight, spec)
         parts.setdefault((spec, weight.dtype, weight.device, id(present)), []).append(use)
     return [
-        WeightGroup(
-            tuple(position[use.weight] for use in uses), tuple(use.transposed for use in uses), spec
-        )
+        WeightGroup(tuple(position[use.weight] for use in uses), tuple(use.transposed for use in uses), spec)
         for (spec, *_), uses in parts.items()
     ]
 
@@ -180,8 +178,7 @@ def _compile(
             compiled = aot_eager_lowering(gm, inputs, _EagerPartition(lifted))
         else:
             patches = {**options, "custom_partitioner_fn": JointPartitioner(lifted)}
-            extra = {} if inner_compile is None else {"inner_compile": inner_compile}
-            compiled = compile_fx(gm, inputs, config_patches=patches, **extra)
+            compiled = inductor_lowering(gm, inputs, patches, inner_compile)
     # Subgraphs of higher-order operators are partitioned on the way; the whole graph comes last.
     return compiled, traces[-1] if traces else None
 
@@ -212,7 +209,7 @@ def compile_plainly(
     with _budget(settings):
         if settings.inner == "aot_eager":
             return aot_eager_lowering(gm, example_inputs)
-        return compile_fx(gm, example_inputs, config_patches=dict(options) or None)
+        return inductor_lowering(gm, example_inputs, dict(options))
 
 
 @dataclass(frozen=True)
@@ -255,7 +252,7 @@ def _fake_runtime_inputs(
             slots.append(slot.detach().requires_grad_())
         dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
         bases.append(torch.empty(int(n), group.spec.rank, dtype=dtype, device=w.device).requires_grad_())
-    fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in (*bases, *slots)]
+    fakes: list[torch.Tensor] = [mode.from_tensor(t, static_shapes=True) for t in (*bases, *slots)]
     return fakes, [f"basis_{i}" for i in range(len(bases))] + [f"slot_{i}" for i in range(len(slots))]
 
 

@@ -173,7 +173,10 @@ def _made_of(forward: fx.Graph, basis: str) -> set[str]:
 
 
 def _note(
-    bases: Sequence[fx.Node], projection_kept: bool, saved_before: Mapping[str, int], saved_after: Mapping[str, int]
+    bases: Sequence[fx.Node],
+    projection_kept: bool,
+    saved_before: Mapping[str, int],
+    saved_after: Mapping[str, int],
 ) -> str:
     notes = []
     if all(node.op == "placeholder" for node in bases):

@@ -28,15 +28,15 @@ __all__ = [
     "FakeTensorMode",
     "aot_eager_lowering",
     "compile_caches_disabled",
-    "compile_fx",
     "copy_dynamo_attributes",
     "functorch_config",
     "fx_graph_cse",
     "gradient_positions",
+    "inductor_lowering",
     "input_source",
+    "is_partial_graph",
     "is_tangent",
     "known_fake",
-    "is_partial_graph",
     "mark_static_input",
     "tracing_fake_mode",
     "unguarded_fake_mode",
@@ -52,9 +52,23 @@ def aot_eager_lowering(
     if partition_fn is None:
         return aot_eager(gm, list(example_inputs))  # type: ignore[no-any-return]
     lowering = aot_autograd(
-        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition_fn, keep_inference_input_mutations=True
+        fw_compiler=boxed_nop,
+        bw_compiler=boxed_nop,
+        partition_fn=partition_fn,
+        keep_inference_input_mutations=True,
     )
     return lowering(gm, list(example_inputs))  # type: ignore[no-any-return]
+
+
+def inductor_lowering(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config_patches: dict[str, Any],
+    inner_compile: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Inductor, all of it: AOTAutograd, its caches, joint passes, code generation (or ``inner_compile``)."""
+    extra: dict[str, Any] = {} if inner_compile is None else {"inner_compile": inner_compile}
+    return compile_fx(gm, list(example_inputs), config_patches=config_patches or None, **extra)  # type: ignore[return-value]
 
 
 def input_source(placeholder: fx.Node) -> str | None:
@@ -93,7 +107,9 @@ def copy_dynamo_attributes(source: fx.GraphModule, target: fx.GraphModule) -> No
     for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
-    placeholders = zip(source.graph.find_nodes(op="placeholder"), target.graph.find_nodes(op="placeholder"), strict=False)
+    placeholders = zip(
+        source.graph.find_nodes(op="placeholder"), target.graph.find_nodes(op="placeholder"), strict=False
+    )
     for old, new in placeholders:
         # AOTAutograd asserts that each placeholder has the attribute; None is a legal value.
         new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
@@ -136,5 +152,8 @@ def unguarded_fake_mode(values: Iterable[Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def compile_caches_disabled() -> Iterator[None]:
     """Within: AOTAutograd traces again although its cache may hold the result."""
-    with functorch_config.patch(enable_autograd_cache=False), torch._inductor.config.patch(force_disable_caches=True):
+    with (
+        functorch_config.patch(enable_autograd_cache=False),
+        torch._inductor.config.patch(force_disable_caches=True),
+    ):
         yield

@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from oasis_fx.graph import Contraction, LiftedWeight, Skipped, WeightGradient, aten, dependents, outputs, prims, shape
+from oasis_fx.graph import (
+    Contraction,
+    LiftedWeight,
+    Skipped,
+    WeightGradient,
+    aten,
+    dependents,
+    outputs,
+    prims,
+    shape,
+)
 from oasis_fx.torch_private import gradient_positions, is_tangent
 
 # Which dimension of the weight's slot each dimension of a node is: 0, 1, or None for one of size 1.

@@ -117,7 +117,10 @@ def _linear(node: fx.Node) -> tuple[Any, Any, bool]:
 
 
 def _product(node: fx.Node, skip: int = 0) -> tuple[Any, Any, bool] | None:
-    operands = [*node.args[skip:], *(node.kwargs[k] for k in ("mat1", "other", "mat2", "tensor2") if k in node.kwargs)]
+    operands = [
+        *node.args[skip:],
+        *(node.kwargs[k] for k in ("mat1", "other", "mat2", "tensor2") if k in node.kwargs),
+    ]
     if len(operands) != 2:
         return None
     left, right = operands
@@ -135,7 +138,8 @@ def _einsum(node: fx.Node) -> tuple[Any, Any, bool] | None:
     terms, result = equation.replace(" ", "").split("->")
     for weight, activation in ((1, 0), (0, 1)):
         subscripts = terms.split(",")[weight]
-        if len(subscripts) != 2 or not isinstance(operands[weight], fx.Node) or not _is_parameter(operands[weight]):
+        operand = operands[weight]
+        if len(subscripts) != 2 or not isinstance(operand, fx.Node) or not _is_parameter(operand):
             continue
         contracted = [letter not in result for letter in subscripts]
         if contracted.count(True) == 1:
@@ -162,7 +166,12 @@ def _stored_weight(node: fx.Node) -> tuple[fx.Node, bool]:
     while node.op in ("call_method", "call_function") and node.args and isinstance(node.args[0], fx.Node):
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         if name in ("t", "transpose", "permute") or (name == "getattr" and node.args[1] in ("T", "mT")):
-            swaps = name != "permute" or tuple(torch.utils._pytree.tree_leaves(node.args[1:])) in ((1, 0), (-1, 0), (1, -2), (-1, -2))
+            swaps = name != "permute" or tuple(torch.utils._pytree.tree_leaves(node.args[1:])) in (
+                (1, 0),
+                (-1, 0),
+                (1, -2),
+                (-1, -2),
+            )
             flipped = flipped != swaps
         elif name not in ("contiguous", "to", "float", "half", "bfloat16", "double", "type_as"):
             break
@@ -174,7 +183,17 @@ def _behind_reshapes(node: fx.Node) -> fx.Node:
     """Follow reshapes that keep the last dimension, and casts: they name the same activation."""
     while node.op == "call_method" and isinstance(node.args[0], fx.Node):
         source = node.args[0]
-        keeps = node.target in ("view", "reshape", "flatten", "contiguous", "to", "float", "half", "bfloat16", "type_as")
+        keeps = node.target in (
+            "view",
+            "reshape",
+            "flatten",
+            "contiguous",
+            "to",
+            "float",
+            "half",
+            "bfloat16",
+            "type_as",
+        )
         if not keeps or not isinstance(value(source), torch.Tensor) or shape(source)[-1:] != shape(node)[-1:]:
             break
         node = source

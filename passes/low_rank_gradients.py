@@ -15,7 +15,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from oasis_fx.graph import Contraction, WeightGradient, aten, insert_after, insert_before, prims, set_output, shape, value
+from oasis_fx.graph import (
+    Contraction,
+    WeightGradient,
+    aten,
+    insert_after,
+    insert_before,
+    prims,
+    set_output,
+    shape,
+    value,
+)
 from oasis_fx.passes.project_activations import ProjectionKey
 from oasis_fx.torch_private import gradient_positions
 

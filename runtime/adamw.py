@@ -77,7 +77,11 @@ def step_low_rank(
 
 
 def _step_weight(
-    update: LowRankUpdate, u: torch.Tensor, hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
+    update: LowRankUpdate,
+    u: torch.Tensor,
+    hyper: Hyper,
+    gate: torch.Tensor | None,
+    generator: torch.Generator,
 ) -> None:
     weight, basis = update.weight, update.basis
     left, right = (basis, u.T) if update.transposed else (u, basis.T)

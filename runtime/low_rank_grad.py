@@ -45,12 +45,16 @@ class LowRankGrad(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, factor: torch.Tensor, subspace: Subspace, like: torch.Tensor, *, transposed: bool = False) -> LowRankGrad:
+    def __new__(
+        cls, factor: torch.Tensor, subspace: Subspace, like: torch.Tensor, *, transposed: bool = False
+    ) -> LowRankGrad:
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
             cls, like.shape, strides=like.stride(), dtype=factor.dtype, device=factor.device
         )
 
-    def __init__(self, factor: torch.Tensor, subspace: Subspace, like: torch.Tensor, *, transposed: bool = False) -> None:
+    def __init__(
+        self, factor: torch.Tensor, subspace: Subspace, like: torch.Tensor, *, transposed: bool = False
+    ) -> None:
         self.factor = factor
         self.subspace = subspace
         self.transposed = transposed
@@ -80,7 +84,7 @@ class LowRankGrad(torch.Tensor):
         dense = basis @ factor.T if self.transposed else factor @ basis.T
         return dense.to(self.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         kind = "dense" if self._dense else f"rank={self.factor.shape[1]}"
         return f"LowRankGrad(shape={tuple(self.shape)}, {kind}, dtype={self.dtype}, device={self.device})"
 
@@ -108,7 +112,7 @@ class LowRankGrad(torch.Tensor):
         return self._dense or (self.subspace is other.subspace and self.basis_version == other.basis_version)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         result = NotImplemented if handler is None else handler(func, *args, **kwargs)
@@ -116,7 +120,13 @@ class LowRankGrad(torch.Tensor):
 
 
 def _rebuild(
-    factor: torch.Tensor, basis: torch.Tensor, spec: Any, shape: Any, stride: Any, transposed: bool, dense: bool
+    factor: torch.Tensor,
+    basis: torch.Tensor,
+    spec: Any,
+    shape: Any,
+    stride: Any,
+    transposed: bool,
+    dense: bool,
 ) -> LowRankGrad:
     like = torch.empty_strided(shape, stride, device="meta")
     gradient = LowRankGrad(factor, Subspace(basis, spec), like, transposed=transposed)
@@ -137,7 +147,9 @@ def _densify_and_run(func: Any, args: Any, kwargs: Any) -> Any:
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     for argument in func._schema.arguments:
         written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and any(isinstance(v, LowRankGrad) for v in torch.utils._pytree.tree_leaves(given.get(argument.name))):
+        if written and any(
+            isinstance(v, LowRankGrad) for v in torch.utils._pytree.tree_leaves(given.get(argument.name))
+        ):
             raise RuntimeError(
                 f"{func} in place on a low-rank gradient is not supported: it would change a temporary full-size "
                 "matrix and be lost. Use gradient.to_dense() and assign the result to .grad"
@@ -261,7 +273,9 @@ def _foreach_zero(func: Any, tensors: Sequence[torch.Tensor]) -> None:
 
 # clip_grad_norm_, and gradient.norm().
 @_handles(aten.linalg_vector_norm.default)
-def _vector_norm(func: Any, self: Any, order: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def _vector_norm(
+    func: Any, self: Any, order: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
     if order != 2 or dim is not None or keepdim:
         return NotImplemented
     return func(self.factor, order, dim, keepdim, dtype=dtype)

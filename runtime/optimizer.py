@@ -227,7 +227,9 @@ class OasisAdamW(torch.optim.Optimizer):
         else:
             binding = self._bindings.get(weight)
             if binding is not None and binding.subspace is subspace and binding.version != subspace.version:
-                raise RuntimeError("a basis was moved by another optimizer: weights that share one belong to one optimizer")
+                raise RuntimeError(
+                    "a basis was moved by another optimizer: weights that share one belong to one optimizer"
+                )
             if binding is None or binding.subspace is not subspace:
                 # Loaded from a checkpoint, or taken over from another graph or backend. Equal bases are not
                 # multiplied: a resumed run is bitwise the uninterrupted one.
@@ -265,7 +267,9 @@ class OasisAdamW(torch.optim.Optimizer):
             if item.hyper.stochastic_rounding:
                 device = item.weight.device
                 state = self.state[item.weight]
-                step_dense_bfloat16(item.weight, item.gradient, state, item.hyper, _on(gate, device), generators[device])
+                step_dense_bfloat16(
+                    item.weight, item.gradient, state, item.hyper, _on(gate, device), generators[device]
+                )
             else:
                 batches.setdefault((item.hyper, item.weight.device), []).append(item)
         for (hyper, device), batch in batches.items():
@@ -309,7 +313,12 @@ class OasisAdamW(torch.optim.Optimizer):
         batches: dict[Any, list[tuple[State, torch.Tensor]]] = {}
         for weight, overlap in moves:
             state = self.state[weight]
-            key = (state["exp_avg"].shape, state["exp_avg"].dtype, overlap.device, tuple(map(float, betas[weight])))
+            key = (
+                state["exp_avg"].shape,
+                state["exp_avg"].dtype,
+                overlap.device,
+                tuple(map(float, betas[weight])),
+            )
             batches.setdefault(key, []).append((state, overlap))
         for (*_, (beta1, beta2)), batch in batches.items():
             states = [state for state, _ in batch]

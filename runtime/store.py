@@ -39,9 +39,7 @@ class SubspaceStore:
         entry: dict[SubspaceSpec, Subspace] = self._subspaces.get(weight) or {}
         return tuple(spec.rank for spec in entry)
 
-    def resolve(
-        self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, transposed: Sequence[bool]
-    ) -> Subspace:
+    def resolve(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, transposed: Sequence[bool]) -> Subspace:
         """The subspace that all of ``weights`` share from now on; made at first use.
 
         Weights of one group may come with different subspaces: a graph compiled for one layer is used for
@@ -75,9 +73,7 @@ class SubspaceStore:
             if not live:
                 self._preloaded[weight] = Preloaded(basis.detach().clone(), num_updates, group)
 
-    def _make(
-        self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, transposed: Sequence[bool]
-    ) -> Subspace:
+    def _make(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, transposed: Sequence[bool]) -> Subspace:
         weight = weights[0]
         n = weight.shape[0 if transposed[0] else 1]
         waiting: list[Preloaded] = [p for w in weights if (p := self._preloaded.get(w)) is not None]

@@ -57,13 +57,13 @@ def test_mode_and_options_reach_inductor(keywords, monkeypatch) -> None:
     seen = {}
     import oasis_fx.lowering as lowering
 
-    real = lowering.compile_fx
+    real = lowering.inductor_lowering
 
-    def spy(gm, inputs, config_patches, **kwargs):
+    def spy(gm, inputs, config_patches, *rest):
         seen.update(config_patches)
-        return real(gm, inputs, config_patches=config_patches, **kwargs)
+        return real(gm, inputs, config_patches, *rest)
 
-    monkeypatch.setattr(lowering, "compile_fx", spy)
+    monkeypatch.setattr(lowering, "inductor_lowering", spy)
     model, x = net(), batch()
     reference = copy.deepcopy(model)
     backward(reference, x)

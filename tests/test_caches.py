@@ -30,7 +30,8 @@ for (name, weight), dense in zip(model.named_parameters(), reference.parameters(
     if isinstance(weight.grad, LowRankGrad):
         ratio = weight.grad.factor / (dense.grad @ weight.grad.basis.detach())
         factors[name] = [weight.grad.factor.shape[1], float(ratio.min()), float(ratio.max())]
-print(json.dumps({"hit": record.trace is None, "factors": factors, "rewritten": len((record.trace or record.retrace()).sites)}))
+trace = record.trace or record.retrace()
+print(json.dumps({"hit": record.trace is None, "factors": factors, "rewritten": len(trace.sites)}))
 """
 
 
@@ -53,7 +54,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(site: Path, cache: Path, **arguments: object) -> dict:
     environment = {**os.environ, "PYTHONPATH": str(site), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(arguments)], env=environment, cwd=site, capture_output=True, text=True
+        [sys.executable, "-c", SCRIPT, json.dumps(arguments)],
+        env=environment,
+        cwd=site,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

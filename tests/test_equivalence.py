@@ -42,8 +42,13 @@ def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, use_cache=False,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        use_cache=False,
     )
     return LlamaForCausalLM(config), (torch.randint(0, 64, (2, 10)),), 14
 
@@ -55,7 +60,12 @@ def gpt2():
     return GPT2LMHeadModel(config).eval(), (torch.randint(0, 64, (2, 10)),), 8
 
 
-MODELS: list[Callable[..., tuple[torch.nn.Module, tuple[torch.Tensor, ...], int]]] = [mlp, swiglu, llama, gpt2]
+MODELS: list[Callable[..., tuple[torch.nn.Module, tuple[torch.Tensor, ...], int]]] = [
+    mlp,
+    swiglu,
+    llama,
+    gpt2,
+]
 
 
 def output_of(model, inputs) -> torch.Tensor:

@@ -11,7 +11,10 @@ import torch
 
 from oasis_fx import LowRankGrad, LowRankGradWarning, OasisAdamW, oasis_backend
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def llama(dtype=torch.float32, hidden=128, layers=2):
@@ -19,8 +22,13 @@ def llama(dtype=torch.float32, hidden=128, layers=2):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 64, vocab_size=256, use_cache=False,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        vocab_size=256,
+        use_cache=False,
     )
     return LlamaForCausalLM(config).cuda().to(dtype), torch.randint(0, 256, (4, 64), device="cuda")
 

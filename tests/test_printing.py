@@ -17,7 +17,9 @@ from oasis_fx.tracing import trace_model
 
 def mlp():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double(), torch.randn(5, 6).double()
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double(), torch.randn(
+        5, 6
+    ).double()
 
 
 def llama():
@@ -25,8 +27,13 @@ def llama():
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, use_cache=False,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        use_cache=False,
     )
     tokens = torch.randint(0, 64, (2, 10))
     return LlamaForCausalLM(config).double(), {"input_ids": tokens, "labels": tokens}

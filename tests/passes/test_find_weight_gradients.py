@@ -61,7 +61,7 @@ def test_reasons_for_what_is_no_contraction(capture_joint, product) -> None:
 
         @staticmethod
         def backward(ctx, dy):
-            x, w = ctx.saved_tensors
+            _, w = ctx.saved_tensors
             return dy @ w, dy.flatten(0, 1).t() @ (dy @ w).flatten(0, 1)
 
     cases = [

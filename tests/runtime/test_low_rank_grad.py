@@ -303,7 +303,7 @@ def test_a_basis_that_moves_before_backward_is_an_error(products, make_weight) -
     subspace = STORE.existing(w, SPEC)
     with torch.no_grad():
         subspace.basis.copy_(subspace.basis.flip(0))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|basis moved between"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|basis moved between"):
         y.sum().backward()
 
 
@@ -332,7 +332,9 @@ def test_one_factor_given_to_two_weights_is_copied(make_weight) -> None:
     assert weights[1].grad.factor.max() == 1
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, lambda p, lr: torch.optim.AdamW(p, lr, fused=True)])
+@pytest.mark.parametrize(
+    "make", [torch.optim.SGD, torch.optim.AdamW, lambda p, lr: torch.optim.AdamW(p, lr, fused=True)]
+)
 def test_stock_optimizers_are_right(make, products, make_weight) -> None:
     w = make_weight(5, 8)
     dense = torch.nn.Parameter(w.detach().clone())

@@ -118,7 +118,10 @@ def test_two_losses_in_one_step(products, make_weight) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_other_parameters_are_bitwise_torchs_adamw(dtype) -> None:
-    ours = [torch.nn.Parameter(torch.randn(4, 3, dtype=dtype)), torch.nn.Parameter(torch.randn(7, dtype=dtype))]
+    ours = [
+        torch.nn.Parameter(torch.randn(4, 3, dtype=dtype)),
+        torch.nn.Parameter(torch.randn(7, dtype=dtype)),
+    ]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     settings = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.2}
     one, other = OasisAdamW(ours, **settings), torch.optim.AdamW(theirs, fused=True, **settings)
@@ -134,7 +137,11 @@ def test_other_parameters_are_bitwise_torchs_adamw(dtype) -> None:
 
 def test_groups_have_their_own_settings(products, make_weight) -> None:
     fast, slow, bias = make_weight(5, 8, seed=1), make_weight(5, 8, seed=1), torch.nn.Parameter(torch.ones(3))
-    groups = [{"params": [fast], "lr": 0.1}, {"params": [slow], "lr": 0.01, "weight_decay": 0.0}, {"params": [bias]}]
+    groups = [
+        {"params": [fast], "lr": 0.1},
+        {"params": [slow], "lr": 0.01, "weight_decay": 0.0},
+        {"params": [bias]},
+    ]
     optimizer = OasisAdamW(groups, lr=0.5, weight_decay=0.3)
     before = fast.detach().clone()
     for y in products(inputs(0), [fast, slow], SPEC):
@@ -148,10 +155,16 @@ def test_groups_have_their_own_settings(products, make_weight) -> None:
 
 def test_schedulers_of_torch_work(products, make_weight) -> None:
     w, reference = make_weight(5, 8), make_weight(5, 8)
-    optimizer, plain = OasisAdamW([w], lr=0.1, weight_decay=0.0), OasisAdamW([reference], lr=0.1, weight_decay=0.0)
+    optimizer, plain = (
+        OasisAdamW([w], lr=0.1, weight_decay=0.0),
+        OasisAdamW([reference], lr=0.1, weight_decay=0.0),
+    )
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
-        [torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 2), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)],
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 2),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5),
+        ],
         milestones=[2],
     )
     for step in range(5):
@@ -207,7 +220,14 @@ def test_a_step_with_a_non_finite_gradient_is_left_out(where, bad, products, mak
 
     step(inputs(0))
     subspace = STORE.existing(w, SPEC)
-    tensors = [w, bias, subspace.basis, subspace.num_updates, *optimizer.state[w].values(), *optimizer.state[bias].values()]
+    tensors = [
+        w,
+        bias,
+        subspace.basis,
+        subspace.num_updates,
+        *optimizer.state[w].values(),
+        *optimizer.state[bias].values(),
+    ]
     tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
     before = [t.detach().clone() for t in tensors]
     with pytest.warns(RuntimeWarning, match="not finite"):
@@ -359,7 +379,9 @@ def test_another_rank_is_refused_before_anything_changes(products, make_weight) 
     y.sum().backward()
     bias.grad = torch.ones(2)
     before = w.detach().clone()
-    with pytest.raises(ValueError, match=r"layer\.weight has moments of shape \(5, 3\) and a gradient of shape \(5, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"layer\.weight has moments of shape \(5, 3\) and a gradient of shape \(5, 2\)"
+    ):
         optimizer.step()
     assert torch.equal(w, before) and torch.equal(bias, torch.ones(2))
 

@@ -43,7 +43,9 @@ def through_a_file(state: dict) -> dict:
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(when, dtype, products, make_weight) -> None:
     weights, bias, optimizer = build(make_weight, dtype)
     train(products, weights, bias, optimizer, range(3))
-    saved = through_a_file({"optimizer": optimizer.state_dict(), "model": [p.detach().clone() for p in (*weights, bias)]})
+    saved = through_a_file(
+        {"optimizer": optimizer.state_dict(), "model": [p.detach().clone() for p in (*weights, bias)]}
+    )
     train(products, weights, bias, optimizer, range(3, 6))
 
     again, again_bias, resumed = build(make_weight, dtype)
@@ -74,7 +76,15 @@ def test_contents_are_plain_and_bases_are_numbered(products, make_weight) -> Non
     optimizer.step()
     state = through_a_file(optimizer.state_dict())["state"]
     assert state[0]["subspace"] == state[1]["subspace"] != state[3]["subspace"]
-    assert set(state[0]) == {"step", "exp_avg", "exp_avg_sq", "basis", "basis_updates", "transposed", "subspace"}
+    assert set(state[0]) == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+        "basis",
+        "basis_updates",
+        "transposed",
+        "subspace",
+    }
     assert set(state[2]) == {"step", "exp_avg", "exp_avg_sq"}
     assert torch.equal(state[0]["basis"], STORE.existing(weights[0], SPEC).basis)
     assert "subspace" not in optimizer.state[weights[0]]  # numbered in the copy only
@@ -132,7 +142,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_loaded(products, make_weigh
         after = target.state_dict()
         assert after["param_groups"] == before["param_groups"]
         for key, entry in before["state"].items():
-            assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(after["state"][key][k])) for k, v in entry.items())
+            assert all(
+                torch.equal(torch.as_tensor(v), torch.as_tensor(after["state"][key][k])) for k, v in entry.items()
+            )
         assert torch.equal(STORE.existing(fresh[0], SPEC).basis, basis)
 
 

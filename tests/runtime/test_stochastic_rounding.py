@@ -14,7 +14,7 @@ def test_unbiased_and_to_a_neighbour() -> None:
         source = torch.full((200_000,), value)
         target = torch.empty(200_000, dtype=torch.bfloat16)
         round_stochastically_(target, source, torch.Generator().manual_seed(0))
-        step = float((torch.tensor(value).abs() * 2**-7))
+        step = float(torch.tensor(value).abs() * 2**-7)
         assert target.unique().numel() == 2
         assert (target.double() - value).abs().max() <= step
         # Three standard deviations of a mean of 200000 draws between two neighbours.

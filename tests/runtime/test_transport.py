@@ -29,7 +29,8 @@ def test_entry_by_entry() -> None:
     for i in range(6):
         for j in range(4):
             variance = sum(
-                (second[0, i, k] / BIAS2 - (mean[0, i, k] / BIAS1) ** 2).squeeze() * overlap[0, k, j] ** 2 for k in range(4)
+                (second[0, i, k] / BIAS2 - (mean[0, i, k] / BIAS1) ** 2).squeeze() * overlap[0, k, j] ** 2
+                for k in range(4)
             )
             centre = sum((mean[0, i, k] / BIAS1).squeeze() * overlap[0, k, j] for k in range(4))
             torch.testing.assert_close(got[0, i, j], BIAS2.squeeze() * abs(variance + centre**2))
