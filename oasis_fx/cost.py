@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from oasis_fx.graph import outputs, value
+from oasis_fx.graph import aten, outputs, value
+
+# Attention on a CPU, for which torch's counter has no formula: query, key and value, in the second behind dO.
+_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 _VIEWS = frozenset(
     {"alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes", "squeeze",
@@ -29,10 +34,13 @@ def num_bytes(tensor: torch.Tensor) -> int:
 
 def storage_node(node: fx.Node) -> fx.Node:
     """The node that owns the memory of ``node``, behind views."""
-    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        if node.target.overloadpacket.__name__ not in _VIEWS:
+    while node.op == "call_function":
+        # An item of split() is a view of what is split; an item of var_mean() owns its memory.
+        maker = node.all_input_nodes[0] if node.target is operator.getitem else node
+        target = maker.target
+        if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket.__name__ not in _VIEWS:
             break
-        node = node.all_input_nodes[0]
+        node = maker.all_input_nodes[0]
     return node
 
 
@@ -55,10 +63,16 @@ def matmul_flops(graph: fx.Graph) -> int:
 def _flops(node: fx.Node) -> int:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return 0
-    formula = flop_registry.get(node.target.overloadpacket)
-    if formula is None:
+    packet = node.target.overloadpacket
+    if packet not in (_ATTENTION, _ATTENTION_BACKWARD) and packet not in flop_registry:
         return 0
+    args: Any
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), _sized)
+    if packet is _ATTENTION:
+        return int(sdpa_flop_count(*(given.shape for given in args[:3])))  # type: ignore[no-untyped-call]
+    if packet is _ATTENTION_BACKWARD:
+        return int(sdpa_backward_flop_count(*(given.shape for given in args[:4])))  # type: ignore[no-untyped-call]
+    formula = flop_registry[packet]
     return int(formula(*args, **kwargs, out_val=_sized(node)))
 
 

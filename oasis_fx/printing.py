@@ -42,7 +42,7 @@ def print_graph(gm: fx.GraphModule, *, title: str = "graph", names: Mapping[str,
         elif node.op == "output":
             body.append(f"return {_argument(node.args[0], printed)}")
         elif node.op == "get_attr":
-            body.append(f"{printed[node]}{annotation(value(node))} = self.{node.target}")
+            body.append(f"{printed[node]}{annotation(value(node))} = {_attribute(str(node.target))}")
         else:
             called = _callee(node, printed, modules)
             given = [_argument(a, printed) for a in (node.args[1:] if node.op == "call_method" else node.args)]
@@ -63,7 +63,8 @@ def number_nodes(graphs: Iterable[fx.Graph], labels: Mapping[str, str]) -> dict[
         labels: what to call nodes, by node name, where the operator says too little: inputs.
     """
     printed: dict[str, str] = {}
-    taken: set[str] = {"self", "torch", "operator"} | set(keyword.kwlist)
+    # What the text itself calls must keep its meaning.
+    taken = {"self", "torch", "operator", "aten", "prims", "float", "slice", "getattr", *keyword.kwlist}
     numbers: Counter[str] = Counter()
     for node in (node for graph in graphs for node in graph.nodes if node.op != "output"):
         if node.name in printed:
@@ -83,6 +84,13 @@ def number_nodes(graphs: Iterable[fx.Graph], labels: Mapping[str, str]) -> dict[
 def _identifier(text: str) -> str:
     word = re.sub(r"\W", "_", text)
     return f"_{word}" if word[:1].isdigit() else word
+
+
+def _attribute(path: str) -> str:
+    found = "self"
+    for part in path.split("."):
+        found = f"{found}.{part}" if part.isidentifier() else f'getattr({found}, "{part}")'
+    return found
 
 
 def annotation(shown: Any) -> str:

@@ -16,7 +16,7 @@ _GIGA = 10**9
 _NOTES = {
     "X is an input": "X is an input of the graph: it exists anyway and counts nowhere",
     "X was recomputed": "without the passes the backward pass would compute X again from what it keeps anyway",
-    "X also kept": "another operation of the backward pass reads X, so it is kept beside P",
+    "X also kept": "another operation of the backward pass reads X, so it is not freed",
     "P recomputed": "the backward pass computes P again from an X that is kept anyway",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,8 @@ def trace_model(
     backend = OasisBackend(settings, inner_compile=run_node_by_node)
     torch.compiler.reset()
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
-    with torch.enable_grad(), compile_caches_disabled():
+    with torch.enable_grad(), compile_caches_disabled(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "dynamo_pgo")  # torch's word on the caches that are off on purpose
         if isinstance(example_inputs, Mapping):
             compiled(**example_inputs)
         elif isinstance(example_inputs, tuple | list):

@@ -160,20 +160,20 @@ def _is_parameter(node: fx.Node) -> bool:
     return isinstance(value(_stored_weight(node)[0]), torch.nn.Parameter)
 
 
+_CASTS = frozenset({"contiguous", "to", "float", "half", "bfloat16", "double", "type_as"})
+_RESHAPES = _CASTS | {"view", "reshape", "flatten"}
+_TRANSPOSES = frozenset({"t", "transpose", "permute", "numpy_T", "mT"})
+
+
 def _stored_weight(node: fx.Node) -> tuple[fx.Node, bool]:
     """Follow transposes and casts of a matrix to where it is stored; True if it is seen transposed."""
     flipped = False
     while node.op in ("call_method", "call_function") and node.args and isinstance(node.args[0], fx.Node):
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        if name in ("t", "transpose", "permute") or (name == "getattr" and node.args[1] in ("T", "mT")):
-            swaps = name != "permute" or tuple(torch.utils._pytree.tree_leaves(node.args[1:])) in (
-                (1, 0),
-                (-1, 0),
-                (1, -2),
-                (-1, -2),
-            )
-            flipped = flipped != swaps
-        elif name not in ("contiguous", "to", "float", "half", "bfloat16", "double", "type_as"):
+        name = _operation(node)
+        if name in _TRANSPOSES:
+            dims = torch.utils._pytree.tree_leaves(node.args[1:])
+            flipped = flipped != (name != "permute" or [dim % 2 for dim in dims] == [1, 0])
+        elif name not in _CASTS:
             break
         node = node.args[0]
     return node, flipped
@@ -181,20 +181,17 @@ def _stored_weight(node: fx.Node) -> tuple[fx.Node, bool]:
 
 def _behind_reshapes(node: fx.Node) -> fx.Node:
     """Follow reshapes that keep the last dimension, and casts: they name the same activation."""
-    while node.op == "call_method" and isinstance(node.args[0], fx.Node):
+    while node.op in ("call_method", "call_function") and _operation(node) in _RESHAPES:
         source = node.args[0]
-        keeps = node.target in (
-            "view",
-            "reshape",
-            "flatten",
-            "contiguous",
-            "to",
-            "float",
-            "half",
-            "bfloat16",
-            "type_as",
-        )
-        if not keeps or not isinstance(value(source), torch.Tensor) or shape(source)[-1:] != shape(node)[-1:]:
+        if not isinstance(source, fx.Node) or shape(source)[-1:] != shape(node)[-1:]:
             break
         node = source
     return node
+
+
+def _operation(node: fx.Node) -> str:
+    """The bare name of what a node calls, be it a method, a function, an attribute or an operator of aten."""
+    if node.target is getattr:
+        return {"T": "numpy_T"}.get(str(node.args[1]), str(node.args[1]))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return str(name).split(".")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +126,25 @@ def test_color_only_on_a_terminal(monkeypatch) -> None:
     assert wants_color("always", io.StringIO()) and not wants_color("never", Terminal())
     monkeypatch.setenv("NO_COLOR", "1")
     assert not wants_color("auto", Terminal())
+
+
+def test_names_that_the_text_needs_are_not_taken() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("primals_1")
+    graph.output((graph.call_function(torch.ops.aten.full_like.default, (x, float("inf"))),))
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    for label in ("aten", "float"):
+        namespace: dict[str, Any] = {}
+        exec(print_graph(gm, title="f", names=number_nodes([graph], {"primals_1": label})), namespace)
+        torch.testing.assert_close(namespace["f"](torch.ones(2))[0], torch.full((2,), float("inf")))
+
+
+def test_an_attribute_of_a_numbered_submodule() -> None:
+    root = torch.nn.Sequential(torch.nn.Module())
+    root[0].register_buffer("offset", torch.arange(3.0))
+    graph = fx.Graph()
+    graph.output((graph.get_attr("0.offset"),))
+    gm = fx.GraphModule(root, graph)
+    namespace: dict[str, Any] = {}
+    exec(print_graph(gm, title="f"), namespace)
+    torch.testing.assert_close(namespace["f"](gm)[0], torch.arange(3.0))
