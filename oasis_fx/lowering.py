@@ -53,7 +53,8 @@ class CompiledGraph:
         lifted: the same as the passes see them.
         reasons: weights left alone before any pass, with the reason.
         trace: what the passes did; None while unknown, as when a compile cache had the result.
-        retrace: runs the passes again, without caches and code generation.
+        retrace: runs the passes again, without caches and code generation; None from it where nothing that the
+            graph returns needs gradients.
     """
 
     names: Mapping[int, str]
@@ -61,7 +62,7 @@ class CompiledGraph:
     lifted: tuple[LiftedWeight, ...]
     reasons: Mapping[int, str]
     trace: Trace | None = None
-    retrace: Callable[[], Trace] | None = field(default=None, repr=False)
+    retrace: Callable[[], Trace | None] | None = field(default=None, repr=False)
 
 
 def choose_groups(
@@ -179,8 +180,7 @@ def _compile(
         else:
             patches = {**options, "custom_partitioner_fn": JointPartitioner(lifted)}
             compiled = inductor_lowering(gm, inputs, patches, inner_compile)
-    # Subgraphs of higher-order operators are partitioned on the way; the whole graph comes last.
-    return compiled, traces[-1] if traces else None
+    return compiled, traces[0] if traces else None
 
 
 def _retrace(
@@ -189,11 +189,10 @@ def _retrace(
     lifted: tuple[LiftedWeight, ...],
     settings: Settings,
     options: Mapping[str, Any],
-) -> Trace:
+) -> Trace | None:
     """Run the passes over a lifted graph again, on the fake values of its inputs."""
     with compile_caches_disabled(), torch.enable_grad():
         _, trace = _compile(gm, inputs, lifted, settings, options, run_node_by_node)
-    assert trace is not None
     return trace
 
 

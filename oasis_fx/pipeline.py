@@ -29,7 +29,7 @@ from oasis_fx.graph import LiftedWeight, PassError, Skipped, WeightGradient, che
 from oasis_fx.passes.find_weight_gradients import find_weight_gradients
 from oasis_fx.passes.low_rank_gradients import low_rank_gradients
 from oasis_fx.passes.project_activations import project_activations
-from oasis_fx.torch_private import fx_graph_cse
+from oasis_fx.torch_private import fx_graph_cse, is_whole_joint
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,16 @@ def partition_joint(
     Where a pass fails, the graph is partitioned as it came, with a warning: gradients are then dense.
     """
     static = tuple(static_lifetime_input_indices or ())
+    if not is_whole_joint(gm.graph):
+        # The body of a higher-order operator is partitioned by itself: the runtime's inputs are not among its own.
+        return min_cut_rematerialization_partition(
+            gm,
+            joint_inputs,
+            compiler=compiler,
+            num_fwd_outputs=num_fwd_outputs,
+            static_lifetime_input_indices=list(static),
+            **kwargs,
+        )
     gm.graph = fx_graph_cse(gm.graph)  # the reshaped X behind q, k and v is one node only after this
     before = copy_graph(gm)
     try:

@@ -99,7 +99,9 @@ def report(records: Sequence[CompiledGraph]) -> list[GraphReport]:
 
 def _report_graph(record: CompiledGraph, trace: Trace | None) -> GraphReport:
     if trace is None:
-        skipped = [SkippedRow(record.names[at], None, reason) for at, reason in sorted(record.reasons.items())]
+        unused = {weight.weight: "nothing that the graph returns needs gradients" for weight in record.lifted}
+        reasons = {**record.reasons, **unused}
+        skipped = [SkippedRow(record.names[at], None, reason) for at, reason in sorted(reasons.items())]
         return GraphReport((), tuple(skipped), None)
     placeholders = list(trace.before.graph.find_nodes(op="placeholder"))
     reasons = {**record.reasons, **{item.weight: item.reason for item in trace.skipped}}

@@ -36,6 +36,7 @@ __all__ = [
     "input_source",
     "is_partial_graph",
     "is_tangent",
+    "is_whole_joint",
     "known_fake",
     "mark_static_input",
     "tracing_fake_mode",
@@ -119,6 +120,11 @@ def mark_static_input(placeholder: fx.Node) -> None:
     """Make ``placeholder`` an input of ours: it has no source in the user's code, and its memory never moves."""
     placeholder._dynamo_source = None  # type: ignore[attr-defined]
     placeholder.meta["tensor_dict"] = dict(_STATIC_INPUT)
+
+
+def is_whole_joint(joint: fx.Graph) -> bool:
+    """True for the joint graph of a compile, whose inputs and outputs are described; False for a body within one."""
+    return "desc" in joint.output_node().meta
 
 
 def gradient_positions(joint: fx.Graph) -> dict[int, int]:
