@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # The CPU build that CI has; `make TORCH= ...` leaves the installed one, or lets pip choose.
 TORCH  ?= torch==2.13.0
 
-.PHONY: setup demo test test-slow bench lint typecheck clean
+.PHONY: setup demo test bench lint typecheck clean
 
 setup: $(VENV)/.installed
 
@@ -20,14 +20,12 @@ $(VENV)/.installed: pyproject.toml
 demo: setup  ## fine-tune SmolLM2-135M on grade-school maths, beside stock torch.compile + AdamW
 	$(BIN)/python examples/finetune.py --out runs/demo
 
-test: setup  ## all tests but the slow ones
-	$(BIN)/python -P -m pytest -m 'not slow and not gpu'
-
-test-slow: setup
-	$(BIN)/python -P -m pytest -m slow
+test: setup  ## all tests but those for a GPU
+	$(BIN)/python -P -m pytest -m 'not gpu'
 
 bench: setup  ## the figures of docs/performance.md
-	$(BIN)/python benchmarks/step.py --out benchmarks/results
+	$(BIN)/python benchmarks/step.py --model smollm2 --batch 4 --seq 256 --steps 5 --out benchmarks/results
+	$(BIN)/python benchmarks/step.py --model 1024x4 --batch 4 --seq 512 --steps 5 --out benchmarks/results
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from functorch.compile import make_boxed_func
 from torch import fx
 
 from oasis_fx.config import Settings
+from oasis_fx.errors import OasisWarning
 from oasis_fx.graph import LiftedWeight, value
 from oasis_fx.names import weight_name
 from oasis_fx.partitioner import JointPartitioner
@@ -151,17 +153,34 @@ def lower(
         options: Inductor's, from the backend and from `torch.compile`.
         inner_compile: in place of Inductor's code generation, for the printer.
     """
-    groups, reasons, names = choose_groups(gm, example_inputs, settings)
-    record = CompiledGraph(names, groups, _lifted(groups, len(example_inputs)), reasons)
-    if not groups:
+    record, lifted_gm, runtime_inputs = _prepare(gm, example_inputs, settings)
+    if lifted_gm is None:
         return compile_plainly(gm, example_inputs, settings, options), record
-    tensors, labels = _fake_runtime_inputs(groups, example_inputs)
-    lifted_gm = lift_runtime_inputs(gm, tensors, labels)
-    inputs = [*example_inputs, *tensors]
+    inputs = [*example_inputs, *runtime_inputs]
     compiled, record.trace = _compile(lifted_gm, inputs, record.lifted, settings, options, inner_compile)
     fakes = [known_fake(given) for given in inputs]  # what is kept must not keep the user's tensors
     record.retrace = lambda: _retrace(lifted_gm, fakes, record.lifted, settings, options)
-    return _call_with_runtime_inputs(compiled, groups), record
+    return _call_with_runtime_inputs(compiled, record.groups), record
+
+
+def _prepare(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
+) -> tuple[CompiledGraph, fx.GraphModule | None, list[torch.Tensor]]:
+    """Choose groups and lift the runtime's inputs; no graph where there is nothing to lift.
+
+    All that relies on Dynamo's private side is in here: what surprises us there leaves the graph as it is.
+    """
+    try:
+        groups, reasons, names = choose_groups(gm, example_inputs, settings)
+        record = CompiledGraph(names, groups, _lifted(groups, len(example_inputs)), reasons)
+        if not groups:
+            return record, None, []
+        tensors, labels = _fake_runtime_inputs(groups, example_inputs)
+        return record, lift_runtime_inputs(gm, tensors, labels), tensors
+    except (AttributeError, AssertionError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        warnings.warn(f"gradients of a graph stay dense: torch surprised oasis_fx ({why})", OasisWarning, stacklevel=3)
+        return CompiledGraph({}, (), (), {}), None, []
 
 
 def _compile(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import weakref
 
@@ -224,6 +225,30 @@ def test_a_failing_pass_leaves_dense_gradients_and_warns(monkeypatch) -> None:
     reference = copy.deepcopy(model)
     backward(reference, x)
     with pytest.warns(OasisWarning, match="gradients of this graph stay dense.*on purpose"):
+        backward(torch.compile(model, backend=oasis_backend(rank=3, **EAGER)), x)
+    assert_exact(model, reference, set())
+
+
+def test_a_surprise_in_torch_leaves_dense_gradients_and_warns(monkeypatch) -> None:
+    def gone(*_):
+        raise AttributeError("'GraphModule' object has no attribute 'private'")
+
+    monkeypatch.setattr("oasis_fx.passes.lift_runtime_inputs.copy_dynamo_attributes", gone)
+    model, x = net(), batch()
+    reference = copy.deepcopy(model)
+    backward(reference, x)
+    with pytest.warns(OasisWarning, match="torch surprised oasis_fx.*has no attribute 'private'"):
+        backward(torch.compile(model, backend=oasis_backend(rank=3, **EAGER)), x)
+    assert_exact(model, reference, set())
+
+
+def test_a_torch_without_the_private_names_is_plain_inductor(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "oasis_fx.lowering", None)
+    monkeypatch.delattr("oasis_fx.lowering", raising=False)
+    model, x = net(), batch()
+    reference = copy.deepcopy(model)
+    backward(reference, x)
+    with pytest.warns(OasisWarning, match="does not know this torch"):
         backward(torch.compile(model, backend=oasis_backend(rank=3, **EAGER)), x)
     assert_exact(model, reference, set())
 
