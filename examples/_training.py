@@ -18,9 +18,8 @@ from _models import add_lora, load_model
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes
 
-# Best of three each on the demo's data (docs/performance.md).
+# The best of those tried on the demo's data, lora aside (docs/performance.md).
 LEARNING_RATES = {"oasis": 3e-4, "adamw": 1e-4, "lora": 5e-4}
-DENSE_LEARNING_RATE = 1e-4  # of oasis, for what is not in a subspace
 WARMUP_STEPS = 3
 
 
@@ -47,21 +46,10 @@ class Run:
         lr = self.args.lr or LEARNING_RATES[self.method]
         if self.method == "oasis":
             self.model.compile(backend=oasis_backend(rank=self.args.rank, inner=self.args.inner))
-            # A step in r of n directions is a small one: it takes a larger learning rate than AdamW's, which
-            # fits embeddings and norms as it is.
-            dense = [p for p in self.model.parameters() if p.dim() != 2 or id(p) in self._vocabulary()]
-            of_dense = set(map(id, dense))
-            in_subspace = [p for p in self.model.parameters() if id(p) not in of_dense]
-            groups = [{"params": in_subspace}, {"params": dense, "lr": self.args.dense_lr or DENSE_LEARNING_RATE}]
-            return OasisAdamW(groups, lr=lr, weight_decay=0.0)
+            return OasisAdamW(self.model.parameters(), lr=lr, weight_decay=0.0)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.model.compile(backend=self.args.inner)
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
-
-    def _vocabulary(self) -> set[int]:
-        """Ids of the matrices with a row for each token: embeddings and the output head."""
-        modules = [m for m in self.model.modules() if isinstance(m, torch.nn.Embedding)]
-        return {id(p) for m in [*modules, self.model.get_output_embeddings()] for p in m.parameters()}
 
     def _scale(self, step: int) -> float:
         """Linear warm-up, then cosine to a tenth."""

@@ -34,7 +34,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="keep the first N blocks")
     parser.add_argument("--rank", type=int, default=32, help="columns of each basis, or of each adapter")
     parser.add_argument("--lr", type=float, help="default: the method's own, see _training.py")
-    parser.add_argument("--dense-lr", type=float, help="oasis: of the parameters outside of the blocks' matrices")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--stop-after", type=int, help="stop at this step of the schedule's --steps (with --method)")
     parser.add_argument("--batch-size", type=int, default=2)
