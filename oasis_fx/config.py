@@ -41,6 +41,7 @@ class Settings:
     exclude: tuple[str, ...] | None = None
     inner: str = "inductor"
     memory_budget: float = 1.0
+    stats: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,6 +57,8 @@ class Settings:
             raise ValueError(f"subspace_lr is {self.subspace_lr!r}: it must be a number over 0 (inf: power iteration)")
         if not _is_number(self.memory_budget) or not 0 <= self.memory_budget <= 1:
             raise ValueError(f"memory_budget is {self.memory_budget!r}: it must be a number from 0 to 1")
+        if not isinstance(self.stats, bool):
+            raise ValueError(f"stats is {self.stats!r}: it must be True or False")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         if "custom_partitioner_fn" in self.options:

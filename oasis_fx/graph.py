@@ -7,8 +7,10 @@ P[N,r] = X Q, G[m,r] = dY^T P, C[n,r] = X^T P.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -31,13 +33,29 @@ class LiftedWeight:
         weight: position of W.
         slot: position of S, whose gradient will be G.
         basis: position of Q, whose gradient will be C; weights that read one activation share it.
-        transposed: W is stored n x m (`x @ w`, Hugging Face's Conv1D), not m x n (nn.Linear).
+        energy: position of a scalar beside Q, whose gradient will be ||X||^2; None where that is not wanted.
+        features: dimensions of W, from and to, that its matmul sums over: (1, 2) of nn.Linear's [m,n], (0, 1) of
+            Conv1D's [n,m], (1, 4) of a convolution's [m,c,h,w], (1, 2) of experts' [e,n,m]. The others are rows.
     """
 
     weight: int
     slot: int
     basis: int
-    transposed: bool
+    energy: int | None
+    features: tuple[int, int]
+
+    def rows(self, num_dims: int) -> tuple[int, ...]:
+        """The dimensions of W that are rows of S, in order."""
+        return *range(self.features[0]), *range(self.features[1], num_dims)
+
+
+class Kind(Enum):
+    """How a weight gradient is computed from dY and X."""
+
+    MATMUL = "matmul"  # dY [N,m], X [N,n]; or [1,N,..]
+    BATCHED = "batched matmul"  # dY [e,N,m], X [e,N,n], one matmul an expert
+    GROUPED = "grouped matmul"  # dY [N,m], X [N,n], rows of one expert behind those of another
+    CONVOLUTION = "convolution"  # dY [b,m,*], X [b,c,*]
 
 
 @dataclass(frozen=True)
@@ -45,11 +63,13 @@ class Contraction:
     """One matmul ``dY^T X`` within a weight gradient.
 
     Attributes:
+        kind: which operator does it.
         dense: the node that computes it.
-        dy: the operand that depends on an incoming gradient; [N, m], or [m, N] if ``dy_transposed``.
-        x: the operand that does not; [N, n], or [n, N] if ``x_transposed``.
+        dy: the operand that depends on an incoming gradient; its last two dimensions are swapped if ``dy_transposed``.
+        x: the operand that does not; swapped if ``x_transposed``.
     """
 
+    kind: Kind
     dense: fx.Node
     dy: fx.Node
     dy_transposed: bool
@@ -59,17 +79,22 @@ class Contraction:
 
 @dataclass(frozen=True)
 class WeightGradient:
-    """A weight gradient that is a sum of contractions.
+    """A weight gradient made of contractions.
 
     Attributes:
         inputs: the weight and the runtime's inputs for it.
         position: where its dense gradient stands among the joint graph's outputs.
-        terms: one contraction for each use of the weight.
+        blocks: its blocks of rows, from first to last: one, or one for each part of a weight used in parts. Each is
+            the sum of its contractions: one for each use of the weight.
     """
 
     inputs: LiftedWeight
     position: int
-    terms: tuple[Contraction, ...]
+    blocks: tuple[tuple[Contraction, ...], ...]
+
+    @property
+    def terms(self) -> tuple[Contraction, ...]:
+        return tuple(term for block in self.blocks for term in block)
 
 
 @dataclass(frozen=True)
@@ -123,19 +148,19 @@ def dependents(sources: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def insert_after(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """Insert ``target(*args)`` behind ``node``, or behind the inputs where ``node`` is one of them."""
+def insert_after(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Insert ``target(*args, **kwargs)`` behind ``node``, or behind the inputs where ``node`` is one of them."""
     point = node
     if node.op == "placeholder":
         point = list(graph.find_nodes(op="placeholder"))[-1]
     with graph.inserting_after(point):
-        return _finish(graph.call_function(target, args), node)
+        return _finish(graph.call_function(target, args, kwargs), node)
 
 
-def insert_before(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """Insert ``target(*args)`` in front of ``node``."""
+def insert_before(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Insert ``target(*args, **kwargs)`` in front of ``node``."""
     with graph.inserting_before(node):
-        return _finish(graph.call_function(target, args), node)
+        return _finish(graph.call_function(target, args, kwargs), node)
 
 
 def _finish(new: fx.Node, neighbour: fx.Node) -> fx.Node:
@@ -149,7 +174,10 @@ def _finish(new: fx.Node, neighbour: fx.Node) -> fx.Node:
 
 def run_on_values(node: fx.Node) -> Any:
     """Run a node's operator on the fake values of its inputs. Nothing is computed and no guard is added."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    arguments: Any = fx.node.map_arg((node.args, node.kwargs), value)
+    args, kwargs = arguments
+    if node.target is operator.getitem:
+        return args[0][args[1]]
     with unguarded_fake_mode(value(source) for source in node.all_input_nodes):
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -166,7 +194,7 @@ def check_graph(pass_name: str, graph: fx.Graph, nodes: Iterable[fx.Node] | None
     try:
         graph.lint()
     except RuntimeError as error:
-        raise PassError(pass_name, None, str(error)) from error
+        raise PassError(pass_name, None, str(error).splitlines()[0]) from error  # the rest is the whole graph
     for node in graph.nodes if nodes is None else nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             _check_node(pass_name, node)

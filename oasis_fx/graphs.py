@@ -10,6 +10,7 @@ from torch import fx
 from oasis_fx.lowering import CompiledGraph
 from oasis_fx.pipeline import Trace
 from oasis_fx.printing import number_nodes, print_graph
+from oasis_fx.torch_private import input_placeholders
 
 GRAPHS = ("before", "after", "forward", "backward")
 _TITLES = {"before": "joint", "after": "joint"}  # one title, or a diff would start with a difference
@@ -58,10 +59,10 @@ def trace_of(record: CompiledGraph) -> Trace | None:
 
 
 def _graph_set(record: CompiledGraph, trace: Trace) -> GraphSet:
-    placeholders = list(trace.before.graph.find_nodes(op="placeholder"))
-    labels = {placeholders[position].name: name for position, name in sorted(record.names.items())}
-    for kind in ("basis", "slot"):
-        for index, position in enumerate(sorted({getattr(weight, kind) for weight in record.lifted})):
+    placeholders = input_placeholders(trace.before.graph)
+    labels = {placeholders[at].name: name for at, name in sorted(record.names.items()) if at in placeholders}
+    for kind in ("basis", "energy", "slot"):
+        for index, position in enumerate(sorted({getattr(weight, kind) for weight in record.lifted} - {None})):
             labels[placeholders[position].name] = f"{kind}_{index}"
     modules = trace.before, trace.after, trace.forward, trace.backward
     return GraphSet(*modules, number_nodes([gm.graph for gm in modules], labels))

@@ -20,9 +20,10 @@ from oasis_fx.partitioner import JointPartitioner
 from oasis_fx.passes.group_by_activation import WeightUse, group_by_activation
 from oasis_fx.passes.lift_runtime_inputs import lift_runtime_inputs
 from oasis_fx.pipeline import Trace, observe_traces, partition_joint
+from oasis_fx.runtime.layout import num_features, num_rows
 from oasis_fx.runtime.slots import coordinate_slots
 from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.runtime.subspace import Subspace, SubspaceSpec
 from oasis_fx.torch_private import (
     FakeTensor,
     aot_eager_lowering,
@@ -34,6 +35,7 @@ from oasis_fx.torch_private import (
 )
 
 Compiled = Callable[..., Any]
+OnUse = Callable[[Subspace, tuple[str, ...]], Any]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class WeightGroup:
     """Weights of one graph that share a basis, by position among the graph's inputs."""
 
     weights: tuple[int, ...]
-    transposed: tuple[bool, ...]
+    features: tuple[tuple[int, int], ...]
     spec: SubspaceSpec
 
 
@@ -125,14 +127,15 @@ def _split(
     for use in members:
         index = position[use.weight]
         weight = example_inputs[index]
-        rank = settings.rank_of(names[index], weight.shape[0 if use.transposed else 1])
+        n = num_features(weight.shape, use.features)
+        rank = settings.rank_of(names[index], n)
         assert rank is not None  # a weight that no glob of rank names was left alone before
         spec = SubspaceSpec(rank=rank, rule=settings.subspace, learning_rate=settings.subspace_lr)
         # Under DDP the example inputs are fake: what the real weights have is seen at run time alone.
         present = None if isinstance(weight, FakeTensor) else STORE.existing(weight, spec)
-        parts.setdefault((spec, weight.dtype, weight.device, id(present)), []).append(use)
+        parts.setdefault((spec, n, weight.dtype, weight.device, id(present)), []).append(use)
     return [
-        WeightGroup(tuple(position[use.weight] for use in uses), tuple(use.transposed for use in uses), spec)
+        WeightGroup(tuple(position[use.weight] for use in uses), tuple(use.features for use in uses), spec)
         for (spec, *_), uses in parts.items()
     ]
 
@@ -143,6 +146,7 @@ def lower(
     settings: Settings,
     options: Mapping[str, Any],
     inner_compile: Compiled | None = None,
+    on_use: OnUse | None = None,
 ) -> tuple[Compiled, CompiledGraph]:
     """Compile one training graph with its weights in subspaces.
 
@@ -152,15 +156,16 @@ def lower(
         settings: of the backend.
         options: Inductor's, from the backend and from `torch.compile`.
         inner_compile: in place of Inductor's code generation, for the printer.
+        on_use: called with each subspace that a call of the graph takes, and the names of its weights.
     """
     record, lifted_gm, runtime_inputs = _prepare(gm, example_inputs, settings)
     if lifted_gm is None:
-        return compile_plainly(gm, example_inputs, settings, options), record
+        return compile_plainly(gm, example_inputs, settings, options, inner_compile), record
     inputs = [*example_inputs, *runtime_inputs]
     compiled, record.trace = _compile(lifted_gm, inputs, record.lifted, settings, options, inner_compile)
     fakes = [known_fake(given) for given in inputs]  # what is kept must not keep the user's tensors
     record.retrace = lambda: _retrace(lifted_gm, fakes, record.lifted, settings, options)
-    return _call_with_runtime_inputs(compiled, record.groups), record
+    return _call_with_runtime_inputs(compiled, record, settings.stats, on_use), record
 
 
 def _prepare(
@@ -172,10 +177,10 @@ def _prepare(
     """
     try:
         groups, reasons, names = choose_groups(gm, example_inputs, settings)
-        record = CompiledGraph(names, groups, _lifted(groups, len(example_inputs)), reasons)
+        record = CompiledGraph(names, groups, _lifted(groups, len(example_inputs), settings.stats), reasons)
         if not groups:
             return record, None, []
-        tensors, labels = _fake_runtime_inputs(groups, example_inputs)
+        tensors, labels = _fake_runtime_inputs(groups, example_inputs, settings.stats)
         return record, lift_runtime_inputs(gm, tensors, labels), tensors
     except (AttributeError, AssertionError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
@@ -221,13 +226,17 @@ def run_node_by_node(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
 
 
 def compile_plainly(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, options: Mapping[str, Any]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Settings,
+    options: Mapping[str, Any],
+    inner_compile: Compiled | None = None,
 ) -> Compiled:
     """Compile a graph as the inner compiler alone would."""
     with _budget(settings):
         if settings.inner == "aot_eager":
             return aot_eager_lowering(gm, example_inputs)
-        return inductor_lowering(gm, example_inputs, dict(options))
+        return inductor_lowering(gm, example_inputs, dict(options), inner_compile)
 
 
 @dataclass(frozen=True)
@@ -244,54 +253,65 @@ def _budget(settings: Settings) -> AbstractContextManager[Any]:
     return functorch_config.patch(activation_memory_budget=float(settings.memory_budget))
 
 
-def _lifted(groups: Sequence[WeightGroup], num_inputs: int) -> tuple[LiftedWeight, ...]:
-    """Positions of the runtime's inputs: all bases behind the graph's own inputs, then all slots."""
+def _lifted(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) -> tuple[LiftedWeight, ...]:
+    """Positions of the runtime's inputs: all bases behind the graph's own inputs, their energies, then all slots."""
     lifted = []
-    slot = num_inputs + len(groups)
+    slot = num_inputs + len(groups) * (2 if stats else 1)
     for index, group in enumerate(groups):
-        for weight, transposed in zip(group.weights, group.transposed, strict=True):
-            lifted.append(LiftedWeight(weight, slot, num_inputs + index, transposed))
+        for weight, features in zip(group.weights, group.features, strict=True):
+            energy = num_inputs + len(groups) + index if stats else None
+            lifted.append(LiftedWeight(weight, slot, num_inputs + index, energy, features))
             slot += 1
     return tuple(lifted)
 
 
 def _fake_runtime_inputs(
-    groups: Sequence[WeightGroup], example_inputs: Sequence[Any]
+    groups: Sequence[WeightGroup], example_inputs: Sequence[Any], stats: bool
 ) -> tuple[list[torch.Tensor], list[str]]:
-    """Fake bases and slots in the fake mode of the compile, with static shapes: they have no source to guard on."""
+    """Fake runtime inputs in the fake mode of the compile, with static shapes: they have no source to guard on."""
     mode = tracing_fake_mode()
     assert mode is not None  # Dynamo always sets one
-    bases, slots = [], []
+    bases, energies, slots = [], [], []
     for group in groups:
-        for weight, transposed in zip(group.weights, group.transposed, strict=True):
+        for weight, features in zip(group.weights, group.features, strict=True):
             w = example_inputs[weight]
-            m, n = (w.shape[1], w.shape[0]) if transposed else (w.shape[0], w.shape[1])
-            slot = torch.zeros(1, dtype=w.dtype, device=w.device).expand(int(m), group.spec.rank)
+            slot = torch.zeros(1, dtype=w.dtype, device=w.device).expand(num_rows(w.shape, features), group.spec.rank)
             slots.append(slot.detach().requires_grad_())
         dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        bases.append(torch.empty(int(n), group.spec.rank, dtype=dtype, device=w.device).requires_grad_())
-    fakes: list[torch.Tensor] = [mode.from_tensor(t, static_shapes=True) for t in (*bases, *slots)]
-    return fakes, [f"basis_{i}" for i in range(len(bases))] + [f"slot_{i}" for i in range(len(slots))]
+        n = num_features(w.shape, features)
+        bases.append(torch.empty(n, group.spec.rank, dtype=dtype, device=w.device).requires_grad_())
+        if stats:
+            energies.append(torch.zeros((), dtype=dtype, device=w.device).requires_grad_())
+    inputs = {"basis": bases, "energy": energies, "slot": slots}
+    names = [f"{kind}_{index}" for kind, made in inputs.items() for index in range(len(made))]
+    fakes: list[torch.Tensor] = [mode.from_tensor(t, static_shapes=True) for t in (*bases, *energies, *slots)]
+    return fakes, names
 
 
-def _call_with_runtime_inputs(compiled: Compiled, groups: Sequence[WeightGroup]) -> Compiled:
+def _call_with_runtime_inputs(compiled: Compiled, record: CompiledGraph, stats: bool, on_use: OnUse | None) -> Compiled:
     """Call ``compiled`` with the bases and slots of the parameters of *each call*.
 
     One compiled graph serves other layers and other models with the same code: what was seen at compile
     time must not be remembered here.
     """
-    transposed = tuple(flag for group in groups for flag in group.transposed)
+    groups = record.groups
+    names = [tuple(record.names[index] for index in group.weights) for group in groups]
+    features = tuple(dims for group in groups for dims in group.features)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(*args: Any) -> Any:
         subspaces, weights, owners = [], [], []
         for group in groups:
             members = [args[index] for index in group.weights]
-            subspace = STORE.resolve(members, group.spec, group.transposed)
+            subspace = STORE.resolve(members, group.spec, group.features)
             subspaces.append(subspace)
             weights += members
             owners += [subspace] * len(members)
-        slots = coordinate_slots(weights, owners, transposed)
-        return compiled(*args, *(subspace.basis for subspace in subspaces), *slots)
+        slots = coordinate_slots(weights, owners, features)
+        if on_use is not None:
+            for subspace, known_as in zip(subspaces, names, strict=True):
+                on_use(subspace, known_as)
+        energies = [subspace.energy for subspace in subspaces] if stats else []
+        return compiled(*args, *(subspace.basis for subspace in subspaces), *energies, *slots)
 
     return run

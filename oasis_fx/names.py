@@ -9,6 +9,7 @@ from torch import fx
 from oasis_fx.torch_private import input_source
 
 _STEP = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.([A-Za-z]\w*)")
+_NO_STEP = ("_orig_mod", "_modules", "_parameters")  # Dynamo reads some modules as __dict__['_modules'][name]
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")
 
 
@@ -22,4 +23,4 @@ def weight_name(placeholder: fx.Node) -> str:
     if source is None:
         return placeholder.name
     path = [next(part for part in match if part) for match in _STEP.findall(_ROOT.sub("", source))]
-    return ".".join(step for step in path if step != "_orig_mod") or placeholder.name
+    return ".".join(step for step in path if step not in _NO_STEP) or placeholder.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,12 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
 from oasis_fx.cost import hint, matmul_flops, num_bytes, saved_storages, storage_node
-from oasis_fx.graph import Contraction, WeightGradient, dependents, shape, value
+from oasis_fx.graph import Contraction, Kind, WeightGradient, dependents, shape, value
 from oasis_fx.graphs import trace_of
 from oasis_fx.lowering import CompiledGraph
 from oasis_fx.pipeline import Trace, copy_graph
 from oasis_fx.report_table import format_report
+from oasis_fx.torch_private import input_placeholders
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A weight that keeps its dense gradient, and why; the shape is None where no pass saw the graph."""
+    """A weight that keeps its dense gradient, and why; the shape is None where no pass saw the weight."""
 
     name: str
     shape: tuple[int, ...] | None
@@ -103,10 +105,11 @@ def _report_graph(record: CompiledGraph, trace: Trace | None) -> GraphReport:
         reasons = {**record.reasons, **unused}
         skipped = [SkippedRow(record.names[at], None, reason) for at, reason in sorted(reasons.items())]
         return GraphReport((), tuple(skipped), None)
-    placeholders = list(trace.before.graph.find_nodes(op="placeholder"))
+    placeholders = input_placeholders(trace.before.graph)
     reasons = {**record.reasons, **{item.weight: item.reason for item in trace.skipped}}
     skipped = [
-        SkippedRow(record.names[at], _known_shape(placeholders[at]), reason) for at, reason in sorted(reasons.items())
+        SkippedRow(record.names[at], _known_shape(placeholders[at]) if at in placeholders else None, reason)
+        for at, reason in sorted(reasons.items())
     ]
     stock = min_cut_rematerialization_partition(
         copy_graph(trace.before),
@@ -131,7 +134,7 @@ def _report_graph(record: CompiledGraph, trace: Trace | None) -> GraphReport:
 def _rows(
     record: CompiledGraph,
     trace: Trace,
-    placeholders: Sequence[fx.Node],
+    placeholders: Mapping[int, fx.Node],
     saved_before: Mapping[str, int],
     saved_after: Mapping[str, int],
 ) -> list[WeightRow]:
@@ -147,15 +150,14 @@ def _rows(
         before = sum(saved_before.get(name, 0) for name in fresh)
         after = sum(saved_after.get(name, 0) for name in (own | fresh))
         note = _note(bases, bool(own), saved_before, saved_after)
-        projections = {(term.x, term.x_transposed): _tokens(term) for site in sites for term in site.terms}
-        share = sum(4 * tokens * n * rank for tokens in projections.values()) / len(sites)
+        rows_of_x = {term.x: _num_rows(term, n) for site in sites for term in site.terms}
+        share = sum(4 * count * n * rank for count in rows_of_x.values()) / len(sites)
         names = [record.names[site.inputs.weight] for site in sites]
         for site, name in zip(sites, names, strict=True):
             size = _known_shape(placeholders[site.inputs.weight])
-            m = size[1] if site.inputs.transposed else size[0]
-            tokens = sum(_tokens(term) for term in site.terms)
+            elements = sum(math.prod(_known_shape(term.dy)) for term in site.terms)  # N m each
             others = tuple(other for other in names if other != name)
-            flops = 2 * tokens * m * n, 2 * tokens * m * rank + share
+            flops = 2 * elements * n, 2 * elements * rank + share
             rows.append(WeightRow(name, size, rank, others, before, after, *flops, note))
             before = after = 0  # the group's bytes stand in its first row
     return rows
@@ -192,21 +194,25 @@ def _note(
     return ", ".join(notes)
 
 
-def _tokens(term: Contraction) -> int:
-    return hint(shape(term.x)[-1 if term.x_transposed else -2])
+def _num_rows(term: Contraction, n: int) -> int:
+    """N: tokens, those of all experts together, or patches."""
+    if term.kind is Kind.CONVOLUTION:
+        batch, _, *places = _known_shape(term.dy)
+        return batch * math.prod(places)
+    return math.prod(_known_shape(term.x)) // n
 
 
 def _known_shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(hint(size) for size in shape(node))
 
 
-def _gradient_bytes(trace: Trace, placeholders: Sequence[fx.Node]) -> tuple[int, int]:
+def _gradient_bytes(trace: Trace, placeholders: Mapping[int, fx.Node]) -> tuple[int, int]:
     dense = sum(_placed(placeholders, site.inputs.weight) for site in trace.sites)
     low_rank = sum(_placed(placeholders, site.inputs.slot) for site in trace.sites)
     return dense, low_rank + sum(_placed(placeholders, basis) for basis in _by_basis(trace))
 
 
-def _adam_bytes(trace: Trace, placeholders: Sequence[fx.Node]) -> tuple[int, int]:
+def _adam_bytes(trace: Trace, placeholders: Mapping[int, fx.Node]) -> tuple[int, int]:
     dense = sum(2 * _placed(placeholders, site.inputs.weight) for site in trace.sites)
     low_rank = 0
     for basis, sites in _by_basis(trace).items():
@@ -216,5 +222,5 @@ def _adam_bytes(trace: Trace, placeholders: Sequence[fx.Node]) -> tuple[int, int
     return dense, low_rank
 
 
-def _placed(placeholders: Sequence[fx.Node], position: int) -> int:
+def _placed(placeholders: Mapping[int, fx.Node], position: int) -> int:
     return num_bytes(value(placeholders[position]))

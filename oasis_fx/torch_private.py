@@ -33,6 +33,7 @@ __all__ = [
     "fx_graph_cse",
     "gradient_positions",
     "inductor_lowering",
+    "input_placeholders",
     "input_source",
     "is_partial_graph",
     "is_tangent",
@@ -136,6 +137,16 @@ def gradient_positions(joint: fx.Graph) -> dict[int, int]:
         if isinstance(descriptor, GradAOTOutput) and isinstance(descriptor.grad_of, PlainAOTInput):
             positions[descriptor.grad_of.idx] = position
     return positions
+
+
+def input_placeholders(joint: fx.Graph) -> dict[int, fx.Node]:
+    """Map the position of each graph input to its placeholder.
+
+    A tensor subclass among the inputs (a quantised weight) stands in the joint graph as its inner tensors, so the
+    n-th input need not be the n-th placeholder; the subclass itself has none.
+    """
+    described = ((node.meta.get("desc"), node) for node in joint.find_nodes(op="placeholder"))
+    return {desc.idx: node for desc, node in described if isinstance(desc, PlainAOTInput)}
 
 
 def is_tangent(placeholder: fx.Node) -> bool:

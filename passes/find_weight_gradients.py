@@ -4,54 +4,64 @@
                                                   |           +-- computed without any incoming gradient
                                                   +-- computed from one
 
-A weight that is used several times has the sum of such matmuls in its slot. The match is by what a node
-computes and depends on, not by the module or function that the user called.
+A weight that is used several times has the sum of such matmuls in its slot, one that is used in parts their
+concatenation. Batched and grouped matmuls of experts, and convolutions, count as matmuls. The match is by what a
+node computes and depends on, not by the module or function that the user called.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from oasis_fx.graph import (
     Contraction,
+    Kind,
     LiftedWeight,
     Skipped,
     WeightGradient,
     aten,
     dependents,
     outputs,
-    prims,
     shape,
+    value,
 )
-from oasis_fx.torch_private import gradient_positions, is_tangent
+from oasis_fx.passes.dimension_labels import (
+    RESHAPES,
+    SAME_SHAPE,
+    TRANSPOSES,
+    Labels,
+    Sizes,
+    equal,
+    first_labels,
+    labels_behind,
+    permutation,
+)
+from oasis_fx.torch_private import gradient_positions, input_placeholders, is_tangent
 
-# Which dimension of the weight's slot each dimension of a node is: 0, 1, or None for one of size 1.
-Labels = tuple[int | None, ...]
-
-_SAME_SHAPE = (
-    aten.alias.default,
-    aten.clone.default,
-    aten.detach.default,
-    aten.contiguous.default,
-    aten._to_copy.default,
-    prims.convert_element_type.default,
-)
-_RESHAPES = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-)
-_TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
+GROUPED_BACKWARD = "transformers.grouped_mm_fallback_backward.default"
 
 
 class _NoMatch(Exception):
     """A gradient is not what this analysis looks for; the message is the reason the user reads."""
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What a node must be the gradient of: the weight (or a part of its rows), as rows and features."""
+
+    rows: tuple[int, ...]
+    features: tuple[int, ...]
+    sizes: Sizes
+    from_tangents: set[fx.Node]
+
+    def label(self, dims: Sequence[int]) -> tuple[int, ...]:
+        return tuple(dim for dim in dims if not equal(self.sizes[dim], 1))
 
 
 def find_weight_gradients(
@@ -63,6 +73,7 @@ def find_weight_gradients(
     """
     positions = gradient_positions(graph)
     values = outputs(graph)
+    placeholders = input_placeholders(graph)
     from_tangents = dependents(n for n in graph.find_nodes(op="placeholder") if is_tangent(n))
     sites: list[WeightGradient] = []
     skipped: list[Skipped] = []
@@ -73,121 +84,148 @@ def find_weight_gradients(
                 raise _NoMatch("no gradient reaches it in this graph")
             if weight.slot not in positions or weight.basis not in positions:
                 raise _NoMatch("AOTAutograd gave no gradient slot to the runtime's inputs")
-            labels: Labels = (1, 0) if weight.transposed else (0, 1)  # dimension 0 is m, dimension 1 is n
-            terms = tuple(_contractions(values[position], labels, from_tangents))
-            sites.append(WeightGradient(weight, position, terms))
+            sizes = shape(values[position])
+            goal = _Goal(weight.rows(len(sizes)), tuple(range(*weight.features)), sizes, from_tangents)
+            blocks = _blocks(values[position], first_labels(sizes), goal)
+            rank = shape(placeholders[weight.slot])[1]
+            for term in (term for block in blocks for term in block):
+                _check_worth(term, rank)
+            sites.append(WeightGradient(weight, position, tuple(blocks)))
         except _NoMatch as miss:
             skipped.append(Skipped(weight.weight, str(miss)))
     return tuple(sites), tuple(skipped)
 
 
-def _contractions(node: fx.Node, labels: Labels, from_tangents: set[fx.Node]) -> list[Contraction]:
-    """Split the gradient ``node`` into contractions, or raise _NoMatch."""
-    node, labels = _peel(node, labels)
+def _blocks(node: fx.Node, labels: Labels, goal: _Goal) -> list[tuple[Contraction, ...]]:
+    """Split a gradient into blocks of rows, or raise _NoMatch."""
+    node, labels = _peel(node, labels, goal)
+    if node.target is not aten.cat.default:
+        return [tuple(_sum(node, labels, goal))]
+    parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
+    dim = int(node.args[1]) % len(labels) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    if labels[dim] != goal.rows[:1]:
+        raise _NoMatch(f"its gradient is a concatenation along its features ({node.name})")
+    blocks = []
+    for part in parts:
+        sizes = list(goal.sizes)
+        sizes[goal.rows[0]] = shape(part)[dim]
+        smaller = replace(goal, sizes=tuple(sizes))
+        kept = tuple(() if i == dim and equal(shape(part)[dim], 1) else label for i, label in enumerate(labels))
+        blocks.append(tuple(_sum(part, kept, smaller)))
+    return blocks
+
+
+def _sum(node: fx.Node, labels: Labels, goal: _Goal) -> list[Contraction]:
+    """Split a gradient into contractions, or raise _NoMatch."""
+    node, labels = _peel(node, labels, goal)
     if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
         parts = [part for part in node.args if isinstance(part, fx.Node) and len(shape(part)) == len(labels)]
         if len(parts) != 2:
             raise _NoMatch(f"its gradient is a sum with something that is no matrix ({node.name})")
-        return [term for part in parts for term in _contractions(part, labels, from_tangents)]
-    left, right = _operands(node)
-    (row, column) = _two_labels(labels)
-    left_moves, right_moves = left in from_tangents, right in from_tangents
+        return [term for part in parts for term in _sum(part, labels, goal)]
+    if node.target is operator.getitem and node.args[1] == 1:
+        maker = node.all_input_nodes[0]
+        if maker.target is aten.convolution_backward.default:
+            return [_convolution(node, maker, labels, goal)]
+        if str(maker.target) == GROUPED_BACKWARD:
+            x, _, _, dy = maker.all_input_nodes
+            return [_matmul(Kind.GROUPED, node, (x, True), (dy, False), labels, goal)]
+    kind, left, right = _operands(node)
+    return [_matmul(kind, node, (left, False), (right, False), labels, goal)]
+
+
+def _matmul(
+    kind: Kind, node: fx.Node, left: tuple[fx.Node, bool], right: tuple[fx.Node, bool], labels: Labels, goal: _Goal
+) -> Contraction:
+    """Left is [.., row, K] and right [.., K, column], or swapped; one is dY and the other X."""
+    batch, row, column = labels[-3] if len(labels) == 3 else (), labels[-2], labels[-1]
+    rows, features = goal.rows, goal.label(goal.features)
+    if kind in (Kind.BATCHED, Kind.GROUPED):
+        if batch != goal.label(rows[:1]):
+            raise _NoMatch(f"its experts are no dimension of their own in {node.name}")
+        rows = rows[1:]
+    left_moves, right_moves = left[0] in goal.from_tangents, right[0] in goal.from_tangents
     if left_moves == right_moves:
         how = "both operands depend" if left_moves else "no operand depends"
         raise _NoMatch(f"{how} on an incoming gradient in its gradient matmul ({node.name})")
-    # left is [row, K], right is [K, column]; the m side must be dY and the n side X.
+    # The side of the rows must be dY's and the side of the features X's.
+    if (row, column) != ((goal.label(rows), features) if left_moves else (features, goal.label(rows))):
+        raise _NoMatch(f"its activation meets the out dimension in {node.name}")
+    left_node, left_swapped = _untranspose(left[0], not left[1])
+    right_node, right_swapped = _untranspose(right[0], right[1])
+    # dY is wanted as [N, m] and X as [N, n]: the left one is the other way round.
     if left_moves:
-        if (row, column) != (0, 1):
-            raise _NoMatch(f"its activation meets the out dimension in {node.name}")
-        (dy, dy_transposed), (x, x_transposed) = _untranspose(left, True), _untranspose(right, False)
-    else:
-        if (row, column) != (1, 0):
-            raise _NoMatch(f"its activation meets the out dimension in {node.name}")
-        (dy, dy_transposed), (x, x_transposed) = _untranspose(right, False), _untranspose(left, True)
-    return [Contraction(node, dy, dy_transposed, x, x_transposed)]
+        return Contraction(kind, node, left_node, left_swapped, right_node, right_swapped)
+    return Contraction(kind, node, right_node, right_swapped, left_node, left_swapped)
 
 
-def _peel(node: fx.Node, labels: Labels) -> tuple[fx.Node, Labels]:
+def _convolution(node: fx.Node, maker: fx.Node, labels: Labels, goal: _Goal) -> Contraction:
+    dy, x, *_, transposed, _, groups, _ = maker.args
+    assert isinstance(dy, fx.Node) and isinstance(x, fx.Node)
+    if transposed or groups != 1:
+        raise _NoMatch(f"a convolution that is transposed or has groups reads it ({maker.name})")
+    if labels != first_labels(goal.sizes) or goal.features != tuple(range(1, len(goal.sizes))):
+        raise _NoMatch(f"its gradient is a convolution's that is reshaped or transposed ({node.name})")
+    if x in goal.from_tangents or dy not in goal.from_tangents:
+        raise _NoMatch(f"its convolution does not run over an activation ({maker.name})")
+    return Contraction(Kind.CONVOLUTION, node, dy, False, x, False)
+
+
+def _check_worth(term: Contraction, rank: Any) -> None:
+    """Raise _NoMatch where P cannot be computed, or is no smaller than X."""
+    if term.kind is Kind.GROUPED and term.dense.target is aten._grouped_mm.default:
+        if rank * value(term.x).element_size() % 16:
+            raise _NoMatch(f"its grouped matmul takes rows of whole 16 bytes: not rank {rank}")
+    if term.kind is Kind.CONVOLUTION:
+        channels, *inside = shape(term.x)[1:]
+        if statically_known_true(rank * _product(shape(term.dy)[2:]) > channels * _product(inside)):
+            raise _NoMatch("the patches of its convolution overlap: P would be larger than X")
+
+
+def _product(sizes: Sequence[Any]) -> Any:
+    result: Any = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def _peel(node: fx.Node, labels: Labels, goal: _Goal) -> tuple[fx.Node, Labels]:
     """Follow views, transposes and casts back to what computes the values."""
-    while node.op == "call_function" and node.target in (*_SAME_SHAPE, *_RESHAPES, *_TRANSPOSES):
-        source = node.all_input_nodes[0]
-        if node.target in _TRANSPOSES:
-            labels = _labels_before_permute(labels, _permutation(node))
-        elif node.target in _RESHAPES:
-            labels = _labels_before_reshape(node, source, labels)
-        node = source
+    while node.op == "call_function" and node.target in (*SAME_SHAPE, *RESHAPES, *TRANSPOSES):
+        before = labels_behind(node, labels, goal.sizes)
+        if before is None:
+            raise _NoMatch(f"its gradient is reshaped in a way that mixes dimensions ({node.name})")
+        node, labels = node.all_input_nodes[0], before
     return node, labels
 
 
-def _labels_before_permute(labels: Labels, permutation: Sequence[int]) -> Labels:
-    before: list[int | None] = [None] * len(labels)
-    for out_dim, in_dim in enumerate(permutation):
-        before[in_dim] = labels[out_dim]
-    return tuple(before)
-
-
-def _labels_before_reshape(node: fx.Node, source: fx.Node, labels: Labels) -> Labels:
-    """Carry labels over a reshape that only adds or removes dimensions of size 1."""
-    after, before = shape(node), shape(source)
-    if len(after) == len(before) and all(_equal(a, b) for a, b in zip(after, before, strict=True)):
-        return labels
-    wide = [(size, label) for size, label in zip(after, labels, strict=True) if not _equal(size, 1)]
-    result: list[int | None] = []
-    for size in before:
-        result.append(None if _equal(size, 1) else wide.pop(0)[1] if wide and _equal(size, wide[0][0]) else -1)
-    if wide or -1 in result:
-        raise _NoMatch(f"its gradient is reshaped in a way that mixes dimensions ({node.name})")
-    return tuple(result)
-
-
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _operands(node: fx.Node) -> tuple[Kind, fx.Node, fx.Node]:
     """The two matrices that ``node`` contracts, as [.., K] and [K, ..]."""
     if node.target is aten.mm.default:
-        return node.args[0], node.args[1]  # type: ignore[return-value]
-    if node.target is aten.bmm.default and _equal(shape(node)[0], 1):
-        return node.args[0], node.args[1]  # type: ignore[return-value]
+        return Kind.MATMUL, node.args[0], node.args[1]  # type: ignore[return-value]
+    if node.target is aten.bmm.default:
+        kind = Kind.MATMUL if equal(shape(node)[0], 1) else Kind.BATCHED
+        return kind, node.args[0], node.args[1]  # type: ignore[return-value]
+    if node.target is aten._grouped_mm.default and len(shape(node)) == 3:
+        return Kind.GROUPED, node.args[0], node.args[1]  # type: ignore[return-value]
     if node.target is aten.mul.Tensor and len(shape(node)) == 2:
         # A batch of one token: Inductor turns the matmul [m,1] @ [1,n] into a broadcast product.
         left, right = node.args
         if isinstance(left, fx.Node) and isinstance(right, fx.Node) and len(shape(left)) == len(shape(right)) == 2:
             for one, other in ((left, right), (right, left)):
-                if _equal(shape(one)[1], 1) and _equal(shape(other)[0], 1):
-                    return one, other
+                if equal(shape(one)[1], 1) and equal(shape(other)[0], 1):
+                    return Kind.MATMUL, one, other
     raise _NoMatch(f"its gradient is no matmul but {node.target} ({node.name})")
 
 
-def _two_labels(labels: Labels) -> tuple[int | None, int | None]:
-    """Labels of the matrix dimensions; where one has size 1 it is the one that is left over."""
-    row, column = labels[-2:]
-    if row is None and column is not None:
-        row = 1 - column
-    elif column is None and row is not None:
-        column = 1 - row
-    elif row is None and column is None:
-        row, column = 0, 1
-    return row, column
-
-
 def _untranspose(node: fx.Node, transposed: bool) -> tuple[fx.Node, bool]:
-    """See through a transpose of a matrix: the node behind it is the one that the forward pass made."""
-    while node.op == "call_function" and node.target in _TRANSPOSES and len(shape(node)) == 2:
-        if tuple(_permutation(node)) == (1, 0):
+    """See through a transpose of matrices: the node behind it is the one that the forward pass made."""
+    while node.op == "call_function" and node.target in TRANSPOSES:
+        order = tuple(permutation(node))
+        last = len(order) - 1
+        if order == (*range(last - 1), last, last - 1):
             transposed = not transposed
+        elif order != tuple(range(last + 1)):
+            break
         node = node.all_input_nodes[0]
     return node, transposed
-
-
-def _permutation(node: fx.Node) -> Sequence[int]:
-    rank = len(shape(node))
-    if node.target is aten.permute.default:
-        return [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
-    order = list(range(rank))
-    if node.target is aten.t.default:
-        return order[::-1]
-    first, second = int(node.args[1]) % rank, int(node.args[2]) % rank  # type: ignore[arg-type]
-    order[first], order[second] = order[second], order[first]
-    return order
-
-
-def _equal(one: object, other: object) -> bool:
-    return statically_known_true(one == other)

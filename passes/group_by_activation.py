@@ -11,16 +11,16 @@ a weight's gradient is rewritten is decided on the joint graph, by what its node
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
-from oasis_fx.graph import shape, value
+from oasis_fx.graph import shape
+from oasis_fx.passes.read_matmuls import behind_reshapes, matmuls, operation, stored_weight
+
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class WeightUse:
 
     Attributes:
         weight: its placeholder.
-        transposed: stored n x m, not m x n.
+        features: its dimensions that the matmuls sum over, from and to.
         activations: the nodes that its matmuls read, behind reshapes.
     """
 
     weight: fx.Node
-    transposed: bool
+    features: tuple[int, int]
     activations: tuple[fx.Node, ...]
 
 
@@ -47,23 +47,31 @@ def group_by_activation(
         gm: the graph of Dynamo; not changed.
         weights: placeholders of the trainable parameters to look at.
     """
-    uses: dict[fx.Node, list[tuple[bool, fx.Node]]] = {}
-    for activation, weight, transposed in _matmuls(gm, {}):
-        uses.setdefault(weight, []).append((transposed, activation))
+    uses: dict[fx.Node, list[tuple[tuple[int, ...], fx.Node]]] = {}
+    for activation, weight, summed in _matmuls(gm, {}):
+        uses.setdefault(weight, []).append((summed, activation))
     found: list[WeightUse] = []
     reasons: dict[fx.Node, str] = {}
     for weight in weights:
-        orientations = {transposed for transposed, _ in uses.get(weight, ())}
-        if len(shape(weight)) != 2:
-            reasons[weight] = f"it has {len(shape(weight))} dimensions, not 2"
-        elif not orientations:
-            reasons[weight] = "no matmul of this graph reads it directly"
-        elif len(orientations) == 2:
-            reasons[weight] = "matmuls read it both as stored and transposed"
+        sums = {summed for summed, _ in uses.get(weight, ())}
+        if not sums:
+            reasons[weight] = f"no matmul of this graph reads it directly, only {_readers(weight)}"
+        elif len(sums) > 1:
+            reasons[weight] = "matmuls sum over different dimensions of it"
         else:
+            (summed,) = sums
+            if summed != tuple(range(summed[0], summed[-1] + 1)) or len(summed) == len(shape(weight)):
+                reasons[weight] = f"a matmul sums over its dimensions {summed}"
+                continue
             activations = tuple(dict.fromkeys(activation for _, activation in uses[weight]))
-            found.append(WeightUse(weight, orientations.pop(), activations))
+            found.append(WeightUse(weight, (summed[0], summed[-1] + 1), activations))
     return _connected(found), reasons
+
+
+def _readers(weight: fx.Node) -> str:
+    names = [operation(user) or str(user.target) for user in weight.users]
+    # A convolution that is a matmul would have been found.
+    return ", ".join(dict.fromkeys(f"{n} with groups" if n in _CONVOLUTIONS else n for n in names)) or "nothing"
 
 
 def _connected(uses: Sequence[WeightUse]) -> tuple[tuple[WeightUse, ...], ...]:
@@ -79,8 +87,10 @@ def _connected(uses: Sequence[WeightUse]) -> tuple[tuple[WeightUse, ...], ...]:
     return tuple(tuple(group) for group in sorted(members, key=lambda group: order[group[0].weight]))
 
 
-def _matmuls(gm: fx.GraphModule, outer: Mapping[fx.Node, fx.Node]) -> Iterator[tuple[fx.Node, fx.Node, bool]]:
-    """Yield (activation, weight placeholder, transposed) for each matmul with a stored weight.
+def _matmuls(
+    gm: fx.GraphModule, outer: Mapping[fx.Node, fx.Node]
+) -> Iterator[tuple[fx.Node, fx.Node, tuple[int, ...]]]:
+    """Yield (activation, weight placeholder, its dimensions summed over) for each matmul with a stored weight.
 
     ``outer`` maps the placeholders of a checkpointed region's body to the nodes that are passed to it.
     """
@@ -90,108 +100,12 @@ def _matmuls(gm: fx.GraphModule, outer: Mapping[fx.Node, fx.Node]) -> Iterator[t
             arguments = [outer.get(a, a) for a in node.args[1:]]
             yield from _matmuls(body, dict(zip(body.graph.find_nodes(op="placeholder"), arguments, strict=False)))
             continue
-        operands = _operands(node)
-        if operands is None:
-            continue
-        activation, weight, transposed = operands
-        if not isinstance(activation, fx.Node) or not isinstance(weight, fx.Node):
-            continue
-        stored, flipped = _stored_weight(weight)
-        if stored in outer:  # its transpose may have been taken outside the region
-            stored, flipped_outside = _stored_weight(outer[stored])
-            flipped = flipped != flipped_outside
-        if stored.op == "placeholder" and len(shape(stored)) == 2:
-            source = _behind_reshapes(activation)
-            yield _behind_reshapes(outer.get(source, source)), stored, transposed != flipped
-
-
-def _operands(node: fx.Node) -> tuple[Any, Any, bool] | None:
-    """(activation, weight, weight is n x m) of a matmul call, or None."""
-    reader = _READERS.get(node.target) if node.op in ("call_function", "call_method") else None
-    return None if reader is None else reader(node)
-
-
-def _linear(node: fx.Node) -> tuple[Any, Any, bool]:
-    arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-    return arguments["input"], arguments["weight"], False
-
-
-def _product(node: fx.Node, skip: int = 0) -> tuple[Any, Any, bool] | None:
-    operands = [
-        *node.args[skip:],
-        *(node.kwargs[k] for k in ("mat1", "other", "mat2", "tensor2") if k in node.kwargs),
-    ]
-    if len(operands) != 2:
-        return None
-    left, right = operands
-    if isinstance(left, fx.Node) and _stored_weight(left)[0].op == "placeholder" and _is_parameter(left):
-        return right, left, False  # W @ x
-    return left, right, True  # x @ W
-
-
-def _einsum(node: fx.Node) -> tuple[Any, Any, bool] | None:
-    equation, *operands = node.args
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = list(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
-        return None
-    terms, result = equation.replace(" ", "").split("->")
-    for weight, activation in ((1, 0), (0, 1)):
-        subscripts = terms.split(",")[weight]
-        operand = operands[weight]
-        if len(subscripts) != 2 or not isinstance(operand, fx.Node) or not _is_parameter(operand):
-            continue
-        contracted = [letter not in result for letter in subscripts]
-        if contracted.count(True) == 1:
-            return operands[activation], operands[weight], contracted[0]
-    return None
-
-
-_READERS: dict[Any, Callable[[fx.Node], tuple[Any, Any, bool] | None]] = {
-    F.linear: _linear,
-    torch._C._nn.linear: _linear,
-    torch.einsum: _einsum,
-    **{call: _product for call in (torch.mm, torch.matmul, operator.matmul, "mm", "matmul", "__matmul__")},
-    **{call: lambda node: _product(node, skip=1) for call in (torch.addmm, "addmm")},
-}
-
-
-def _is_parameter(node: fx.Node) -> bool:
-    return isinstance(value(_stored_weight(node)[0]), torch.nn.Parameter)
-
-
-_CASTS = frozenset({"contiguous", "to", "float", "half", "bfloat16", "double", "type_as"})
-_RESHAPES = _CASTS | {"view", "reshape", "flatten"}
-_TRANSPOSES = frozenset({"t", "transpose", "permute", "numpy_T", "mT"})
-
-
-def _stored_weight(node: fx.Node) -> tuple[fx.Node, bool]:
-    """Follow transposes and casts of a matrix to where it is stored; True if it is seen transposed."""
-    flipped = False
-    while node.op in ("call_method", "call_function") and node.args and isinstance(node.args[0], fx.Node):
-        name = _operation(node)
-        if name in _TRANSPOSES:
-            dims = torch.utils._pytree.tree_leaves(node.args[1:])
-            flipped = flipped != (name != "permute" or [dim % 2 for dim in dims] == [1, 0])
-        elif name not in _CASTS:
-            break
-        node = node.args[0]
-    return node, flipped
-
-
-def _behind_reshapes(node: fx.Node) -> fx.Node:
-    """Follow reshapes that keep the last dimension, and casts: they name the same activation."""
-    while node.op in ("call_method", "call_function") and _operation(node) in _RESHAPES:
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or shape(source)[-1:] != shape(node)[-1:]:
-            break
-        node = source
-    return node
-
-
-def _operation(node: fx.Node) -> str:
-    """The bare name of what a node calls, be it a method, a function, an attribute or an operator of aten."""
-    if node.target is getattr:
-        return {"T": "numpy_T"}.get(str(node.args[1]), str(node.args[1]))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return str(name).split(".")[0]
+        for found in matmuls(node):
+            stored, dims = stored_weight(found.weight)
+            if stored in outer:  # its transpose may have been taken outside the region
+                stored, dims_outside = stored_weight(outer[stored])
+                dims = tuple(dims_outside[dim] for dim in dims)
+            if stored.op == "placeholder" and len(shape(stored)) >= 2:
+                source = behind_reshapes(found.activation)
+                summed = tuple(sorted(dims[dim] for dim in found.features))
+                yield behind_reshapes(outer.get(source, source)), stored, summed

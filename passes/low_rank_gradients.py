@@ -4,19 +4,25 @@
     after    G [m,r] = dY^T[m,N] @ P[N,r]     in the slot of S; None in the slot of W
                                               G == dW @ Q exactly, in real arithmetic
 
+Rows of experts are stacked: m counts those of all of them. With P in place of what a convolution reads, the layer is
+one of kernel size 1, and G its weight gradient.
+
 Requires: ``projections`` come from ``project_activations`` on this graph and these ``sites``.
 Ensures:  no user of the dense contraction is left among the rewritten slots; the runner removes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from oasis_fx.graph import (
     Contraction,
+    Kind,
     WeightGradient,
     aten,
     insert_after,
@@ -26,37 +32,113 @@ from oasis_fx.graph import (
     shape,
     value,
 )
-from oasis_fx.passes.project_activations import ProjectionKey
-from oasis_fx.torch_private import gradient_positions
+from oasis_fx.passes.project_activations import convolution_arguments, projection_key
+from oasis_fx.torch_private import gradient_positions, input_placeholders
 
 
 def low_rank_gradients(
-    graph: fx.Graph, sites: Sequence[WeightGradient], projections: Mapping[ProjectionKey, fx.Node]
+    graph: fx.Graph, sites: Sequence[WeightGradient], projections: Mapping[Hashable, fx.Node]
 ) -> int:
     """Fill the coordinate slots and empty the weights' slots; return how many weights changed."""
-    placeholders = list(graph.find_nodes(op="placeholder"))
+    placeholders = input_placeholders(graph)
     positions = gradient_positions(graph)
     for site in sites:
-        slot = placeholders[site.inputs.slot]
-        parts = [
-            _contract(graph, term, projections[term.x, term.x_transposed, site.inputs.basis], value(slot).dtype)
-            for term in site.terms
-        ]
-        total = parts[0]
-        for part in parts[1:]:
-            total = insert_after(graph, max(total, part), aten.add.Tensor, total, part)
+        slot = value(placeholders[site.inputs.slot])
+        blocks = []
+        for block in site.blocks:
+            parts = []
+            for term in block:
+                contract = _CONTRACT[term.kind]
+                g = contract(graph, term, projections[projection_key(term, site.inputs.basis)])
+                if value(g).dtype != slot.dtype:
+                    g = insert_before(graph, term.dense, prims.convert_element_type.default, g, slot.dtype)
+                parts.append(g)
+            blocks.append(_sum(graph, parts))
+        total = blocks[0]
+        if len(blocks) > 1:
+            total = insert_after(graph, max(blocks), aten.cat.default, blocks)
         set_output(graph, positions[site.inputs.slot], total)
         set_output(graph, site.position, None)
     return len(sites)
 
 
-def _contract(graph: fx.Graph, term: Contraction, p: fx.Node, dtype: torch.dtype) -> fx.Node:
+def _sum(graph: fx.Graph, parts: Sequence[fx.Node]) -> fx.Node:
+    total = parts[0]
+    for part in parts[1:]:
+        total = insert_after(graph, max(total, part), aten.add.Tensor, total, part)
+    return total
+
+
+def _contract_matrices(graph: fx.Graph, term: Contraction, p: fx.Node) -> fx.Node:
     dy_t = term.dy
     if len(shape(dy_t)) == 3:  # a batched matmul with a batch of one
         dy_t = insert_before(graph, term.dense, aten.squeeze.dim, dy_t, 0)
     if not term.dy_transposed:
         dy_t = insert_before(graph, term.dense, aten.permute.default, dy_t, [1, 0])
-    g = insert_before(graph, term.dense, aten.mm.default, dy_t, p)
-    if value(g).dtype != dtype:
-        g = insert_before(graph, term.dense, prims.convert_element_type.default, g, dtype)
-    return g
+    return insert_before(graph, term.dense, aten.mm.default, dy_t, p)
+
+
+def _contract_batch(graph: fx.Graph, term: Contraction, p: fx.Node) -> fx.Node:
+    dy_t = term.dy
+    if not term.dy_transposed:
+        dy_t = insert_before(graph, term.dense, aten.permute.default, dy_t, [0, 2, 1])
+    return _stack_rows(graph, term, insert_before(graph, term.dense, aten.bmm.default, dy_t, p))
+
+
+def _contract_groups(graph: fx.Graph, term: Contraction, p: fx.Node) -> fx.Node:
+    if term.dense.target is not operator.getitem:
+        dy_t = term.dy
+        if not term.dy_transposed:
+            dy_t = insert_before(graph, term.dense, aten.permute.default, dy_t, [1, 0])
+        g = insert_before(graph, term.dense, aten._grouped_mm.default, dy_t, p, term.dense.args[2])
+        return _stack_rows(graph, term, g)
+    maker = term.dense.all_input_nodes[0]
+    _, weight, offsets, dy = maker.args
+    (experts, _, m), rank = shape(weight), shape(p)[1]  # type: ignore[arg-type]
+    # The operator makes both gradients at once. The activation's is left to the forward operator, as it does it.
+    transposed = insert_before(graph, maker, aten.permute.default, weight, [0, 2, 1])
+    forward = torch.ops.transformers.grouped_mm_fallback.default
+    dx = insert_before(graph, maker, forward, dy, transposed, offsets)
+    for user in [u for u in maker.users if u.target is operator.getitem and u.args[1] == 0]:
+        user.replace_all_uses_with(dx)
+    like = _zeros(graph, term, [experts, rank, m])  # for its shape
+    g = insert_before(graph, term.dense, maker.target, p, like, offsets, dy)
+    g = insert_before(graph, term.dense, operator.getitem, g, 1)
+    g = insert_before(graph, term.dense, aten.permute.default, g, [0, 2, 1])
+    return _stack_rows(graph, term, g)
+
+
+def _contract_patches(graph: fx.Graph, term: Contraction, p: fx.Node) -> fx.Node:
+    dy, x, weight, bias_sizes, *geometry, mask = convolution_arguments(term)
+    maker, target = term.dense.all_input_nodes[0], aten.convolution_backward.default
+    if mask[0] or mask[2]:
+        others = insert_before(graph, maker, target, dy, x, weight, bias_sizes, *geometry, [mask[0], False, mask[2]])
+        for user in [u for u in maker.users if u.args[1] != 1]:
+            user.replace_input_with(maker, others)
+    m, rank, num_dims = shape(dy)[1], shape(p)[1], len(shape(p)) - 2
+    like = _zeros(graph, term, [m, rank, *[1] * num_dims])  # for its shape
+    ones, zeros = [1] * num_dims, [0] * num_dims
+    pointwise = ones, zeros, ones, False, zeros, 1
+    g = insert_before(graph, term.dense, target, dy, p, like, None, *pointwise, [False, True, False])
+    g = insert_before(graph, term.dense, operator.getitem, g, 1)
+    return _stack_rows(graph, term, g, rank)
+
+
+def _zeros(graph: fx.Graph, term: Contraction, size: Sequence[Any]) -> fx.Node:
+    like = value(term.x)
+    return insert_before(graph, term.dense, aten.full.default, size, 0.0, dtype=like.dtype, device=like.device)
+
+
+def _stack_rows(graph: fx.Graph, term: Contraction, g: fx.Node, rank: Any = None) -> fx.Node:
+    """[experts, m, r] as [experts * m, r]."""
+    size = [-1, shape(g)[2] if rank is None else rank]
+    g = insert_before(graph, term.dense, aten.clone.default, g, memory_format=torch.contiguous_format)
+    return insert_before(graph, term.dense, aten.view.default, g, size)
+
+
+_CONTRACT = {
+    Kind.MATMUL: _contract_matrices,
+    Kind.BATCHED: _contract_batch,
+    Kind.GROUPED: _contract_groups,
+    Kind.CONVOLUTION: _contract_patches,
+}

@@ -4,6 +4,10 @@
     after    X [N,n]
              P [N,r] = X @ Q            what the backward pass may keep in place of X
              C [n,r] = X^T @ P          goes to the gradient slot of Q
+             ||X||^2                    goes to the gradient slot of Q's energy, where there is one
+
+The rows of X are the tokens of all experts, or the patches that a convolution reads; these are never laid out: P is
+then a convolution itself, with Q^T as its weight, and C its weight gradient.
 
 Requires: ``sites`` come from ``find_weight_gradients`` on this graph.
 Ensures:  one P for each pair of activation and basis; C of a basis sums over its activations.
@@ -11,12 +15,16 @@ Ensures:  one P for each pair of activation and basis; C of a basis sums over it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from oasis_fx.graph import (
+    Contraction,
+    Kind,
     PassError,
     WeightGradient,
     aten,
@@ -27,54 +35,129 @@ from oasis_fx.graph import (
     shape,
     value,
 )
-from oasis_fx.torch_private import gradient_positions
-
-# The activation as the contraction names it, and the position of the basis among the graph's inputs.
-ProjectionKey = tuple[fx.Node, bool, int]
+from oasis_fx.torch_private import gradient_positions, input_placeholders
 
 # X^T X over many tokens passes 65504, the largest float16. A basis moves by the direction of C alone.
 _FLOAT16_SCALE = 2.0**-10
 
 
-def project_activations(graph: fx.Graph, sites: Sequence[WeightGradient]) -> Mapping[ProjectionKey, fx.Node]:
-    """Insert P and C next to each activation; return the P nodes."""
-    placeholders = list(graph.find_nodes(op="placeholder"))
+def project_activations(graph: fx.Graph, sites: Sequence[WeightGradient]) -> Mapping[Hashable, fx.Node]:
+    """Insert P and C next to each activation; return the P nodes by `projection_key`."""
+    placeholders = input_placeholders(graph)
     positions = gradient_positions(graph)
-    projections: dict[ProjectionKey, fx.Node] = {}
+    projections: dict[Hashable, fx.Node] = {}
     for site in sites:
         basis = placeholders[site.inputs.basis]
         for term in site.terms:
-            key = (term.x, term.x_transposed, site.inputs.basis)
+            key = projection_key(term, site.inputs.basis)
             if key not in projections:
-                projections[key], statistic = _project(graph, term.x, term.x_transposed, basis)
+                project = {Kind.CONVOLUTION: _project_patches, Kind.BATCHED: _project_batch}.get(term.kind, _project)
+                projections[key], statistic = project(graph, term, basis)
+                if value(statistic).dtype != value(basis).dtype:
+                    to_dtype = prims.convert_element_type.default
+                    statistic = insert_after(graph, statistic, to_dtype, statistic, value(basis).dtype)
                 _add_to_slot(graph, positions[site.inputs.basis], statistic)
+                if site.inputs.energy is not None:
+                    energy = _energy(graph, term, value(basis).dtype)
+                    _add_to_slot(graph, positions[site.inputs.energy], energy)
     return projections
 
 
-def _project(graph: fx.Graph, x: fx.Node, transposed: bool, basis: fx.Node) -> tuple[fx.Node, fx.Node]:
+def projection_key(term: Contraction, basis: int) -> Hashable:
+    """What P depends on: the activation as the contraction names it, its patches, and the position of the basis."""
+    patches = None
+    if term.kind is Kind.CONVOLUTION:
+        _, _, weight, _, *geometry, _ = convolution_arguments(term)
+        patches = str((shape(weight)[2:], geometry))
+    return term.x, term.x_transposed, term.kind is Kind.BATCHED, patches, basis
+
+
+def convolution_arguments(term: Contraction) -> tuple[Any, ...]:
+    """Of the convolution_backward behind a contraction: dY, X, W, bias sizes, stride, padding, dilation,
+    transposed, output padding, groups, output mask."""
+    return term.dense.all_input_nodes[0].args
+
+
+def _project(graph: fx.Graph, term: Contraction, basis: fx.Node) -> tuple[fx.Node, fx.Node]:
     # Next to X, not next to the gradient: the partitioner must see P as a value of the forward pass.
-    last = x
+    x = last = term.x
     if len(shape(x)) == 3:  # a batched matmul with a batch of one
         x = last = insert_after(graph, last, aten.squeeze.dim, x, 0)
-    if transposed:
-        x_t, x = x, insert_after(graph, last, aten.permute.default, x, [1, 0])
-        last = x
-    else:
-        x_t = insert_after(graph, last, aten.permute.default, x, [1, 0])
-        last = x_t
-    if shape(x)[1] != shape(basis)[0]:
-        raise PassError("project_activations", x, f"X has {shape(x)[1]} columns, the basis {shape(basis)[0]} rows")
-    dtype, q = value(x).dtype, basis
-    if value(basis).dtype != dtype:
-        q = last = insert_after(graph, last, prims.convert_element_type.default, basis, dtype)
-    p = last = insert_after(graph, last, aten.mm.default, x, q)
-    scaled = p
-    if dtype == torch.float16:
-        scaled = last = insert_after(graph, last, aten.mul.Tensor, p, _FLOAT16_SCALE)
-    c = insert_after(graph, last, aten.mm.default, x_t, scaled)
-    if value(c).dtype != value(basis).dtype:
-        c = insert_after(graph, c, prims.convert_element_type.default, c, value(basis).dtype)
-    return p, c
+    swapped = last = insert_after(graph, last, aten.permute.default, x, [1, 0])
+    x, x_t = (swapped, x) if term.x_transposed else (x, swapped)
+    _check_features(term, shape(x)[1], basis)
+    q, last = _in_dtype_of(graph, x, basis, last)
+    p = insert_after(graph, last, aten.mm.default, x, q)
+    scaled = _scaled(graph, p)
+    return p, insert_after(graph, scaled, aten.mm.default, x_t, scaled)
+
+
+def _project_batch(graph: fx.Graph, term: Contraction, basis: fx.Node) -> tuple[fx.Node, fx.Node]:
+    x = last = term.x
+    swapped = last = insert_after(graph, last, aten.permute.default, x, [0, 2, 1])
+    x, x_t = (swapped, x) if term.x_transposed else (x, swapped)
+    _check_features(term, shape(x)[2], basis)
+    q, last = _in_dtype_of(graph, x, basis, last)
+    q = last = insert_after(graph, last, aten.unsqueeze.default, q, 0)
+    q = last = insert_after(graph, last, aten.expand.default, q, [int(shape(x)[0]), *shape(basis)])
+    p = insert_after(graph, last, aten.bmm.default, x, q)
+    scaled = _scaled(graph, p)
+    c = insert_after(graph, scaled, aten.bmm.default, x_t, scaled)
+    return p, insert_after(graph, c, aten.sum.dim_IntList, c, [0])
+
+
+def _project_patches(graph: fx.Graph, term: Contraction, basis: fx.Node) -> tuple[fx.Node, fx.Node]:
+    _, x, weight, _, *geometry, _ = convolution_arguments(term)
+    kernel, (n, rank), num_dims = shape(weight)[1:], shape(basis), len(shape(weight))
+    _check_features(term, torch.Size(kernel).numel(), basis)
+    q, last = _in_dtype_of(graph, x, basis, x)
+    q = last = insert_after(graph, last, aten.view.default, q, [*kernel, rank])
+    q = last = insert_after(graph, last, aten.permute.default, q, [num_dims - 1, *range(num_dims - 1)])
+    p = insert_after(graph, last, aten.convolution.default, x, q, None, *geometry)
+    scaled = _scaled(graph, p)
+    mask = [False, True, False]
+    c = last = insert_after(graph, scaled, aten.convolution_backward.default, scaled, x, q, None, *geometry, mask)
+    c = last = insert_after(graph, last, operator.getitem, c, 1)
+    c = last = insert_after(graph, last, aten.permute.default, c, [*range(1, num_dims), 0])
+    c = last = insert_after(graph, last, aten.clone.default, c, memory_format=torch.contiguous_format)
+    return p, insert_after(graph, last, aten.view.default, c, [n, rank])
+
+
+def _energy(graph: fx.Graph, term: Contraction, dtype: torch.dtype) -> fx.Node:
+    """||X||^2 in the basis' dtype and in the units of C: summed over rows, so over patches where they overlap."""
+    last = x = term.x
+    if value(x).dtype != dtype:
+        x = last = insert_after(graph, last, prims.convert_element_type.default, x, dtype)
+    squares = last = insert_after(graph, last, aten.mul.Tensor, x, x)
+    if term.kind is Kind.CONVOLUTION:
+        _, _, weight, _, *geometry, _ = convolution_arguments(term)
+        device = value(x).device
+        size = [1, *shape(weight)[1:]]
+        ones = last = insert_after(graph, last, aten.full.default, size, 1.0, dtype=dtype, device=device)
+        squares = last = insert_after(graph, last, aten.convolution.default, squares, ones, None, *geometry)
+    energy = insert_after(graph, last, aten.sum.default, squares)
+    return (
+        energy
+        if value(term.x).dtype != torch.float16
+        else insert_after(graph, energy, aten.mul.Tensor, energy, _FLOAT16_SCALE)
+    )
+
+
+def _check_features(term: Contraction, n: Any, basis: fx.Node) -> None:
+    if n != shape(basis)[0]:
+        raise PassError("project_activations", term.x, f"X has {n} columns, the basis {shape(basis)[0]} rows")
+
+
+def _in_dtype_of(graph: fx.Graph, x: fx.Node, basis: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Q in X's dtype, and the node to insert behind: that or ``last``."""
+    if value(basis).dtype == value(x).dtype:
+        return basis, last
+    cast = insert_after(graph, last, prims.convert_element_type.default, basis, value(x).dtype)
+    return cast, cast
+
+
+def _scaled(graph: fx.Graph, p: fx.Node) -> fx.Node:
+    return p if value(p).dtype != torch.float16 else insert_after(graph, p, aten.mul.Tensor, p, _FLOAT16_SCALE)
 
 
 def _add_to_slot(graph: fx.Graph, position: int, statistic: fx.Node) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from oasis_fx.runtime.layout import Features, add_product_
 from oasis_fx.runtime.stochastic_rounding import round_stochastically_
 
 State = dict[str, Any]
@@ -45,7 +46,7 @@ class LowRankUpdate:
     weight: torch.Tensor
     factor: torch.Tensor
     basis: torch.Tensor
-    transposed: bool
+    features: Features
     state: State
 
 
@@ -84,19 +85,18 @@ def _step_weight(
     generator: torch.Generator,
 ) -> None:
     weight, basis = update.weight, update.basis
-    left, right = (basis, u.T) if update.transposed else (u, basis.T)
     keep = 1 - hyper.lr * hyper.weight_decay
     if weight.dtype == basis.dtype:
         if gate is not None and keep != 1:
             weight.mul_(torch.where(gate, keep, 1.0))
             keep = 1.0
-        weight.addmm_(left, right, beta=keep, alpha=-hyper.lr)
+        add_product_(weight, u, basis, update.features, beta=keep, alpha=-hyper.lr)
         return
     full = weight.to(basis.dtype)
     if gate is not None and keep != 1:
         full.mul_(torch.where(gate, keep, 1.0))
         keep = 1.0
-    full.addmm_(left, right, beta=keep, alpha=-hyper.lr)
+    add_product_(full, u, basis, update.features, beta=keep, alpha=-hyper.lr)
     if hyper.stochastic_rounding:
         round_stochastically_(weight, full, generator)
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from oasis_fx.runtime.layout import LINEAR, Features, from_rows
 from oasis_fx.runtime.subspace import Subspace
 
 aten = torch.ops.aten
@@ -18,7 +19,7 @@ class LowRankGradWarning(UserWarning):
 
 
 class LowRankGrad(torch.Tensor):
-    """``G @ Q.T`` (or ``Q @ G.T`` where the weight is stored transposed), stored as G.
+    """``G @ Q.T``, laid out as the weight is stored, and itself stored as G.
 
     Norms, scaling, clipping, unscaling, accumulation and zeroing work on the factor; norms are exact since Q
     is orthonormal. Every other operation makes the full-size matrix, warns once, and is right; every other
@@ -29,15 +30,15 @@ class LowRankGrad(torch.Tensor):
     No ``__tensor_flatten__``: with it in ``.grad``, recompiles crash on torch up to 2.13.
 
     Args:
-        factor: G [m, r] in the weight's dtype, taken over without a copy.
+        factor: G [m, r] in the weight's dtype, taken over without a copy; m counts the rows of all experts.
         subspace: whose basis Q [n, r] the factor is in.
         like: the weight, for shape and strides (autograd copies a gradient whose strides differ).
-        transposed: the weight is stored n x m.
+        features: which dimensions of the weight are n, see `oasis_fx.runtime.layout`.
     """
 
     factor: torch.Tensor
     subspace: Subspace
-    transposed: bool
+    features: Features
     basis_version: int
     _dense: bool
 
@@ -46,20 +47,25 @@ class LowRankGrad(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, factor: torch.Tensor, subspace: Subspace, like: torch.Tensor, *, transposed: bool = False
+        cls, factor: torch.Tensor, subspace: Subspace, like: torch.Tensor, *, features: Features = LINEAR
     ) -> LowRankGrad:
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
             cls, like.shape, strides=like.stride(), dtype=factor.dtype, device=factor.device
         )
 
     def __init__(
-        self, factor: torch.Tensor, subspace: Subspace, like: torch.Tensor, *, transposed: bool = False
+        self, factor: torch.Tensor, subspace: Subspace, like: torch.Tensor, *, features: Features = LINEAR
     ) -> None:
         self.factor = factor
         self.subspace = subspace
-        self.transposed = transposed
+        self.features = features
         self.basis_version = subspace.version
         self._dense = False
+
+    @property
+    def transposed(self) -> bool:
+        """True where the weight is stored n x m, as in Hugging Face's Conv1D."""
+        return self.features[1] != self.dim()
 
     @property
     def basis(self) -> torch.Tensor | None:
@@ -81,8 +87,7 @@ class LowRankGrad(torch.Tensor):
             )
         basis = self.subspace.basis.detach().to(self.factor.device)
         factor = self.factor.to(basis.dtype)  # Q is float32 where the weight is bfloat16
-        dense = basis @ factor.T if self.transposed else factor @ basis.T
-        return dense.to(self.dtype)
+        return from_rows(factor @ basis.T, self.shape, self.features).to(self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         kind = "dense" if self._dense else f"rank={self.factor.shape[1]}"
@@ -93,12 +98,12 @@ class LowRankGrad(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = (self.factor, self.subspace.basis.detach(), self.subspace.spec, self.shape, self.stride())
-        return _rebuild, (*state, self.transposed, self._dense)
+        return _rebuild, (*state, self.features, self._dense)
 
     def _with(self, factor: torch.Tensor) -> LowRankGrad:
         """The same gradient with another factor of equal coordinates."""
         like = torch.empty_strided(self.shape, self.stride(), device="meta", dtype=factor.dtype)
-        other = LowRankGrad(factor, self.subspace, like, transposed=self.transposed)
+        other = LowRankGrad(factor, self.subspace, like, features=self.features)
         other.basis_version, other._dense = self.basis_version, self._dense
         return other
 
@@ -125,11 +130,11 @@ def _rebuild(
     spec: Any,
     shape: Any,
     stride: Any,
-    transposed: bool,
+    features: Features,
     dense: bool,
 ) -> LowRankGrad:
     like = torch.empty_strided(shape, stride, device="meta")
-    gradient = LowRankGrad(factor, Subspace(basis, spec), like, transposed=transposed)
+    gradient = LowRankGrad(factor, Subspace(basis, spec), like, features=features)
     gradient._dense = dense
     return gradient
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
-from oasis_fx.runtime.orthonormalize import orthonormalize
+from oasis_fx.runtime.orthonormalize import orthonormalize_measured
 from oasis_fx.runtime.subspace import Subspace
 
 # Q + eta C / s has singular values from 1 to 1 + eta sqrt(r). At 100, C outweighs Q and yet the Gram matrix
@@ -41,9 +41,10 @@ def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) 
     overlaps: dict[Subspace, torch.Tensor] = {}
     for batch in _equal_batches(s for s in subspaces if s.statistic is not None):
         old = torch.stack([subspace.basis for subspace in batch])
-        new, moved = _oja_step(old, batch, gate)
+        new, moved, condition = _oja_step(old, batch, gate)
         eye = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device)
         overlap = torch.where(moved, old.mT @ new, eye)
+        _measure(batch, old, overlap, moved.flatten(), condition)
         for subspace, q, r, count in zip(batch, new, overlap, moved.flatten(), strict=True):
             subspace.basis.copy_(q)
             subspace.num_updates += count
@@ -69,10 +70,24 @@ def _equal_batches(subspaces: Iterable[Subspace]) -> Iterable[list[Subspace]]:
     return batches.values()
 
 
+def _measure(
+    batch: Sequence[Subspace], old: torch.Tensor, overlap: torch.Tensor, moved: torch.Tensor, condition: torch.Tensor
+) -> None:
+    """Write down, without waiting for the device, how well each basis did and how far it moved."""
+    known = [s.energy.grad if s.energy.grad is not None else torch.full_like(s.energy, torch.nan) for s in batch]
+    statistic = torch.stack([s.statistic for s in batch])  # type: ignore[misc]
+    captured = (old * statistic).sum(dim=(-2, -1)) / torch.stack(known)  # ||XQ||^2 = <Q, C>
+    drift = (1 - overlap.square().sum(dim=(-2, -1)) / old.shape[-1]).clamp_min(0).sqrt()
+    for name, values in (("captured_energy", captured), ("drift", drift), ("condition", condition)):
+        last = torch.stack([getattr(s, name) for s in batch])
+        for subspace, value in zip(batch, torch.where(moved, values, last), strict=True):
+            setattr(subspace, name, value)
+
+
 def _oja_step(
     old: torch.Tensor, batch: Sequence[Subspace], gate: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the new bases [L, n, r] and which of them moved [L, 1, 1]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the new bases [L, n, r], which of them moved [L, 1, 1], and the condition of each [L]."""
     statistic = torch.stack([subspace.statistic for subspace in batch])  # type: ignore[misc]
     peak = statistic.abs().amax(dim=(-2, -1), keepdim=True)
     moved = peak.isfinite() & (peak > 0)
@@ -84,5 +99,5 @@ def _oja_step(
     eta = batch[0].spec.learning_rate
     first = torch.stack([subspace.num_updates for subspace in batch]).view(-1, 1, 1) == 0
     step = torch.full_like(scale, POWER_STEP if math.isinf(eta) else eta).masked_fill(first, POWER_STEP)
-    new = orthonormalize(old + torch.where(moved, step * direction / scale, 0.0))
-    return torch.where(moved, new, old), moved
+    new, condition = orthonormalize_measured(old + torch.where(moved, step * direction / scale, 0.0))
+    return torch.where(moved, new, old), moved, condition

@@ -18,6 +18,7 @@ from oasis_fx.runtime.adamw import (
     step_dense_bfloat16,
     step_low_rank,
 )
+from oasis_fx.runtime.layout import as_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.oja import move_bases
 from oasis_fx.runtime.optimizer_state import check_state, pack_state, restore_state
@@ -237,7 +238,7 @@ class OasisAdamW(torch.optim.Optimizer):
                     overlap = state["basis"].to(subspace.basis).mT @ subspace.basis
                     self._transport([(weight, overlap)])
         state["basis"], state["basis_updates"] = subspace.basis.detach(), subspace.num_updates
-        state["transposed"] = gradient.transposed
+        state["features"] = gradient.features
         self._bindings[weight] = _Binding(subspace, subspace.version)
 
     # Updating
@@ -251,9 +252,9 @@ class OasisAdamW(torch.optim.Optimizer):
             if isinstance(item.gradient, LowRankGrad):
                 factor = item.gradient.factor
             else:  # a dense gradient of a weight with low-rank moments: what the pass would have computed
-                dense = item.gradient.T if state["transposed"] else item.gradient
+                dense = as_rows(item.gradient, state["features"])
                 factor = dense.to(state["basis"].dtype) @ state["basis"]
-            update = LowRankUpdate(item.weight, factor, state["basis"], state["transposed"], state)
+            update = LowRankUpdate(item.weight, factor, state["basis"], state["features"], state)
             key = (factor.shape, factor.dtype, item.weight.dtype, item.weight.device, item.hyper)
             batches.setdefault(key, []).append(update)
         for (*_, device, hyper), updates in batches.items():

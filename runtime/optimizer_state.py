@@ -1,8 +1,8 @@
 """What a checkpoint of `OasisAdamW` holds, and how it is checked and taken over.
 
 A weight in a subspace has, beside torch's ``step``, ``exp_avg`` and ``exp_avg_sq``: ``basis`` [n, r],
-``basis_updates`` (how often it moved), ``transposed``, and ``subspace``, a number that weights with one basis
-share. All plain tensors and numbers: `torch.load(weights_only=True)` reads them.
+``basis_updates`` (how often it moved), ``features`` (which of its dimensions are n), and ``subspace``, a number that
+weights with one basis share. All plain tensors and numbers: `torch.load(weights_only=True)` reads them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from oasis_fx.runtime.layout import num_features, num_rows
 from oasis_fx.runtime.store import STORE
 
 
@@ -36,12 +37,12 @@ def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
                 raise ValueError(f"parameter {name} has shape {shape}, its saved moments {moments}")
             continue
         n, rank = saved["basis"].shape
-        m = saved["exp_avg"].shape[0]
-        expected = (n, m) if saved["transposed"] else (m, n)
-        if expected != shape or moments[1] != rank:
+        features = tuple(saved["features"])
+        m, n_of_weight = num_rows(shape, features), num_features(shape, features)
+        if (n_of_weight, (m, rank)) != (n, moments):
             raise ValueError(
-                f"parameter {name} has shape {shape}, its saved basis {(n, rank)} and moments {moments} are of a "
-                f"weight of shape {expected}"
+                f"parameter {name} has shape {shape}, its saved basis {(n, rank)} and moments {moments}: "
+                f"{(n_of_weight, rank)} and {(m, rank)} would fit"
             )
         live = STORE.ranks(weight)
         if live and rank not in live:
@@ -67,6 +68,7 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
         updates = int(saved["basis_updates"])
         STORE.preload(weight, state["basis"], updates, (load, saved["subspace"]))
         state["basis_updates"] = torch.tensor(updates, device=weight.device)
+        state["features"] = tuple(saved["features"])  # a list, where the checkpoint went through JSON
         del state["subspace"]
 
 

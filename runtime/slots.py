@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from oasis_fx.runtime.layout import Features, num_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.subspace import Subspace
 
@@ -21,37 +22,38 @@ _zeros: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 
 def coordinate_slots(
-    weights: Sequence[torch.Tensor], subspaces: Sequence[Subspace], transposed: Sequence[bool]
+    weights: Sequence[torch.Tensor], subspaces: Sequence[Subspace], features: Sequence[Features]
 ) -> tuple[torch.Tensor, ...]:
     """Return a slot S [m, r] for each weight, without memory of its own.
 
     Args:
-        weights: trained parameters, m x n, or n x m where ``transposed``.
+        weights: trained parameters.
         subspaces: for each weight, the subspace whose basis the graph is called with.
+        features: for each weight, which of its dimensions are n.
     """
-    slots: tuple[torch.Tensor, ...] = _Slots.apply(tuple(subspaces), tuple(transposed), *weights)  # type: ignore[no-untyped-call]
+    slots: tuple[torch.Tensor, ...] = _Slots.apply(tuple(subspaces), tuple(features), *weights)  # type: ignore[no-untyped-call]
     return slots
 
 
 class _Slots(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, subspaces: tuple[Subspace, ...], transposed: tuple[bool, ...], *weights: torch.Tensor
+        ctx: Any, subspaces: tuple[Subspace, ...], features: tuple[Features, ...], *weights: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.subspaces, ctx.transposed, ctx.weights = subspaces, transposed, weights
+        ctx.subspaces, ctx.features, ctx.weights = subspaces, features, weights
         ctx.versions = tuple(subspace.version for subspace in subspaces)
         return tuple(
-            _zero(weight).expand(weight.shape[1 if flag else 0], subspace.basis.shape[1])
-            for weight, subspace, flag in zip(weights, subspaces, transposed, strict=True)
+            _zero(weight).expand(num_rows(weight.shape, dims), subspace.basis.shape[1])
+            for weight, subspace, dims in zip(weights, subspaces, features, strict=True)
         )
 
     @staticmethod
     def backward(ctx: Any, *factors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         gradients: list[torch.Tensor | None] = []
         seen: set[int] = set()
-        for factor, subspace, version, flag, weight in zip(
-            factors, ctx.subspaces, ctx.versions, ctx.transposed, ctx.weights, strict=True
+        for factor, subspace, version, dims, weight in zip(
+            factors, ctx.subspaces, ctx.versions, ctx.features, ctx.weights, strict=True
         ):
             if factor is None:
                 gradients.append(None)
@@ -64,7 +66,7 @@ class _Slots(torch.autograd.Function):
             if factor.data_ptr() in seen:
                 factor = factor.clone()  # autograd adds in place into what it takes over
             seen.add(factor.data_ptr())
-            gradients.append(LowRankGrad(factor, subspace, weight, transposed=flag))
+            gradients.append(LowRankGrad(factor, subspace, weight, features=dims))
         return (None, None, *gradients)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from oasis_fx.runtime.layout import Features, num_features
 from oasis_fx.runtime.subspace import Subspace, SubspaceSpec, initial_basis
 
 
@@ -34,12 +35,16 @@ class SubspaceStore:
         entry: dict[SubspaceSpec, Subspace] | None = self._subspaces.get(weight)
         return None if entry is None else entry.get(spec)
 
+    def all_of(self, weight: torch.Tensor) -> tuple[Subspace, ...]:
+        """The subspaces of a weight, one for each specification that a graph has asked for."""
+        entry: dict[SubspaceSpec, Subspace] = self._subspaces.get(weight) or {}
+        return tuple(entry.values())
+
     def ranks(self, weight: torch.Tensor) -> tuple[int, ...]:
         """Ranks of the subspaces that a weight has."""
-        entry: dict[SubspaceSpec, Subspace] = self._subspaces.get(weight) or {}
-        return tuple(spec.rank for spec in entry)
+        return tuple(subspace.spec.rank for subspace in self.all_of(weight))
 
-    def resolve(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, transposed: Sequence[bool]) -> Subspace:
+    def resolve(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, features: Sequence[Features]) -> Subspace:
         """The subspace that all of ``weights`` share from now on; made at first use.
 
         Weights of one group may come with different subspaces: a graph compiled for one layer is used for
@@ -52,7 +57,7 @@ class SubspaceStore:
                 return first
         with self._lock:
             known = [s for w in weights if (s := self.existing(w, spec)) is not None]
-            subspace = known[0] if known else self._make(weights, spec, transposed)
+            subspace = known[0] if known else self._make(weights, spec, features)
             if not _fits(subspace, weights[0]):  # the model was moved or cast since
                 basis = subspace.basis.detach().to(weights[0].device, _basis_dtype(weights[0]))
                 subspace = Subspace(basis, spec, int(subspace.num_updates))
@@ -66,16 +71,15 @@ class SubspaceStore:
         Its subspaces of that rank take it over in place; without one, it waits for the first graph that asks.
         """
         with self._lock:
-            entry: dict[SubspaceSpec, Subspace] = self._subspaces.get(weight) or {}
-            live = [subspace for spec, subspace in entry.items() if spec.rank == basis.shape[1]]
+            live = [subspace for subspace in self.all_of(weight) if subspace.spec.rank == basis.shape[1]]
             for subspace in live:
                 subspace.load(basis, num_updates)
             if not live:
                 self._preloaded[weight] = Preloaded(basis.detach().clone(), num_updates, group)
 
-    def _make(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, transposed: Sequence[bool]) -> Subspace:
+    def _make(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, features: Sequence[Features]) -> Subspace:
         weight = weights[0]
-        n = weight.shape[0 if transposed[0] else 1]
+        n = num_features(weight.shape, features[0])
         waiting: list[Preloaded] = [p for w in weights if (p := self._preloaded.get(w)) is not None]
         for saved in waiting:
             if saved.basis.shape != (n, spec.rank):

@@ -43,13 +43,19 @@ class Subspace:
         basis: leaf tensor [n, r], float32 (float64 for float64 weights), orthonormal columns. Allocated once
             and changed in place only, so that CUDA graphs may keep its address.
         spec: what was asked for; its rank is the basis' number of columns.
+        energy: leaf scalar that graphs take and do not read; its gradient is ||X||^2, summed like the statistic.
         num_updates: int64 scalar on the basis' device: how often the basis has moved.
+        captured_energy, drift, condition: scalars of the last step, on the basis' device; NaN before. What they are:
+            `oasis_fx.stats.SubspaceStats`.
     """
 
     def __init__(self, basis: torch.Tensor, spec: SubspaceSpec, num_updates: int = 0) -> None:
         self.basis = basis.detach().contiguous().requires_grad_()
         self.spec = spec
+        self.energy = torch.zeros((), dtype=basis.dtype, device=basis.device, requires_grad=True)
         self.num_updates = torch.tensor(num_updates, device=basis.device)
+        unknown = torch.full((), torch.nan, dtype=basis.dtype, device=basis.device)
+        self.captured_energy = self.drift = self.condition = unknown
 
     def __repr__(self) -> str:
         n, r = self.basis.shape
@@ -61,7 +67,7 @@ class Subspace:
         return self.basis.grad
 
     def drop_statistic(self) -> None:
-        self.basis.grad = None
+        self.basis.grad = self.energy.grad = None
 
     @property
     def version(self) -> int:

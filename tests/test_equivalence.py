@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oasis_fx import LowRankGrad, oasis_backend
+from oasis_fx.runtime.layout import as_rows
 
 INNER = ["aot_eager", "inductor"]
 DTYPES = [torch.float64, torch.float32]
@@ -84,7 +85,7 @@ def train_step(model, inputs, backend) -> tuple[torch.Tensor, list[torch.Tensor 
 
 
 def dense_in_coordinates(gradient: LowRankGrad, dense: torch.Tensor) -> torch.Tensor:
-    return (dense.T if gradient.transposed else dense) @ gradient.basis.detach().to(dense.dtype)
+    return as_rows(dense, gradient.features) @ gradient.basis.detach().to(dense.dtype)
 
 
 @pytest.mark.parametrize("inner", INNER)

@@ -51,7 +51,7 @@ def test_gradients_are_the_dense_ones_times_the_basis(joint) -> None:
     activations: dict[int, list[torch.Tensor]] = {}
     for weight in joint.lifted:
         d_w, q = dense[positions[weight.weight]], primals[weight.basis]
-        if weight.transposed:
+        if weight.features == (0, 1):
             d_w = d_w.T
         torch.testing.assert_close(low_rank[positions[weight.slot]], d_w @ q, rtol=1e-12, atol=1e-12)
         assert low_rank[positions[weight.weight]] is None
@@ -72,7 +72,7 @@ def test_everything_else_is_bitwise_the_same(joint) -> None:
     primals, tangents = joint.random_inputs()
     dense, low_rank = joint.run(primals, tangents), rewritten(joint).run(primals, tangents)
     positions = gradient_positions(joint.graph)
-    changed = {positions[p] for w in joint.lifted for p in (w.weight, w.slot, w.basis)}
+    changed = {positions[p] for w in joint.lifted for p in (w.weight, w.slot, w.basis, w.energy)}
     compared = 0
     for index, (one, other) in enumerate(zip(dense, low_rank, strict=True)):
         if index not in changed and one is not None:
@@ -88,7 +88,7 @@ def test_one_projection_for_each_activation_next_to_it(joint) -> None:
     assert len(projections) == 4  # x; q(x) * tanh(k(x)); h; sin(twice(h))
     order = {node: index for index, node in enumerate(joint.graph.nodes)}
     first_backward = min(order[user] for user in tangent.users)
-    for (x, _, _), p in projections.items():
+    for (x, *_), p in projections.items():
         # Where the partitioner sees it as a value of the forward pass, not of the backward pass.
         assert order[x] < order[p] < first_backward
 

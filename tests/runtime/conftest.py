@@ -33,9 +33,9 @@ def low_rank_products(
     x: torch.Tensor, weights: Sequence[torch.Tensor], spec: SubspaceSpec, transposed: bool = False
 ) -> list[torch.Tensor]:
     """Products of one activation with weights that share a basis, as a compiled graph computes them."""
-    flags = [transposed] * len(weights)
-    subspace = STORE.resolve(weights, spec, flags)
-    slots = coordinate_slots(weights, [subspace] * len(weights), flags)
+    features = [(0, 1) if transposed else (1, 2)] * len(weights)
+    subspace = STORE.resolve(weights, spec, features)
+    slots = coordinate_slots(weights, [subspace] * len(weights), features)
     # One statistic for the group, as in the graph: the others get a basis that takes none.
     bases = [subspace.basis] + [subspace.basis.detach()] * (len(weights) - 1)
     return [

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from oasis_fx.runtime import low_rank_grad as module
+from oasis_fx.runtime.layout import LINEAR
 from oasis_fx.runtime.low_rank_grad import LowRankGrad, LowRankGradWarning
 from oasis_fx.runtime.oja import move_bases
 from oasis_fx.runtime.store import STORE
@@ -26,10 +27,11 @@ def no_warning_seen_yet(monkeypatch):
 
 def gradient(m=5, n=8, *, seed=0, transposed=False, dtype=torch.float64, subspace=None) -> LowRankGrad:
     generator = torch.Generator().manual_seed(seed)
+    features = (0, 1) if transposed else (1, 2)
     weight = torch.nn.Parameter(torch.zeros((n, m) if transposed else (m, n), dtype=dtype))
-    subspace = subspace or STORE.resolve([weight], SPEC, [transposed])
+    subspace = subspace or STORE.resolve([weight], SPEC, [features])
     factor = torch.randn(m, 3, generator=generator, dtype=torch.float64).to(dtype)
-    return LowRankGrad(factor, subspace, weight, transposed=transposed)
+    return LowRankGrad(factor, subspace, weight, features=features)
 
 
 def silent(function, *args, **kwargs):
@@ -312,8 +314,8 @@ def test_slots_check_the_version_themselves(make_weight) -> None:
     from oasis_fx.runtime.slots import coordinate_slots
 
     w = make_weight(5, 8)
-    subspace = STORE.resolve([w], SPEC, [False])
-    (slot,) = coordinate_slots([w], [subspace], [False])
+    subspace = STORE.resolve([w], SPEC, [LINEAR])
+    (slot,) = coordinate_slots([w], [subspace], [LINEAR])
     with torch.no_grad():
         subspace.basis.mul_(1.0)
     with pytest.raises(RuntimeError, match="basis moved between"):
@@ -324,8 +326,8 @@ def test_one_factor_given_to_two_weights_is_copied(make_weight) -> None:
     from oasis_fx.runtime.slots import coordinate_slots
 
     weights = [make_weight(5, 8), make_weight(5, 8)]
-    subspace = STORE.resolve(weights, SPEC, [False, False])
-    slots = coordinate_slots(weights, [subspace] * 2, [False, False])
+    subspace = STORE.resolve(weights, SPEC, [LINEAR] * 2)
+    slots = coordinate_slots(weights, [subspace] * 2, [LINEAR] * 2)
     shared = torch.ones(5, 3, dtype=torch.float64)
     torch.autograd.backward(slots, [shared, shared])
     weights[0].grad.mul_(7)

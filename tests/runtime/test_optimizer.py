@@ -70,7 +70,7 @@ def test_follows_the_equations_over_many_steps(transposed, products, make_weight
     weights = [make_weight(*(s[::-1] if transposed else s), seed=i) for i, s in enumerate(shapes)]
     optimizer = OasisAdamW(weights, lr=0.05, betas=BETAS, eps=EPS, weight_decay=0.1)
     stored = [w.detach().T if transposed else w.detach() for w in weights]
-    q = STORE.resolve(weights, SPEC, [transposed] * 3).basis.detach()
+    q = STORE.resolve(weights, SPEC, [(0, 1) if transposed else (1, 2)] * 3).basis.detach()
     reference = Reference(q, stored, 0.05, 0.1)
     for step in range(25):
         # The last weight rests now and then: its moments must follow the basis all the same.

@@ -82,7 +82,7 @@ def test_contents_are_plain_and_bases_are_numbered(products, make_weight) -> Non
         "exp_avg_sq",
         "basis",
         "basis_updates",
-        "transposed",
+        "features",
         "subspace",
     }
     assert set(state[2]) == {"step", "exp_avg", "exp_avg_sq"}
@@ -132,7 +132,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_loaded(products, make_weigh
             good, 1, basis=torch.zeros(8, 2), exp_avg=torch.zeros(6, 2), exp_avg_sq=torch.zeros(6, 2)
         ),
         r"k\.weight has shape \(6, 8\), its saved basis \(9, 3\)": changed(good, 1, basis=torch.zeros(9, 3)),
-        r"k\.weight has shape \(6, 8\), .* of a weight of shape \(7, 8\)": changed(good, 1, exp_avg=torch.zeros(7, 3)),
+        r"k\.weight has shape \(6, 8\), .* moments \(7, 3\): \(8, 3\) and \(6, 3\) would fit": changed(
+            good, 1, exp_avg=torch.zeros(7, 3)
+        ),
         r"k\.weight .* moments \(6, 4\)": changed(good, 1, exp_avg=torch.zeros(6, 4)),
         r"q\.bias has shape \(5,\), its saved moments \(4,\)": changed(good, 2, exp_avg=torch.zeros(4)),
     }

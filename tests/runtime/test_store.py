@@ -9,6 +9,7 @@ import weakref
 
 import torch
 
+from oasis_fx.runtime.layout import LINEAR
 from oasis_fx.runtime.store import SubspaceStore
 from oasis_fx.runtime.subspace import SubspaceSpec, initial_basis
 
@@ -21,36 +22,36 @@ def weights(count: int, m: int = 5, n: int = 8) -> list[torch.nn.Parameter]:
 
 def test_a_group_shares_one_basis_and_keeps_it() -> None:
     store, (q, k, other) = SubspaceStore(), weights(3)
-    subspace = store.resolve([q, k], SPEC, [False, False])
+    subspace = store.resolve([q, k], SPEC, [LINEAR, LINEAR])
     assert subspace.basis.shape == (8, 3) and subspace.basis.is_leaf and subspace.basis.requires_grad
-    assert store.resolve([q, k], SPEC, [False, False]) is subspace
+    assert store.resolve([q, k], SPEC, [LINEAR, LINEAR]) is subspace
     assert store.existing(k, SPEC) is subspace and store.existing(other, SPEC) is None
-    assert store.resolve([other], SPEC, [False]) is not subspace
-    assert store.resolve([k, other], SPEC, [False, False]) is subspace  # re-bound: other joins k
+    assert store.resolve([other], SPEC, [LINEAR]) is not subspace
+    assert store.resolve([k, other], SPEC, [LINEAR, LINEAR]) is subspace  # re-bound: other joins k
     assert store.existing(other, SPEC) is subspace
 
 
 def test_another_specification_is_another_subspace() -> None:
     store, (w,) = SubspaceStore(), weights(1)
-    assert store.resolve([w], SPEC, [False]) is not store.resolve([w], SubspaceSpec(2), [False])
-    assert store.resolve([w], SPEC, [False]) is not store.resolve([w], SubspaceSpec(3, learning_rate=2.0), [False])
+    assert store.resolve([w], SPEC, [LINEAR]) is not store.resolve([w], SubspaceSpec(2), [LINEAR])
+    assert store.resolve([w], SPEC, [LINEAR]) is not store.resolve([w], SubspaceSpec(3, learning_rate=2.0), [LINEAR])
     assert store.ranks(w) == (3, 2, 3)
 
 
 def test_in_features_of_a_transposed_weight() -> None:
     store, (w,) = SubspaceStore(), weights(1)
-    assert store.resolve([w], SPEC, [True]).basis.shape == (5, 3)
+    assert store.resolve([w], SPEC, [(0, 1)]).basis.shape == (5, 3)
 
 
 def test_equal_values_do_not_make_equal_keys() -> None:
     store, (w,) = SubspaceStore(), weights(1)
     twin = copy.deepcopy(w)
-    assert store.resolve([w], SPEC, [False]) is not store.resolve([twin], SPEC, [False])
+    assert store.resolve([w], SPEC, [LINEAR]) is not store.resolve([twin], SPEC, [LINEAR])
 
 
 def test_a_deleted_parameter_frees_its_basis() -> None:
     store, (w,) = SubspaceStore(), weights(1)
-    basis = weakref.ref(store.resolve([w], SPEC, [False]).basis)
+    basis = weakref.ref(store.resolve([w], SPEC, [LINEAR]).basis)
     store.preload(w, torch.zeros(8, 2), 1, "group")
     assert basis() is not None
     del w
@@ -63,31 +64,31 @@ def test_a_preloaded_basis_is_taken_over_and_shared_by_its_group() -> None:
     saved = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
     store.preload(q, saved, 4, "a"), store.preload(k, saved, 4, "a")
     store.preload(v, torch.zeros(8, 3), 1, "b")
-    subspace = store.resolve([q], SPEC, [False])
+    subspace = store.resolve([q], SPEC, [LINEAR])
     assert torch.equal(subspace.basis, saved) and int(subspace.num_updates) == 4
-    assert store.resolve([k], SPEC, [False]) is subspace
-    assert store.resolve([v], SPEC, [False]) is not subspace
+    assert store.resolve([k], SPEC, [LINEAR]) is subspace
+    assert store.resolve([v], SPEC, [LINEAR]) is not subspace
     saved.zero_()
     assert subspace.basis.abs().max() > 0  # a copy
 
 
 def test_a_preloaded_basis_goes_into_a_live_one_in_place() -> None:
     store, (w,) = SubspaceStore(), weights(1)
-    subspace = store.resolve([w], SPEC, [False])
+    subspace = store.resolve([w], SPEC, [LINEAR])
     address, version = subspace.basis.data_ptr(), subspace.version
     store.preload(w, initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7), 4, "a")
-    assert store.resolve([w], SPEC, [False]) is subspace
+    assert store.resolve([w], SPEC, [LINEAR]) is subspace
     assert subspace.basis.data_ptr() == address and subspace.version != version and int(subspace.num_updates) == 4
 
 
 def test_a_cast_model_keeps_the_values_of_its_basis() -> None:
     store, (w,) = SubspaceStore(), weights(1)
-    before = store.resolve([w], SPEC, [False])
+    before = store.resolve([w], SPEC, [LINEAR])
     w.data = w.data.double()
-    after = store.resolve([w], SPEC, [False])
+    after = store.resolve([w], SPEC, [LINEAR])
     assert after.basis.dtype == torch.float64 and torch.equal(after.basis, before.basis.double())
     w.data = w.data.bfloat16()
-    assert store.resolve([w], SPEC, [False]).basis.dtype == torch.float32
+    assert store.resolve([w], SPEC, [LINEAR]).basis.dtype == torch.float32
 
 
 def test_threads_agree() -> None:
@@ -97,7 +98,7 @@ def test_threads_agree() -> None:
 
     def work() -> None:
         barrier.wait()
-        found.append(store.resolve([q, k], SPEC, [False, False]))
+        found.append(store.resolve([q, k], SPEC, [LINEAR, LINEAR]))
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:

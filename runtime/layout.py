@@ -1,0 +1,61 @@
+"""How a stored weight is a matrix of rows (out_features) by features (in_features).
+
+A matmul contracts some dimensions of the weight with its activation: the features. They are given as ``start`` and
+``stop``, the rest are rows: (1, 2) of nn.Linear's [m, n]; (0, 1) of Conv1D's [n, m]; (1, 4) of a convolution's
+[m, channels, height, width]; (2, 3) of experts stored [experts, m, n] and (1, 2) of [experts, n, m].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+Features = tuple[int, int]
+LINEAR: Features = (1, 2)
+
+
+def num_features(shape: Sequence[int], features: Features) -> int:
+    """n: the number of rows of the basis."""
+    return math.prod(shape[features[0] : features[1]])
+
+
+def num_rows(shape: Sequence[int], features: Features) -> int:
+    """m: the number of rows of the low-rank gradient; those of all experts together."""
+    return math.prod(shape[: features[0]]) * math.prod(shape[features[1] :])
+
+
+def as_rows(tensor: torch.Tensor, features: Features) -> torch.Tensor:
+    """A tensor of the weight's shape as [m, n]; a view where strides allow."""
+    n = num_features(tensor.shape, features)
+    return tensor.permute(_rows_first(tensor.dim(), features)).reshape(num_rows(tensor.shape, features), n)
+
+
+def from_rows(rows: torch.Tensor, shape: Sequence[int], features: Features) -> torch.Tensor:
+    """[m, n] as a tensor of the weight's shape."""
+    order = _rows_first(len(shape), features)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return rows.view([shape[dim] for dim in order]).permute(inverse)
+
+
+def add_product_(
+    weight: torch.Tensor, u: torch.Tensor, basis: torch.Tensor, features: Features, *, beta: float, alpha: float
+) -> None:
+    """``weight = beta weight + alpha U Q^T`` in place, for U [m, r] and Q [n, r]."""
+    target = weight.permute(_rows_first(weight.dim(), features))
+    try:
+        target = target.view(u.shape[0], basis.shape[0])
+    except RuntimeError:  # experts stored [experts, n, m]; convolutions with channels last
+        if target.dim() == 3:
+            right = basis.T.expand(target.shape[0], -1, -1)
+            target.baddbmm_(u.view(*target.shape[:2], -1), right, beta=beta, alpha=alpha)
+        else:
+            weight.mul_(beta).add_(from_rows(u @ basis.T, weight.shape, features), alpha=alpha)
+    else:
+        target.addmm_(u, basis.T, beta=beta, alpha=alpha)
+
+
+def _rows_first(num_dims: int, features: Features) -> list[int]:
+    start, stop = features
+    return [*range(start), *range(stop, num_dims), *range(start, stop)]
