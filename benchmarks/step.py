@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-CONTENDERS = ("stock", "stock-recompute", "oasis", "oasis-recompute")
+CONTENDERS = ("stock", "stock-recompute", "oasis", "oasis-recompute")  # by default; also oasis-no-stats
 
 
 class Contender:
@@ -42,7 +42,7 @@ class Contender:
         recompute = name.endswith("-recompute")
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
         if name.startswith("oasis"):
-            self.model.compile(backend=oasis_backend(rank=args.rank))
+            self.model.compile(backend=oasis_backend(rank=args.rank, stats=not name.endswith("-no-stats")))
             self.optimizer: Any = OasisAdamW(self.model.parameters(), lr=1e-5)
         else:
             self.model.compile()

@@ -104,6 +104,7 @@ class OasisAdamW(torch.optim.Optimizer):
         """Steps left out since a gradient was not finite. Reading it waits for the device."""
         return 0 if self._skipped is None else int(self._skipped)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. The statistics behind the gradients go too: a batch thrown away moves no basis."""
         for weight in self._weights():
@@ -113,6 +114,7 @@ class OasisAdamW(torch.optim.Optimizer):
                 self._bindings[weight].subspace.drop_statistic()
         super().zero_grad(set_to_none)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled training step calls it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take one step.
@@ -211,6 +213,7 @@ class OasisAdamW(torch.optim.Optimizer):
 
     def _prepare_state(self, item: _Item) -> None:
         state = self.state[item.weight]
+        _follow(item.weight, state)
         if item.low_rank and isinstance(item.gradient, LowRankGrad):
             self._bind(item.weight, state, item.gradient)
         elif not state:
@@ -345,6 +348,16 @@ class OasisAdamW(torch.optim.Optimizer):
         for item in items:
             if isinstance(item.gradient, LowRankGrad):
                 item.gradient.subspace.drop_statistic()
+
+
+def _follow(weight: torch.Tensor, state: State) -> None:
+    """Take a state along where `model.to()` has moved or cast its weight since the last step."""
+    dtype = weight.dtype if "basis" not in state else torch.promote_types(weight.dtype, torch.float32)
+    for key in ("exp_avg", "exp_avg_sq", "basis"):
+        if key in state:
+            state[key] = state[key].to(weight.device, dtype)
+    if "step" in state:
+        state["step"] = state["step"].to(weight.device)
 
 
 def _all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:

@@ -19,7 +19,7 @@ def test_bytes_of_a_layer() -> None:
     compiled = torch.compile(lambda x: layer(torch.sin(x)), backend=oasis_backend(rank=8, inner="aot_eager"))
     loss = compiled(x).sum()
     basis = 40 * 8
-    assert saved_for_backward_bytes(loss, [x, layer.weight]) == 4 * (100 * 8 + basis)  # P, and C
+    assert saved_for_backward_bytes(loss, [x, layer.weight]) == 4 * (100 * 8 + basis + 1)  # P, C, and ||X||^2
     loss.backward()
     assert gradient_bytes(layer.parameters()) == 4 * 30 * 8
     optimizer = OasisAdamW(layer.parameters())
