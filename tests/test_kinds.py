@@ -41,6 +41,11 @@ def in_parts(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.cat([F.linear(x, first), F.linear(x.sin(), second)], -1)
 
 
+def heads_in_parts(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    parts = [torch.einsum("btn,hdn->bthd", x, part) for part in w.split([1, 2])]
+    return torch.cat(parts, 2)
+
+
 OFFSETS = torch.tensor([4, 4, 10], dtype=torch.int32)  # the second of three experts gets no token
 
 
@@ -80,6 +85,10 @@ CASES = {
     ),
     "dilated convolution": Case(
         lambda x, w: F.conv2d(x, w, dilation=2), (5, 4, 3, 3), (2, 4, 7, 6), unfolded(3, dilation=2), (1, 4)
+    ),
+    "heads in parts": Case(heads_in_parts, (3, 4, 8), (2, 6, 8), flat, (2, 3)),
+    "one row apart": Case(
+        lambda x, w: torch.cat([F.linear(x, part) for part in w.split([1, 6])], -1), (7, 8), (2, 6, 8), flat, (1, 2)
     ),
     "in parts": Case(in_parts, (7, 8), (2, 6, 8), lambda x: flat(torch.cat([x, x.sin()])), (1, 2)),
 }  # fmt: skip

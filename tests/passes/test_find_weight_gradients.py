@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,17 @@ def test_operands_of_a_contraction_multiply_to_the_gradient(capture_joint, produ
         x = x.T if term.x_transposed else x
         product_of_both = dy.T @ x  # [m, n]
         torch.testing.assert_close(product_of_both.T if site.inputs.features == (0, 1) else product_of_both, dense)
+
+
+def test_a_weight_lifted_with_its_dimensions_the_wrong_way_round_is_left_alone(capture_joint, product) -> None:
+    """A square weight, so that no shape tells: G would be of the right shape and of wrong values."""
+    for function, right in [(lambda x, w: F.linear(x, w), (1, 2)), (lambda x, w: x @ w, (0, 1))]:
+        joint = capture_joint(product(function, 6, 6), X)
+        (lifted,) = joint.lifted
+        assert lifted.features == right
+        wrong = replace(lifted, features=(0, 1) if right == (1, 2) else (1, 2))
+        sites, (skipped,) = find_weight_gradients(joint.graph, [wrong])
+        assert not sites and "its activation meets the out dimension" in skipped.reason
 
 
 def test_reasons_for_what_is_no_contraction(capture_joint, product) -> None:

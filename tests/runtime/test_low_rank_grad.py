@@ -46,6 +46,7 @@ def test_stands_for_factor_times_basis(transposed) -> None:
     g = gradient(transposed=transposed)
     dense = g.factor @ g.basis.T
     torch.testing.assert_close(g.to_dense(), dense.T if transposed else dense)
+    assert g.transposed == transposed
     assert g.shape == g.to_dense().shape and g.dtype == torch.float64 and "rank=3" in repr(g)
 
 
