@@ -116,9 +116,8 @@ def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
             color = wants_color(args.color, sys.stdout) and (args.output is None or args.color == "always")
             width = max(shutil.get_terminal_size((160, 24)).columns, 40)
             titles = f"before{where}", f"after{where}"
-            parts.append(
-                side_by_side(shown.text("before"), shown.text("after"), width=width, color=color, titles=titles)
-            )
+            before, after = shown.text("before", notes=False), shown.text("after", notes=False)
+            parts.append(side_by_side(before, after, width=width, color=color, titles=titles))
         else:
             chosen = GRAPHS if args.graph in (None, "all") else (args.graph,)
             parts += [f"# {which}{where}\n{shown.text(which)}" for which in chosen]

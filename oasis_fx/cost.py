@@ -32,6 +32,21 @@ def num_bytes(tensor: torch.Tensor) -> int:
     return math.prod(hint(size) for size in tensor.shape) * tensor.dtype.itemsize
 
 
+def readable_bytes(count: int) -> str:
+    """``96 B``, ``1.5 KiB``, ``2.0 MiB``."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count} B"
+
+
+def value_bytes(found: Any) -> int:
+    """Bytes of a node's value: of a tensor, of several together, 0 of a size or of None."""
+    if isinstance(found, tuple | list):
+        return sum(value_bytes(item) for item in found)
+    return num_bytes(found) if isinstance(found, torch.Tensor) else 0
+
+
 def storage_node(node: fx.Node) -> fx.Node:
     """The node that owns the memory of ``node``, behind views."""
     while node.op == "call_function":

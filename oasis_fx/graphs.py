@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
+from oasis_fx.graph import outputs
 from oasis_fx.lowering import CompiledGraph
-from oasis_fx.pipeline import Trace
+from oasis_fx.nodes import NodeFacts, input_kinds, joint_facts, marks_and_weights
+from oasis_fx.pipeline import Trace, copy_graph
 from oasis_fx.printing import number_nodes, print_graph
+from oasis_fx.torch_private import gradient_positions, is_whole_joint
 
 GRAPHS = ("before", "after", "forward", "backward")
 _TITLES = {"before": "joint", "after": "joint"}  # one title, or a diff would start with a difference
@@ -23,6 +28,8 @@ class GraphSet:
         before, after: the joint graph.
         forward, backward: the partitions of ``after``.
         names: printed names by node name, common to the four.
+        record: what the backend keeps of the compiled graph.
+        trace: what the passes did to it.
     """
 
     before: fx.GraphModule
@@ -30,16 +37,68 @@ class GraphSet:
     forward: fx.GraphModule
     backward: fx.GraphModule
     names: dict[str, str] = field(repr=False)
+    record: CompiledGraph = field(repr=False)
+    trace: Trace = field(repr=False)
 
-    def text(self, which: str) -> str:
+    def text(self, which: str, *, only: str | None = None, notes: bool = True) -> str:
         """One of the graphs as Python.
+
+        Args:
+            only: show what belongs to a module or weight, given by its name, the end of its path or a glob.
+            notes: with comments: sizes in bytes, the user's lines, what is saved, what the passes did.
 
         Raises:
             ValueError: unless ``which`` is ``"before"``, ``"after"``, ``"forward"`` or ``"backward"``.
         """
+        gm = self.module(which)
+        title = _TITLES.get(which, which)
+        if not notes and only is None:
+            return print_graph(gm, title=title, names=self.names)
+        labels = self._output_labels(gm.graph, which)
+        return print_graph(gm, title=title, names=self.names, facts=self.facts(which), labels=labels, only=only)
+
+    def module(self, which: str) -> fx.GraphModule:
+        """The graph module of that name; ValueError where there is none."""
         if which not in GRAPHS:
             raise ValueError(f"graph is {which!r}: it must be one of {', '.join(map(repr, GRAPHS))}")
-        return print_graph(getattr(self, which), title=_TITLES.get(which, which), names=self.names)
+        return getattr(self, which)
+
+    def facts(self, which: str) -> dict[str, NodeFacts]:
+        """What is known of the nodes of a graph, by node name."""
+        return self._facts_before if which == "before" else self._facts_after
+
+    @cached_property
+    def stock(self) -> tuple[fx.Graph, fx.Graph]:
+        """The partitions of ``before``: what stock `torch.compile` runs, under torch's settings of now."""
+        forward, backward = min_cut_rematerialization_partition(
+            copy_graph(self.before),
+            None,
+            num_fwd_outputs=self.trace.num_forward_outputs,
+            static_lifetime_input_indices=list(self.trace.static_inputs),
+        )
+        return forward.graph, backward.graph
+
+    @cached_property
+    def _facts_before(self) -> dict[str, NodeFacts]:
+        return self._facts(self.before.graph, self.stock)
+
+    @cached_property
+    def _facts_after(self) -> dict[str, NodeFacts]:
+        return self._facts(self.after.graph, (self.forward.graph, self.backward.graph))
+
+    def _facts(self, joint: fx.Graph, partition: tuple[fx.Graph, fx.Graph]) -> dict[str, NodeFacts]:
+        marks, weights = marks_and_weights(self.trace, self.record.names, self.record.lifted)
+        kinds = input_kinds(joint, self.record.names, self.record.lifted)
+        return joint_facts(joint, partition, self.trace.num_forward_outputs, marks, weights, kinds)
+
+    def _output_labels(self, graph: fx.Graph, which: str) -> list[str]:
+        count = self.trace.num_forward_outputs if which != "backward" else 0
+        labels = ["output"] * count + ["saved" if which == "forward" else ""] * (len(outputs(graph)) - count)
+        if which != "forward" and is_whole_joint(graph):
+            inputs = list(self.after.graph.find_nodes(op="placeholder"))
+            for position, slot in gradient_positions(graph).items():
+                labels[slot] = f"gradient of {self.names[inputs[position].name]}"
+        return labels
 
     def __str__(self) -> str:
         return "\n\n".join(f"# {which}\n{self.text(which)}" for which in GRAPHS)
@@ -64,4 +123,4 @@ def _graph_set(record: CompiledGraph, trace: Trace) -> GraphSet:
         for index, position in enumerate(sorted({getattr(weight, kind) for weight in record.lifted})):
             labels[placeholders[position].name] = f"{kind}_{index}"
     modules = trace.before, trace.after, trace.forward, trace.backward
-    return GraphSet(*modules, number_nodes([gm.graph for gm in modules], labels))
+    return GraphSet(*modules, number_nodes([gm.graph for gm in modules], labels), record, trace)

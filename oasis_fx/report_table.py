@@ -42,7 +42,7 @@ def _weights(rows: Sequence[WeightRow]) -> str:
     for row in rows:
         saved = [_scaled(row.saved_bytes_before, _MIB), _scaled(row.saved_bytes_after, _MIB)]
         flops = [_scaled(row.flops_before, _GIGA), _scaled(row.flops_after, _GIGA)]
-        others = ", ".join(_relative(name, row.name) for name in row.shares_with)
+        others = ", ".join(relative_name(name, row.name) for name in row.shares_with)
         lines.append((row.name, _shape(row.shape), str(row.rank), others, *saved, *flops, row.note))
     headers = ["low-rank gradient", "shape", "rank", "shares its basis with", "saved MiB\nbefore", "\nafter"]
     return _table(lines, [*headers, "dW GFLOP\nbefore", "\nafter", "note"], 6)
@@ -92,7 +92,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "-" if shape is None else " x ".join(map(str, shape))
 
 
-def _relative(name: str, to: str) -> str:
+def relative_name(name: str, to: str) -> str:
     """``layers.0.k_proj.weight`` beside ``layers.0.q_proj.weight`` is ``k_proj``."""
     parts, others = name.split("."), to.split(".")
     while len(parts) > 1 and len(others) > 1 and parts[-1] == others[-1]:

@@ -84,7 +84,7 @@ def test_the_text_runs_and_gives_the_same_numbers(make, inner) -> None:
 
 def test_names_are_kept_from_graph_to_graph() -> None:
     shown = traced(mlp)
-    before, after = shown.text("before").splitlines(), shown.text("after").splitlines()
+    before, after = (shown.text(which, notes=False).splitlines() for which in ("before", "after"))
     # The dense contraction of each weight goes, what the passes insert comes, nothing else changes.
     gone, come = [x for x in before if x not in after], [x for x in after if x not in before]
     assert all("permute" in line or " mm" in line or "return" in line for line in gone + come)
