@@ -47,15 +47,22 @@ def value_bytes(found: Any) -> int:
     return num_bytes(found) if isinstance(found, torch.Tensor) else 0
 
 
+def viewed(node: fx.Node) -> fx.Node | None:
+    """What a node is a view of; None where it has memory of its own."""
+    if node.op != "call_function":
+        return None
+    # An item of split() is a view of what is split; an item of var_mean() owns its memory.
+    maker = node.all_input_nodes[0] if node.target is operator.getitem else node
+    target = maker.target
+    if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket.__name__ not in _VIEWS:
+        return None
+    return maker.all_input_nodes[0]
+
+
 def storage_node(node: fx.Node) -> fx.Node:
     """The node that owns the memory of ``node``, behind views."""
-    while node.op == "call_function":
-        # An item of split() is a view of what is split; an item of var_mean() owns its memory.
-        maker = node.all_input_nodes[0] if node.target is operator.getitem else node
-        target = maker.target
-        if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket.__name__ not in _VIEWS:
-            break
-        node = maker.all_input_nodes[0]
+    while (behind := viewed(node)) is not None:
+        node = behind
     return node
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from oasis_fx.graph import outputs
 from oasis_fx.lowering import CompiledGraph
-from oasis_fx.nodes import NodeFacts, input_kinds, joint_facts, marks_and_weights
+from oasis_fx.nodes import NodeFacts, input_kinds, joint_facts, marks_and_weights, select
 from oasis_fx.pipeline import Trace, copy_graph
 from oasis_fx.printing import number_nodes, print_graph
 from oasis_fx.torch_private import gradient_positions, is_whole_joint
@@ -48,20 +48,32 @@ class GraphSet:
             notes: with comments: sizes in bytes, the user's lines, what is saved, what the passes did.
 
         Raises:
-            ValueError: unless ``which`` is ``"before"``, ``"after"``, ``"forward"`` or ``"backward"``.
+            ValueError: unless ``which`` is ``"before"``, ``"after"``, ``"forward"`` or ``"backward"``; nothing belongs
+                to ``only``.
         """
         gm = self.module(which)
         title = _TITLES.get(which, which)
         if not notes and only is None:
             return print_graph(gm, title=title, names=self.names)
-        labels = self._output_labels(gm.graph, which)
-        return print_graph(gm, title=title, names=self.names, facts=self.facts(which), labels=labels, only=only)
+        facts, labels = self.facts(which), self._output_labels(gm.graph, which)
+        body = None if only is None else self.nodes(which, only)
+        text = print_graph(gm, title=title, names=self.names, facts=facts, labels=labels, body=body)
+        head = f"# Only {only}: values from elsewhere are arguments, values that go elsewhere are returned.\n"
+        return text if only is None else head + text
 
     def module(self, which: str) -> fx.GraphModule:
         """The graph module of that name; ValueError where there is none."""
         if which not in GRAPHS:
             raise ValueError(f"graph is {which!r}: it must be one of {', '.join(map(repr, GRAPHS))}")
         return getattr(self, which)
+
+    def nodes(self, which: str, only: str | None = None) -> list[fx.Node]:
+        """The nodes of a graph but its output, or those that belong to a module or weight; ValueError if none does."""
+        found = select(self.module(which).graph.nodes, self.facts(which), only)
+        if not found:
+            known = sorted({facts.module for facts in self.facts(which).values()} - {""})
+            raise ValueError(f"nothing of graph {which!r} belongs to {only!r}: its modules are {', '.join(known)}")
+        return found
 
     def facts(self, which: str) -> dict[str, NodeFacts]:
         """What is known of the nodes of a graph, by node name."""

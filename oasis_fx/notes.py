@@ -21,15 +21,22 @@ class Notes:
     Args:
         facts: by node name.
         names: printed names by node.
+        body: the nodes that the text shows.
     """
 
-    def __init__(self, graph: fx.Graph, facts: Mapping[str, NodeFacts], names: Mapping[fx.Node, str]) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        facts: Mapping[str, NodeFacts],
+        names: Mapping[fx.Node, str],
+        body: Sequence[fx.Node],
+    ) -> None:
         self._facts = facts
         self._names = names
         first = first_backward_node(graph)
         self._backward = set(dropwhile(lambda node: node is not first, graph.nodes))
         made = [node for node in graph.nodes if node.op == "call_function" and self._is_saved(node)]
-        self._saved = [node for node in graph.nodes if self._is_saved(node)] if made else []
+        self._saved = [node for node in body if self._is_saved(node)] if made else []
         self._is_joint = bool(made) and first is not None
         self._part = ""
         self._place = ("", "")
@@ -65,7 +72,7 @@ class Notes:
             if part == "backward":
                 yield from self.saved()
             yield f"# ---- {part}"
-            self._part = part
+            self._part, self._place = part, ("", "")
         if (facts.module, facts.line) != self._place and (facts.module or facts.line):
             self._place = (facts.module, facts.line)
             module = f"module {facts.module}" if facts.module else ""

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from oasis_fx.graph import value
-from oasis_fx.nodes import NodeFacts, select
+from oasis_fx.nodes import NodeFacts
 from oasis_fx.notes import Notes, returned
 
 _DTYPES = {
@@ -30,7 +30,7 @@ def print_graph(
     names: Mapping[str, str] | None = None,
     facts: Mapping[str, NodeFacts] | None = None,
     labels: Sequence[str] | None = None,
-    only: str | None = None,
+    body: Sequence[fx.Node] | None = None,
 ) -> str:
     """Return ``gm`` as the source of a function ``title``.
 
@@ -41,18 +41,19 @@ def print_graph(
         names: printed names by node name, from `number_nodes`.
         facts: what to say of the nodes in comments, by node name; None says nothing.
         labels: what to say of the values that are returned, in comments.
-        only: shows the nodes that belong to a module or weight, as in `oasis_fx.nodes.within`; needs ``facts``. The
-            function then takes what these read from elsewhere, and returns what is read elsewhere.
+        body: the nodes to show, in their order; the function then takes what they read from elsewhere, and returns
+            what is read elsewhere. None: the whole graph.
     """
     graph = gm.graph
     known = number_nodes([graph], {}) if names is None else names
     printed = {node: known[node.name] for node in graph.nodes if node.op != "output"}
-    notes = Notes(graph, facts or {}, printed)
-    body = select(graph.nodes, facts or {}, only)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    values = graph.output_node().args[0]
-    if only is not None:
+    values: Any = graph.output_node().args[0]
+    if body is None:
+        body = list(printed)
+    else:
         inputs, values, labels = *_boundary(graph, body), None
+    notes = Notes(graph, facts or {}, printed, body)
     modules: dict[str, None] = {}
     lines = ["    self,"] if any(node.op == "get_attr" for node in body) else []
     lines += [f"    {printed[node]}{annotation(value(node))},{notes.behind(node)}" for node in inputs]
@@ -68,8 +69,6 @@ def print_graph(
         lines += [f"    {line}" for line in returned([_argument(item, printed) for item in values], labels)]
     head = ["import torch", *(["import operator"] if "operator" in modules else [])]
     head += [f"{namespace} = torch.ops.{namespace}" for namespace in sorted(modules) if namespace != "operator"]
-    if only is not None:
-        head.insert(0, f"# Only {only}: values from elsewhere are arguments, values that go elsewhere are returned.")
     return "\n".join([*head, "", "", f"def {title}(", *lines]) + "\n"
 
 

@@ -1,0 +1,101 @@
+"""What a drawing of a graph shows: boxes, and arrows between them; for Graphviz and for our own layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from oasis_fx.cost import readable_bytes, storage_node, viewed
+from oasis_fx.graph import value
+from oasis_fx.graphs import GraphSet
+from oasis_fx.nodes import NodeFacts
+from oasis_fx.printing import describe, operator_name
+
+
+@dataclass(frozen=True)
+class Box:
+    """One node.
+
+    Attributes:
+        name: as printed; the key of the box.
+        title, detail: its two lines: operator, or what an input is; type, shape and bytes.
+        hint: the rest: module and line.
+        half: ``"forward"`` or ``"backward"``; of an input, that of what reads it first.
+        kind: ``"node"``, ``"input"``, or ``"outside"`` for a value from elsewhere.
+        mark: as in `oasis_fx.nodes.NodeFacts`.
+        saved: for the backward pass.
+    """
+
+    name: str
+    title: str
+    detail: str
+    hint: str
+    half: str
+    kind: str
+    mark: str
+    saved: bool
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """From a box to one that reads it; ``crossing``: from the forward to the backward half."""
+
+    source: str
+    target: str
+    crossing: bool
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Boxes in the order of the graph, and the arrows between them."""
+
+    boxes: tuple[Box, ...]
+    arrows: tuple[Arrow, ...]
+
+
+def sketch(shown: GraphSet, which: str, only: str | None = None, *, fold_views: bool = False) -> Sketch:
+    """What a drawing of a graph shows.
+
+    Args:
+        only: what belongs to a module or weight, and as boxes of their own the values that it reads from elsewhere.
+        fold_views: leaves out views; what reads one then reads what is behind it.
+    """
+    facts = shown.facts(which)
+    body = shown.nodes(which, only)
+    drawn = [node for node in body if node.op != "placeholder" and not (fold_views and viewed(node) is not None)]
+    sources = {node: list(dict.fromkeys(_sources(node, fold_views))) for node in drawn}
+    halves = {node: "backward" if facts[node.name].part == "backward" else "forward" for node in drawn}
+    inside = set(body)
+    for node in drawn:
+        for source in sources[node]:
+            halves.setdefault(source, halves[node])
+    order = {node: index for index, node in enumerate(shown.module(which).graph.nodes)}
+    boxes = [
+        _box(node, shown, facts[node.name], halves[node], node in inside)
+        for node in sorted(halves, key=order.__getitem__)
+    ]
+    arrows = [
+        Arrow(shown.names[source.name], shown.names[node.name], halves[source] != halves[node])
+        for node in drawn
+        for source in sources[node]
+    ]
+    return Sketch(tuple(boxes), tuple(arrows))
+
+
+def _sources(node: fx.Node, fold_views: bool) -> Iterator[fx.Node]:
+    for source in node.all_input_nodes:
+        yield storage_node(source) if fold_views else source
+
+
+def _box(node: fx.Node, shown: GraphSet, facts: NodeFacts, half: str, inside: bool) -> Box:
+    is_input = node.op == "placeholder"
+    title = operator_name(node)
+    if is_input:
+        title = facts.part if facts.part != "weight" else facts.weights[0]
+    size = readable_bytes(facts.num_bytes) if facts.num_bytes else ""
+    hint = ", ".join(filter(None, (shown.names[node.name], facts.module, facts.line)))
+    kind = "input" if is_input else "node" if inside else "outside"
+    detail = " ".join(filter(None, (describe(value(node)), size)))
+    return Box(shown.names[node.name], title, detail, hint, half, kind, facts.mark, facts.saved)
