@@ -82,12 +82,19 @@ def matmul_flops(graph: fx.Graph) -> int:
     return sum(_flops(node) for node in graph.nodes)
 
 
-def _flops(node: fx.Node) -> int:
+def is_matmul(node: fx.Node) -> bool:
+    """Whether `matmul_flops` counts a node."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return 0
+        return False
     packet = node.target.overloadpacket
-    if packet not in (_ATTENTION, _ATTENTION_BACKWARD) and packet not in flop_registry:
+    return packet in (_ATTENTION, _ATTENTION_BACKWARD) or packet in flop_registry
+
+
+def _flops(node: fx.Node) -> int:
+    if not is_matmul(node):
         return 0
+    assert isinstance(node.target, torch._ops.OpOverload)  # for the type checker: is_matmul has looked
+    packet = node.target.overloadpacket
     args: Any
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), _sized)
     if packet is _ATTENTION:

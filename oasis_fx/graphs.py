@@ -100,7 +100,7 @@ class GraphSet:
 
     def _facts(self, joint: fx.Graph, partition: tuple[fx.Graph, fx.Graph]) -> dict[str, NodeFacts]:
         marks, weights = marks_and_weights(self.trace, self.record.names, self.record.lifted)
-        kinds = input_kinds(joint, self.record.names, self.record.lifted)
+        kinds = input_kinds(self.trace, self.record.names, self.record.lifted)
         return joint_facts(joint, partition, self.trace.num_forward_outputs, marks, weights, kinds)
 
     def _output_labels(self, graph: fx.Graph, which: str) -> list[str]:

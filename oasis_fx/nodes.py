@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import takewhile
 
 import torch
 from torch import fx
@@ -27,7 +28,8 @@ class NodeFacts:
 
     Attributes:
         part: ``"forward"``, ``"backward"``, or ``"both"`` where the backward pass computes it again; of an input what
-            it is: ``"weight"``, ``"basis"``, ``"slot"``, ``"incoming gradient"`` or ``"input"``.
+            it is: ``"weight"``, ``"basis"``, ``"slot"``, ``"parameter or buffer"`` for others of the module,
+            ``"incoming gradient"`` or ``"input"``.
         num_bytes: of its elements; a view has them without memory of its own.
         saved: the forward pass hands it to the backward pass.
         mark: ``"+P"``, ``"+C"`` or ``"+G"`` for the node that has such a value, ``"+"`` for others that the passes
@@ -69,8 +71,28 @@ def module_path(node: fx.Node) -> str:
 
 def source_line(node: fx.Node) -> str:
     """``file.py:12 code`` of the innermost frame outside of torch that a node is from; empty where there is none."""
+    if node.meta.get("is_gradient_acc"):
+        return ""  # autograd's own sum: it bears the trace of whatever ran last
     frames = [frame for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if not frame[0].startswith(_TORCH)]
     return f"{os.path.basename(frames[-1][0])}:{frames[-1][1]} {frames[-1][2].strip()}" if frames else ""
+
+
+def _modules(joint: fx.Graph) -> dict[str, str]:
+    """Module paths by node name.
+
+    Autograd's sums of gradients have none: one belongs where the backward pass goes on with it, other sums aside.
+    """
+    modules: dict[str, str] = {}
+    for node in reversed(joint.nodes):
+        if node.meta.get("is_gradient_acc"):
+            readers = [user for user in node.users if user.op != "output"]
+            readers = [user for user in readers if not user.meta.get("is_gradient_acc")] or readers
+            paths = [modules[user.name].split(".") for user in readers]
+            shared = takewhile(lambda steps: len(set(steps)) == 1, zip(*paths, strict=False))
+            modules[node.name] = ".".join(steps[0] for steps in shared)
+        else:
+            modules[node.name] = module_path(node)
+    return modules
 
 
 def joint_facts(
@@ -91,6 +113,9 @@ def joint_facts(
     forward, backward = ({node.name for node in graph.nodes if node.op == "call_function"} for graph in partition)
     kept = outputs(partition[0])[num_forward_outputs:]
     saved = {node.name for node in kept if isinstance(node, fx.Node)}
+    modules = _modules(joint)
+    # What the passes add stands next to an X that another module may have made.
+    modules |= {name: weights[name][0].rpartition(".")[0] for name in weights if marks.get(name, "").startswith("+")}
     facts: dict[str, NodeFacts] = {}
     for node in (node for graph in (joint, *partition) for node in graph.nodes):
         if node.name in facts or node.op == "output":
@@ -103,8 +128,7 @@ def joint_facts(
             saved=name in saved,
             mark=mark,
             weights=of,
-            # What the passes add stands next to an X that another module may have made.
-            module=of[0].rpartition(".")[0] if of and mark.startswith("+") else module_path(node),
+            module=modules.get(name, ""),
             line=source_line(node),
         )
     return facts
@@ -133,10 +157,11 @@ def marks_and_weights(
     return marks, {name: tuple(dict.fromkeys(of)) for name, of in about.items()}
 
 
-def input_kinds(joint: fx.Graph, names: Mapping[int, str], lifted: Sequence[LiftedWeight]) -> dict[str, str]:
-    """``weight``, ``basis``, ``slot`` or ``incoming gradient`` for inputs that are one, by node name."""
-    placeholders = list(joint.find_nodes(op="placeholder"))
-    kinds = {node.name: "incoming gradient" for node in placeholders if is_tangent(node)}
+def input_kinds(trace: Trace, names: Mapping[int, str], lifted: Sequence[LiftedWeight]) -> dict[str, str]:
+    """What each input is, by node name, where it is more than an input."""
+    placeholders = list(trace.after.graph.find_nodes(op="placeholder"))
+    kinds = {placeholders[position].name: "parameter or buffer" for position in trace.static_inputs}
+    kinds |= {node.name: "incoming gradient" for node in placeholders if is_tangent(node)}
     kinds |= {placeholders[position].name: "weight" for position in names}
     kinds |= {placeholders[weight.basis].name: "basis" for weight in lifted}
     return kinds | {placeholders[weight.slot].name: "slot" for weight in lifted}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
 from dataclasses import dataclass
 
 from torch import fx
 
-from oasis_fx.cost import readable_bytes, storage_node, viewed
+from oasis_fx.cost import is_matmul, readable_bytes, viewed
 from oasis_fx.graph import value
 from oasis_fx.graphs import GraphSet
 from oasis_fx.nodes import NodeFacts
@@ -22,6 +22,8 @@ class Box:
         name: as printed; the key of the box.
         title, detail: its two lines: operator, or what an input is; type, shape and bytes.
         hint: the rest: module and line.
+        role: ``"view"``, ``"item"`` of several results, ``"matmul"`` (attention and convolutions too), ``"other"``; of
+            an input, what it is, as in `oasis_fx.nodes.NodeFacts.part`.
         half: ``"forward"`` or ``"backward"``; of an input, that of what reads it first.
         kind: ``"node"``, ``"input"``, or ``"outside"`` for a value from elsewhere.
         mark: as in `oasis_fx.nodes.NodeFacts`.
@@ -32,6 +34,7 @@ class Box:
     title: str
     detail: str
     hint: str
+    role: str
     half: str
     kind: str
     mark: str
@@ -55,21 +58,15 @@ class Sketch:
     arrows: tuple[Arrow, ...]
 
 
-def sketch(shown: GraphSet, which: str, only: str | None = None, *, fold_views: bool = False) -> Sketch:
-    """What a drawing of a graph shows.
-
-    Args:
-        only: what belongs to a module or weight, and as boxes of their own the values that it reads from elsewhere.
-        fold_views: leaves out views; what reads one then reads what is behind it.
-    """
+def sketch(shown: GraphSet, which: str, only: str | None = None) -> Sketch:
+    """A box for each node of a graph; with ``only``, for each that belongs to it and for what these read."""
     facts = shown.facts(which)
     body = shown.nodes(which, only)
-    drawn = [node for node in body if node.op != "placeholder" and not (fold_views and viewed(node) is not None)]
-    sources = {node: list(dict.fromkeys(_sources(node, fold_views))) for node in drawn}
+    drawn = [node for node in body if node.op != "placeholder"]
     halves = {node: "backward" if facts[node.name].part == "backward" else "forward" for node in drawn}
     inside = set(body)
     for node in drawn:
-        for source in sources[node]:
+        for source in node.all_input_nodes:
             halves.setdefault(source, halves[node])
     order = {node: index for index, node in enumerate(shown.module(which).graph.nodes)}
     boxes = [
@@ -79,14 +76,9 @@ def sketch(shown: GraphSet, which: str, only: str | None = None, *, fold_views: 
     arrows = [
         Arrow(shown.names[source.name], shown.names[node.name], halves[source] != halves[node])
         for node in drawn
-        for source in sources[node]
+        for source in node.all_input_nodes
     ]
     return Sketch(tuple(boxes), tuple(arrows))
-
-
-def _sources(node: fx.Node, fold_views: bool) -> Iterator[fx.Node]:
-    for source in node.all_input_nodes:
-        yield storage_node(source) if fold_views else source
 
 
 def _box(node: fx.Node, shown: GraphSet, facts: NodeFacts, half: str, inside: bool) -> Box:
@@ -98,4 +90,13 @@ def _box(node: fx.Node, shown: GraphSet, facts: NodeFacts, half: str, inside: bo
     hint = ", ".join(filter(None, (shown.names[node.name], facts.module, facts.line)))
     kind = "input" if is_input else "node" if inside else "outside"
     detail = " ".join(filter(None, (describe(value(node)), size)))
-    return Box(shown.names[node.name], title, detail, hint, half, kind, facts.mark, facts.saved)
+    role = facts.part if is_input else _role(node)
+    return Box(shown.names[node.name], title, detail, hint, role, half, kind, facts.mark, facts.saved)
+
+
+def _role(node: fx.Node) -> str:
+    if viewed(node) is not None:
+        return "view"
+    if node.target is operator.getitem:
+        return "item"
+    return "matmul" if is_matmul(node) else "other"
