@@ -39,13 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("oasis-fx: torch.compile found no graph in this model", file=sys.stderr)
         return 1
     try:
+        if args.command == "explain" and args.html is not None:
+            Path(args.html).write_text(_report_page(records, args), encoding="utf-8")
         text = _explain(records) if args.command == "explain" else _print(records, args)
     except ValueError as error:  # --only names nothing of the model
         parser.error(str(error))
     if args.output is None:
         sys.stdout.write(text)
     else:
-        Path(args.output).write_text(text)
+        Path(args.output).write_text(text, encoding="utf-8")
     return 0
 
 
@@ -58,9 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         _add_common(command)
     printer.add_argument("--graph", choices=_GRAPHS, help="which graph (default: all)")
     printer.add_argument("--format", choices=_FORMATS, default="python", help="default: python, which runs")
-    printer.add_argument("--only", metavar="NAME", help="nodes of a module or weight: end of its path, or a glob")
+    printer.add_argument("--only", metavar="NAME", help="nodes of a module or weight: its path, end of it, or a glob")
     printer.add_argument("--diff", action="store_true", help="the joint graph before and after, side by side")
     printer.add_argument("--color", choices=COLOR_CHOICES, default="auto", help="of --diff (default: on a terminal)")
+    explainer.add_argument("--html", metavar="FILE", help="the report as a page with drawings, too")
+    explainer.add_argument("--only", metavar="NAME", help="the module that --html draws (default: the first block)")
     return parser
 
 
@@ -112,6 +116,12 @@ def _explain(records: Sequence[CompiledGraph]) -> str:
     return "\n\n\n".join(tables) + "\n"
 
 
+def _report_page(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
+    from oasis_fx.pages import report_page
+
+    return report_page(records, _settings(args), title=f"oasis_fx on {args.target}", only=args.only)
+
+
 def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
     from oasis_fx.graphs import GRAPHS, graphs
 
@@ -119,6 +129,10 @@ def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
     chosen = GRAPHS if args.graph in (None, "all") else (args.graph,)
     missing = len(records) - len(sets)
     note = f"{missing} of {len(records)} graphs have no weight in a subspace: not shown" if missing else ""
+    if args.format == "html":
+        from oasis_fx.pages import graphs_page
+
+        return graphs_page(sets, title=f"Graphs of {args.target}", which=chosen, only=args.only, note=note)
     parts = []
     for index, shown in enumerate(sets, 1):
         where = f" of graph {index} of {len(sets)}" if len(sets) > 1 else ""
@@ -132,9 +146,9 @@ def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
 
 def _one_graph(shown: GraphSet, which: str, where: str, args: argparse.Namespace) -> str:
     if args.format == "table":
-        from oasis_fx.node_table import format_nodes
+        from oasis_fx.node_table import node_table
 
-        return f"# {which}{where}\n\n{format_nodes(shown, which, args.only)}\n"
+        return f"# {which}{where}\n\n{node_table(shown, which, args.only)}\n"
     if args.format == "dot":
         from oasis_fx.dot import format_dot
         from oasis_fx.sketch import sketch
