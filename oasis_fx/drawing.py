@@ -8,9 +8,9 @@ from itertools import pairwise
 from oasis_fx.layout import Layout, layered
 from oasis_fx.sketch import Arrow, Box, Sketch
 
-_WIDTH, _HEIGHT = 148, 34  # of a box, in pixels
-_COLUMN, _ROW = 164, 58
-_MARGIN, _GAP = 12, 120
+_WIDTH, _HEIGHT = 144, 34  # of a box, in pixels
+_COLUMN, _ROW = 154, 58
+_MARGIN, _GAP = 12, 80
 _CLASSES = {"+": "added", "-": "removed"}
 
 

@@ -24,6 +24,7 @@ from oasis_fx.report import GraphReport, report
 from oasis_fx.report_table import NO_ROWS, Table, legend, skipped_table, totals_table, weight_table
 from oasis_fx.sketch import sketch
 
+_LEAST_BAR = 200  # what is shorter than this part of the longest goes under "other"
 _MOST_BOXES = 250  # of a drawing that a person can follow
 
 
@@ -77,9 +78,12 @@ def graphs_page(
 
 def saved_by_operator(shown: GraphSet) -> list[Bar]:
     """What is kept for the backward pass before and after, the longest bar first; marks of the passes count apart."""
-    before = _saved(shown, "before")
-    after = _saved(shown, "after")
+    before, after = _saved(shown, "before"), _saved(shown, "after")
     longest = max([*before.values(), *after.values()], default=1)
+    for name in {*before, *after}:
+        if "+" not in name and max(before[name], after[name]) < longest / _LEAST_BAR:
+            before["other"] += before.pop(name, 0)
+            after["other"] += after.pop(name, 0)
     names = sorted({*before, *after}, key=lambda name: (-max(before[name], after[name]), name))
     return [
         Bar(
