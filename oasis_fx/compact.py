@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from oasis_fx.sketch import Arrow, Box, Sketch
+from oasis_fx.sketch import Arrow, Box, Sketch, module_of
 
 _OF_THE_MODULE = ("weight", "basis", "slot", "parameter or buffer")
 
@@ -89,5 +89,4 @@ def _name_weights(drawn: Sketch) -> Sketch:
 
 
 def _short(box: Box) -> str:
-    """The module of a weight, without its path; nothing for other inputs."""
-    return box.title.split(".")[-2] if box.role == "weight" and "." in box.title else ""
+    return module_of(box.title) if box.role == "weight" else ""

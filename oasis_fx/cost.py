@@ -23,8 +23,10 @@ _VIEWS = frozenset(
 
 
 def hint(number: Any) -> int:
-    """An int, or the example value of a symbolic one."""
-    return int(number.node.hint) if isinstance(number, torch.SymInt) else int(number)
+    """An int, or the example value of a symbolic one; 0 where it depends on data and has none."""
+    if isinstance(number, torch.SymInt):
+        return int(number.node.hint) if number.node.has_hint() else 0
+    return int(number)
 
 
 def num_bytes(tensor: torch.Tensor) -> int:

@@ -21,7 +21,7 @@ def format_dot(drawn: Sketch, title: str = "graph") -> str:
 
 
 def _node(box: Box) -> str:
-    label = "\\n".join(_escaped(line) for line in (f"{box.name}: {box.title}", box.detail, box.mark) if line)
+    label = "\\n".join(_escaped(line) for line in (f"{box.name}: {box.title}", box.detail) if line)
     looks = [f'label="{label}"', f"tooltip={_quoted(box.hint)}", f"fillcolor={_FILL[box.mark[:1]]}"]
     if box.kind != "node":
         looks.append("shape=ellipse" if box.kind == "input" else 'style="filled,dashed"')

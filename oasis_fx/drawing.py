@@ -78,11 +78,10 @@ def _crossing(arrow: Arrow, spot: dict[str, tuple[float, float]], saved: bool) -
 
 def _box(box: Box, x: float, y: float) -> str:
     classes = ["box", box.kind, _CLASSES.get(box.mark[:1], ""), "saved" if box.saved else ""]
-    title = f"{box.title}  {box.mark}" if len(box.mark) > 1 else box.title
     return (
         f'<g class="{" ".join(filter(None, classes))}"><title>{escape(box.hint)}: {escape(box.detail)}</title>'
         f'<rect x="{x - _WIDTH / 2:.1f}" y="{y - _HEIGHT / 2:.1f}" width="{_WIDTH}" height="{_HEIGHT}" rx="4"/>'
-        f'<text x="{x:.1f}" y="{y - 3:.1f}">{escape(_cut(title, 22))}</text>'
+        f'<text x="{x:.1f}" y="{y - 3:.1f}">{escape(_cut(box.title, 22))}</text>'
         f'<text class="detail" x="{x:.1f}" y="{y + 11:.1f}">{escape(_cut(box.detail, 26))}</text></g>'
     )
 

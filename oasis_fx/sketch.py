@@ -20,7 +20,8 @@ class Box:
 
     Attributes:
         name: as printed; the key of the box.
-        title, detail: its two lines: operator, or what an input is; type, shape and bytes.
+        title, detail: its two lines: operator, mark and the module of the weight, or what an input is; type, shape and
+            bytes.
         hint: the rest: module and line.
         role: ``"view"``, ``"item"`` of several results, ``"matmul"`` (attention and convolutions too), ``"other"``; of
             an input, what it is, as in `oasis_fx.nodes.NodeFacts.part`.
@@ -63,7 +64,9 @@ def sketch(shown: GraphSet, which: str, only: str | None = None) -> Sketch:
     facts = shown.facts(which)
     body = shown.nodes(which, only)
     drawn = [node for node in body if node.op != "placeholder"]
-    halves = {node: "backward" if facts[node.name].part == "backward" else "forward" for node in drawn}
+    halves = {node: _half(facts[node.name], which) for node in drawn}
+    if which == "backward":
+        halves |= {node: "forward" for node in body if node.op == "placeholder" and facts[node.name].saved}
     inside = set(body)
     for node in drawn:
         for source in node.all_input_nodes:
@@ -81,11 +84,18 @@ def sketch(shown: GraphSet, which: str, only: str | None = None) -> Sketch:
     return Sketch(tuple(boxes), tuple(arrows))
 
 
+def _half(facts: NodeFacts, which: str) -> str:
+    return "backward" if which == "backward" or facts.part == "backward" else "forward"
+
+
 def _box(node: fx.Node, shown: GraphSet, facts: NodeFacts, half: str, inside: bool) -> Box:
     is_input = node.op == "placeholder"
-    title = operator_name(node)
     if is_input:
-        title = facts.part if facts.part != "weight" else facts.weights[0]
+        title = facts.weights[0] if facts.part == "weight" else facts.part
+    else:
+        of_one = facts.mark == "+G" or (facts.mark == "-" and facts.weights)
+        mark = facts.mark if len(facts.mark) > 1 else ""
+        title = " ".join(filter(None, (operator_name(node), mark, module_of(facts.weights[0]) if of_one else "")))
     size = readable_bytes(facts.num_bytes) if facts.num_bytes else ""
     hint = ", ".join(filter(None, (shown.names[node.name], facts.module, facts.line)))
     kind = "input" if is_input else "node" if inside else "outside"
@@ -100,3 +110,8 @@ def _role(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return "item"
     return "matmul" if is_matmul(node) else "other"
+
+
+def module_of(weight: str) -> str:
+    """The last step of the path to a weight's module: ``q_proj`` of ``layers.0.q_proj.weight``; may be empty."""
+    return weight.rpartition(".")[0].rpartition(".")[2]
