@@ -77,8 +77,8 @@ def source_line(node: fx.Node) -> str:
     return f"{os.path.basename(frames[-1][0])}:{frames[-1][1]} {frames[-1][2].strip()}" if frames else ""
 
 
-def _modules(joint: fx.Graph) -> dict[str, str]:
-    """Module paths by node name.
+def _modules(joint: fx.Graph, known: Mapping[str, str]) -> dict[str, str]:
+    """Module paths by node name: those that are known, and those that torch kept.
 
     Autograd's sums of gradients have none: one belongs where the backward pass goes on with it, other sums aside.
     """
@@ -91,7 +91,7 @@ def _modules(joint: fx.Graph) -> dict[str, str]:
             shared = takewhile(lambda steps: len(set(steps)) == 1, zip(*paths, strict=False))
             modules[node.name] = ".".join(steps[0] for steps in shared)
         else:
-            modules[node.name] = module_path(node)
+            modules[node.name] = known[node.name] if node.name in known else module_path(node)
     return modules
 
 
@@ -113,9 +113,9 @@ def joint_facts(
     forward, backward = ({node.name for node in graph.nodes if node.op == "call_function"} for graph in partition)
     kept = outputs(partition[0])[num_forward_outputs:]
     saved = {node.name for node in kept if isinstance(node, fx.Node)}
-    modules = _modules(joint)
-    # What the passes add stands next to an X that another module may have made.
-    modules |= {name: weights[name][0].rpartition(".")[0] for name in weights if marks.get(name, "").startswith("+")}
+    # What the passes add stands next to an X that another module may have made, and bears that one's line.
+    added = {name: weights[name][0].rpartition(".")[0] for name in weights if marks.get(name, "").startswith("+")}
+    modules = _modules(joint, added)
     facts: dict[str, NodeFacts] = {}
     for node in (node for graph in (joint, *partition) for node in graph.nodes):
         if node.name in facts or node.op == "output":
@@ -129,7 +129,7 @@ def joint_facts(
             mark=mark,
             weights=of,
             module=modules.get(name, ""),
-            line=source_line(node),
+            line="" if name in added and module_path(node) not in ("", added[name]) else source_line(node),
         )
     return facts
 
