@@ -75,18 +75,13 @@ def _is_plain(box: Box) -> bool:
 
 def _name_weights(drawn: Sketch) -> Sketch:
     inputs = {box.name: box for box in drawn.boxes if box.role in _OF_THE_MODULE}
-    arrows = [arrow for arrow in drawn.arrows if arrow.source not in inputs]
-    read = {
-        box.name: [inputs[a.source] for a in drawn.arrows if a.target == box.name and a.source in inputs]
-        for box in drawn.boxes
-    }
+    modules: dict[str, list[str]] = {}
+    for arrow in drawn.arrows:
+        if arrow.source in inputs and inputs[arrow.source].role == "weight":
+            modules.setdefault(arrow.target, []).append(module_of(inputs[arrow.source].title))
     boxes = [
-        replace(box, title=" ".join([box.title, *map(_short, read[box.name])]))
+        replace(box, title=" ".join(filter(None, (box.title, *modules.get(box.name, ())))))
         for box in drawn.boxes
         if box.name not in inputs
     ]
-    return Sketch(tuple(boxes), tuple(arrows))
-
-
-def _short(box: Box) -> str:
-    return module_of(box.title) if box.role == "weight" else ""
+    return Sketch(tuple(boxes), tuple(arrow for arrow in drawn.arrows if arrow.source not in inputs))

@@ -15,7 +15,7 @@ from oasis_fx.nodes import NodeFacts
 from oasis_fx.printing import describe
 from oasis_fx.report_table import Table
 
-_HEADERS = ("name", "operator", "shape", "dtype", "bytes", "part", "saved", "mark", "from")
+_HEADERS = ("name", "operator", "shape", "dtype", "bytes", "part", "saved", "mark", "module", "line")
 
 
 def node_table(shown: GraphSet, which: str, only: str | None = None) -> Table:
@@ -42,6 +42,5 @@ def _row(name: str, node: fx.Node, facts: NodeFacts) -> tuple[str, ...]:
         shape = f"[{shape}"
     size = readable_bytes(facts.num_bytes) if facts.num_bytes else "-"
     part = "input" if node.op == "placeholder" else facts.part
-    origin = facts.line or (f"module {facts.module}" if facts.module else "")
     saved = "saved" if facts.saved else ""
-    return name, _operator(node, facts), shape, dtype, size, part, saved, facts.mark, origin
+    return name, _operator(node, facts), shape, dtype, size, part, saved, facts.mark, facts.module, facts.line
