@@ -14,9 +14,11 @@ from oasis_fx.config import INNER_COMPILERS, SUBSPACES, Settings
 from oasis_fx.diff import COLOR_CHOICES, side_by_side, wants_color
 
 if TYPE_CHECKING:
+    from oasis_fx.graphs import GraphSet
     from oasis_fx.lowering import CompiledGraph
 
 _GRAPHS = ("before", "after", "forward", "backward", "all")
+_FORMATS = ("python", "table", "dot", "html")
 _TARGET = "module:callable or file.py:callable that returns (model, example_inputs), or the name of an example"
 
 
@@ -27,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.command == "print" and args.diff and args.graph is not None:
-        parser.error("--diff shows the joint graph before and after: it goes without --graph")
+    if args.command == "print" and args.diff and (args.graph or args.only or args.format != "python"):
+        parser.error("--diff shows the joint graph before and after: it goes without --graph, --only and --format")
     try:
         records = _trace(args, _settings(args))
     except ValueError as error:  # a bad setting, or a glob that matches no weight of the model
@@ -36,11 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not records:
         print("oasis-fx: torch.compile found no graph in this model", file=sys.stderr)
         return 1
-    text = _explain(records) if args.command == "explain" else _print(records, args)
+    try:
+        if args.command == "explain" and args.html is not None:
+            Path(args.html).write_text(_report_page(records, args), encoding="utf-8")
+        text = _explain(records) if args.command == "explain" else _print(records, args)
+    except ValueError as error:  # --only names nothing of the model
+        parser.error(str(error))
     if args.output is None:
         sys.stdout.write(text)
     else:
-        Path(args.output).write_text(text)
+        Path(args.output).write_text(text, encoding="utf-8")
     return 0
 
 
@@ -52,8 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     for command in (printer, explainer):
         _add_common(command)
     printer.add_argument("--graph", choices=_GRAPHS, help="which graph (default: all)")
+    printer.add_argument("--format", choices=_FORMATS, default="python", help="default: python, which runs")
+    printer.add_argument("--only", metavar="NAME", help="nodes of a module or weight: its path, end of it, or a glob")
     printer.add_argument("--diff", action="store_true", help="the joint graph before and after, side by side")
     printer.add_argument("--color", choices=COLOR_CHOICES, default="auto", help="of --diff (default: on a terminal)")
+    explainer.add_argument("--html", metavar="FILE", help="the report as a page with drawings, too")
+    explainer.add_argument("--only", metavar="NAME", help="the module that --html draws (default: the first block)")
     return parser
 
 
@@ -105,26 +116,52 @@ def _explain(records: Sequence[CompiledGraph]) -> str:
     return "\n\n\n".join(tables) + "\n"
 
 
+def _report_page(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
+    from oasis_fx.pages import report_page
+
+    return report_page(records, _settings(args), title=f"oasis_fx on {args.target}", only=args.only)
+
+
 def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
     from oasis_fx.graphs import GRAPHS, graphs
 
     sets = graphs(records)
+    chosen = GRAPHS if args.graph in (None, "all") else (args.graph,)
+    missing = len(records) - len(sets)
+    note = f"{missing} of {len(records)} graphs have no weight in a subspace: not shown" if missing else ""
+    if args.format == "html":
+        from oasis_fx.pages import graphs_page
+
+        return graphs_page(sets, title=f"Graphs of {args.target}", which=chosen, only=args.only, note=note)
     parts = []
     for index, shown in enumerate(sets, 1):
         where = f" of graph {index} of {len(sets)}" if len(sets) > 1 else ""
         if args.diff:
-            color = wants_color(args.color, sys.stdout) and (args.output is None or args.color == "always")
-            width = max(shutil.get_terminal_size((160, 24)).columns, 40)
-            titles = f"before{where}", f"after{where}"
-            parts.append(
-                side_by_side(shown.text("before"), shown.text("after"), width=width, color=color, titles=titles)
-            )
+            parts.append(_diff(shown, where, args))
         else:
-            chosen = GRAPHS if args.graph in (None, "all") else (args.graph,)
-            parts += [f"# {which}{where}\n{shown.text(which)}" for which in chosen]
-    if len(sets) < len(records):
-        parts.append(f"# {len(records) - len(sets)} of {len(records)} graphs have no weight in a subspace: not shown\n")
-    return "\n\n".join(parts)
+            parts += [_one_graph(shown, which, where, args) for which in chosen]
+    mark = "//" if args.format == "dot" else "#"
+    return "\n\n".join([*parts, *([f"{mark} {note}\n"] if note else [])])
+
+
+def _one_graph(shown: GraphSet, which: str, where: str, args: argparse.Namespace) -> str:
+    if args.format == "table":
+        from oasis_fx.node_table import node_table
+
+        return f"# {which}{where}\n\n{node_table(shown, which, args.only)}\n"
+    if args.format == "dot":
+        from oasis_fx.dot import format_dot
+        from oasis_fx.sketch import sketch
+
+        return format_dot(sketch(shown, which, args.only), f"{which}{where}")
+    return f"# {which}{where}\n{shown.text(which, only=args.only)}"
+
+
+def _diff(shown: GraphSet, where: str, args: argparse.Namespace) -> str:
+    color = wants_color(args.color, sys.stdout) and (args.output is None or args.color == "always")
+    width = max(shutil.get_terminal_size((160, 24)).columns, 40)
+    before, after = (shown.text(which, notes=False) for which in ("before", "after"))
+    return side_by_side(before, after, width=width, color=color, titles=(f"before{where}", f"after{where}"))
 
 
 if __name__ == "__main__":

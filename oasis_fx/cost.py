@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from oasis_fx.graph import aten, outputs, value
+from oasis_fx.graph import Contraction, Kind, aten, outputs, shape, value
 
 # Attention on a CPU, for which torch's counter has no formula: query, key and value, in the second behind dO.
 _ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
@@ -23,8 +23,10 @@ _VIEWS = frozenset(
 
 
 def hint(number: Any) -> int:
-    """An int, or the example value of a symbolic one."""
-    return int(number.node.hint) if isinstance(number, torch.SymInt) else int(number)
+    """An int, or the example value of a symbolic one; 0 where it depends on data and has none."""
+    if isinstance(number, torch.SymInt):
+        return int(number.node.hint) if number.node.has_hint() else 0
+    return int(number)
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
@@ -32,15 +34,45 @@ def num_bytes(tensor: torch.Tensor) -> int:
     return math.prod(hint(size) for size in tensor.shape) * tensor.dtype.itemsize
 
 
+def readable_bytes(count: int) -> str:
+    """``96 B``, ``1.5 KiB``, ``2.0 MiB``."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count} B"
+
+
+def value_bytes(found: Any) -> int:
+    """Bytes of a node's value: of a tensor, of several together, 0 of a size or of None."""
+    if isinstance(found, tuple | list):
+        return sum(value_bytes(item) for item in found)
+    return num_bytes(found) if isinstance(found, torch.Tensor) else 0
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
+    """What a node is a view of; None where it has memory of its own."""
+    if node.op != "call_function":
+        return None
+    # An item of split() is a view of what is split; an item of var_mean() owns its memory.
+    maker = node.all_input_nodes[0] if node.target is operator.getitem else node
+    target = maker.target
+    if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket.__name__ not in _VIEWS:
+        return None
+    return maker.all_input_nodes[0]
+
+
+def num_rows(term: Contraction, n: int) -> int:
+    """N of a contraction over n features: tokens, those of all experts together, or patches."""
+    if term.kind is Kind.CONVOLUTION:
+        batch, _, *places = (hint(size) for size in shape(term.dy))
+        return batch * math.prod(places)
+    return math.prod(hint(size) for size in shape(term.x)) // n
+
+
 def storage_node(node: fx.Node) -> fx.Node:
     """The node that owns the memory of ``node``, behind views."""
-    while node.op == "call_function":
-        # An item of split() is a view of what is split; an item of var_mean() owns its memory.
-        maker = node.all_input_nodes[0] if node.target is operator.getitem else node
-        target = maker.target
-        if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket.__name__ not in _VIEWS:
-            break
-        node = maker.all_input_nodes[0]
+    while (behind := viewed(node)) is not None:
+        node = behind
     return node
 
 
@@ -60,12 +92,19 @@ def matmul_flops(graph: fx.Graph) -> int:
     return sum(_flops(node) for node in graph.nodes)
 
 
-def _flops(node: fx.Node) -> int:
+def is_matmul(node: fx.Node) -> bool:
+    """Whether `matmul_flops` counts a node."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return 0
+        return False
     packet = node.target.overloadpacket
-    if packet not in (_ATTENTION, _ATTENTION_BACKWARD) and packet not in flop_registry:
+    return packet in (_ATTENTION, _ATTENTION_BACKWARD) or packet in flop_registry
+
+
+def _flops(node: fx.Node) -> int:
+    if not is_matmul(node):
         return 0
+    assert isinstance(node.target, torch._ops.OpOverload)  # for the type checker: is_matmul has looked
+    packet = node.target.overloadpacket
     args: Any
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), _sized)
     if packet is _ATTENTION:

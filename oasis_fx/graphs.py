@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
+from oasis_fx.graph import outputs
 from oasis_fx.lowering import CompiledGraph
-from oasis_fx.pipeline import Trace
+from oasis_fx.nodes import NodeFacts, input_kinds, joint_facts, marks_and_weights, select
+from oasis_fx.pipeline import Trace, copy_graph
 from oasis_fx.printing import number_nodes, print_graph
-from oasis_fx.torch_private import input_placeholders
+from oasis_fx.torch_private import gradient_positions, input_placeholders, is_whole_joint
 
 GRAPHS = ("before", "after", "forward", "backward")
 _TITLES = {"before": "joint", "after": "joint"}  # one title, or a diff would start with a difference
@@ -24,6 +28,8 @@ class GraphSet:
         before, after: the joint graph.
         forward, backward: the partitions of ``after``.
         names: printed names by node name, common to the four.
+        record: what the backend keeps of the compiled graph.
+        trace: what the passes did to it.
     """
 
     before: fx.GraphModule
@@ -31,16 +37,81 @@ class GraphSet:
     forward: fx.GraphModule
     backward: fx.GraphModule
     names: dict[str, str] = field(repr=False)
+    record: CompiledGraph = field(repr=False)
+    trace: Trace = field(repr=False)
 
-    def text(self, which: str) -> str:
+    def text(self, which: str, *, only: str | None = None, notes: bool = True) -> str:
         """One of the graphs as Python.
 
+        Args:
+            only: show what belongs to a module or weight, given by its name, the end of its path or a glob.
+            notes: with comments: sizes in bytes, the user's lines, what is saved, what the passes did.
+
         Raises:
-            ValueError: unless ``which`` is ``"before"``, ``"after"``, ``"forward"`` or ``"backward"``.
+            ValueError: unless ``which`` is ``"before"``, ``"after"``, ``"forward"`` or ``"backward"``; nothing belongs
+                to ``only``.
         """
+        gm = self.module(which)
+        title = _TITLES.get(which, which)
+        if not notes and only is None:
+            return print_graph(gm, title=title, names=self.names)
+        facts, labels = self.facts(which), self._output_labels(gm.graph, which)
+        body = None if only is None else self.nodes(which, only)
+        text = print_graph(gm, title=title, names=self.names, facts=facts, labels=labels, body=body)
+        head = f"# Only {only}: values from elsewhere are arguments, values that go elsewhere are returned.\n"
+        return text if only is None else head + text
+
+    def module(self, which: str) -> fx.GraphModule:
+        """The graph module of that name; ValueError where there is none."""
         if which not in GRAPHS:
             raise ValueError(f"graph is {which!r}: it must be one of {', '.join(map(repr, GRAPHS))}")
-        return print_graph(getattr(self, which), title=_TITLES.get(which, which), names=self.names)
+        return getattr(self, which)
+
+    def nodes(self, which: str, only: str | None = None) -> list[fx.Node]:
+        """The nodes of a graph but its output, or those that belong to a module or weight; ValueError if none does."""
+        found = select(self.module(which).graph.nodes, self.facts(which), only)
+        if not found:
+            known = sorted({facts.module for facts in self.facts(which).values()} - {""})
+            raise ValueError(f"nothing of graph {which!r} belongs to {only!r}: its modules are {', '.join(known)}")
+        return found
+
+    def facts(self, which: str) -> dict[str, NodeFacts]:
+        """What is known of the nodes of a graph, by node name."""
+        return self._facts_before if which == "before" else self._facts_after
+
+    @cached_property
+    def stock(self) -> tuple[fx.Graph, fx.Graph]:
+        """The partitions of ``before``: what stock `torch.compile` runs, under torch's settings of now."""
+        forward, backward = min_cut_rematerialization_partition(
+            copy_graph(self.before),
+            None,
+            num_fwd_outputs=self.trace.num_forward_outputs,
+            static_lifetime_input_indices=list(self.trace.static_inputs),
+        )
+        return forward.graph, backward.graph
+
+    @cached_property
+    def _facts_before(self) -> dict[str, NodeFacts]:
+        return self._facts(self.before.graph, self.stock)
+
+    @cached_property
+    def _facts_after(self) -> dict[str, NodeFacts]:
+        return self._facts(self.after.graph, (self.forward.graph, self.backward.graph))
+
+    def _facts(self, joint: fx.Graph, partition: tuple[fx.Graph, fx.Graph]) -> dict[str, NodeFacts]:
+        marks, weights = marks_and_weights(self.trace, self.record.names, self.record.lifted)
+        kinds = input_kinds(self.trace, self.record.names, self.record.lifted)
+        return joint_facts(joint, partition, self.trace.num_forward_outputs, marks, weights, kinds)
+
+    def _output_labels(self, graph: fx.Graph, which: str) -> list[str]:
+        count = self.trace.num_forward_outputs if which != "backward" else 0
+        labels = ["output"] * count + ["saved" if which == "forward" else ""] * (len(outputs(graph)) - count)
+        if which != "forward" and is_whole_joint(graph):
+            inputs = input_placeholders(self.after.graph)
+            for position, slot in gradient_positions(graph).items():
+                if position in inputs:
+                    labels[slot] = f"gradient of {self.names[inputs[position].name]}"
+        return labels
 
     def __str__(self) -> str:
         return "\n\n".join(f"# {which}\n{self.text(which)}" for which in GRAPHS)
@@ -65,4 +136,4 @@ def _graph_set(record: CompiledGraph, trace: Trace) -> GraphSet:
         for index, position in enumerate(sorted({getattr(weight, kind) for weight in record.lifted} - {None})):
             labels[placeholders[position].name] = f"{kind}_{index}"
     modules = trace.before, trace.after, trace.forward, trace.backward
-    return GraphSet(*modules, number_nodes([gm.graph for gm in modules], labels))
+    return GraphSet(*modules, number_nodes([gm.graph for gm in modules], labels), record, trace)

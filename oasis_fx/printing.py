@@ -1,4 +1,4 @@
-"""A graph as a Python program: one line a node, with shapes; what is printed runs and computes the same."""
+"""A graph as a Python program: one line a node, with shapes and notes; what is printed runs and computes the same."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import keyword
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from oasis_fx.graph import value
+from oasis_fx.nodes import NodeFacts
+from oasis_fx.notes import Notes, returned
 
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "b8",
@@ -21,7 +23,15 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def print_graph(gm: fx.GraphModule, *, title: str = "graph", names: Mapping[str, str] | None = None) -> str:
+def print_graph(
+    gm: fx.GraphModule,
+    *,
+    title: str = "graph",
+    names: Mapping[str, str] | None = None,
+    facts: Mapping[str, NodeFacts] | None = None,
+    labels: Sequence[str] | None = None,
+    body: Sequence[fx.Node] | None = None,
+) -> str:
     """Return ``gm`` as the source of a function ``title``.
 
     Nothing in the text depends on the machine or the time. The function takes the graph's inputs one by one,
@@ -29,29 +39,55 @@ def print_graph(gm: fx.GraphModule, *, title: str = "graph", names: Mapping[str,
 
     Args:
         names: printed names by node name, from `number_nodes`.
+        facts: what to say of the nodes in comments, by node name; None says nothing.
+        labels: what to say of the values that are returned, in comments.
+        body: the nodes to show, in their order; the function then takes what they read from elsewhere, and returns
+            what is read elsewhere. None: the whole graph.
     """
     graph = gm.graph
     known = number_nodes([graph], {}) if names is None else names
     printed = {node: known[node.name] for node in graph.nodes if node.op != "output"}
-    arguments = ["self"] if any(node.op == "get_attr" for node in graph.nodes) else []
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    values: Any = graph.output_node().args[0]
+    if body is None:
+        body = list(printed)
+    else:
+        inputs, values, labels = *_boundary(graph, body), None
+    notes = Notes(graph, facts or {}, printed, body)
     modules: dict[str, None] = {}
-    body: list[str] = []
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            arguments.append(f"{printed[node]}{annotation(value(node))}")
-        elif node.op == "output":
-            body.append(f"return {_argument(node.args[0], printed)}")
-        elif node.op == "get_attr":
-            body.append(f"{printed[node]}{annotation(value(node))} = {_attribute(str(node.target))}")
-        else:
-            called = _callee(node, printed, modules)
-            given = [_argument(a, printed) for a in (node.args[1:] if node.op == "call_method" else node.args)]
-            given += [f"{key}={_argument(a, printed)}" for key, a in node.kwargs.items()]
-            body.append(f"{printed[node]}{annotation(value(node))} = {called}({', '.join(given)})")
-    lines = ["import torch", *(["import operator"] if "operator" in modules else [])]
-    lines += [f"{namespace} = torch.ops.{namespace}" for namespace in sorted(modules) if namespace != "operator"]
-    lines += ["", "", f"def {title}(", *(f"    {argument}," for argument in arguments), "):"]
-    return "\n".join([*lines, *(f"    {line}" for line in body)]) + "\n"
+    lines = ["    self,"] if any(node.op == "get_attr" for node in body) else []
+    lines += [f"    {printed[node]}{annotation(value(node))},{notes.behind(node)}" for node in inputs]
+    lines.append("):")
+    for node in (node for node in body if node.op != "placeholder"):
+        lines += [f"    {line}" for line in notes.ahead(node)]
+        lines.append(f"    {printed[node]}{annotation(value(node))} = {_computed(node, printed, modules)}")
+        lines[-1] += notes.behind(node)
+    lines += [f"    {line}" for line in notes.saved()]
+    if labels is None:
+        lines.append(f"    return {_argument(values, printed)}")
+    else:
+        lines += [f"    {line}" for line in returned([_argument(item, printed) for item in values], labels)]
+    head = ["import torch", *(["import operator"] if "operator" in modules else [])]
+    head += [f"{namespace} = torch.ops.{namespace}" for namespace in sorted(modules) if namespace != "operator"]
+    return "\n".join([*head, "", "", f"def {title}(", *lines]) + "\n"
+
+
+def _computed(node: fx.Node, printed: Mapping[fx.Node, str], modules: dict[str, None]) -> str:
+    """The right side of a statement; namespaces that it needs go to ``modules``."""
+    if node.op == "get_attr":
+        return _attribute(str(node.target))
+    called = _callee(node, printed, modules)
+    given = [_argument(a, printed) for a in (node.args[1:] if node.op == "call_method" else node.args)]
+    given += [f"{key}={_argument(a, printed)}" for key, a in node.kwargs.items()]
+    return f"{called}({', '.join(given)})"
+
+
+def _boundary(graph: fx.Graph, body: Sequence[fx.Node]) -> tuple[list[fx.Node], tuple[fx.Node, ...]]:
+    """What the nodes of ``body`` read from elsewhere, its inputs among it, and which of them others read."""
+    inside = set(body)
+    read = {source for node in body for source in node.all_input_nodes} - inside
+    inputs = [node for node in graph.nodes if node in read or (node in inside and node.op == "placeholder")]
+    return inputs, tuple(n for n in body if n.op != "placeholder" and any(user not in inside for user in n.users))
 
 
 def number_nodes(graphs: Iterable[fx.Graph], labels: Mapping[str, str]) -> dict[str, str]:
@@ -70,7 +106,7 @@ def number_nodes(graphs: Iterable[fx.Graph], labels: Mapping[str, str]) -> dict[
         if node.name in printed:
             continue
         is_value = node.op in ("placeholder", "get_attr")
-        stem = _identifier(labels.get(node.name, node.name if is_value else _operator_name(node)))
+        stem = _identifier(labels.get(node.name, node.name if is_value else operator_name(node)))
         name = stem if numbers[stem] == 0 else f"{stem}_{numbers[stem]}"
         while name in taken:
             numbers[stem] += 1
@@ -95,22 +131,24 @@ def _attribute(path: str) -> str:
 
 def annotation(shown: Any) -> str:
     """``: "f32[6, 2]"`` for a tensor, the same of each for several, nothing for what has no shape."""
-    text = _describe(shown)
+    text = describe(shown)
     return f': "{text}"' if text else ""
 
 
-def _describe(shown: Any) -> str:
+def describe(shown: Any) -> str:
+    """``f32[6, 2]`` for a tensor, ``Sym(s0)`` for a size, the same of each for several, else empty."""
     if isinstance(shown, torch.Tensor):
         sizes = ", ".join(str(size) for size in shown.shape)
         return f"{_DTYPES.get(shown.dtype, str(shown.dtype))}[{sizes}]"
     if isinstance(shown, torch.SymInt):
         return f"Sym({shown})"
     if isinstance(shown, tuple | list):
-        return f"({', '.join(_describe(item) for item in shown)})"
+        return f"({', '.join(describe(item) for item in shown)})"
     return ""
 
 
-def _operator_name(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
+    """The short name of what a node calls: ``mm``, ``getitem``."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target.overloadpacket.__name__)
     return str(getattr(node.target, "__name__", node.target)).replace(".", "_")

@@ -10,8 +10,8 @@ from typing import Any
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
-from oasis_fx.cost import hint, matmul_flops, num_bytes, saved_storages, storage_node
-from oasis_fx.graph import Contraction, Kind, WeightGradient, dependents, shape, value
+from oasis_fx.cost import hint, matmul_flops, num_bytes, num_rows, saved_storages, storage_node
+from oasis_fx.graph import WeightGradient, dependents, shape, value
 from oasis_fx.graphs import trace_of
 from oasis_fx.lowering import CompiledGraph
 from oasis_fx.pipeline import Trace, copy_graph
@@ -150,7 +150,7 @@ def _rows(
         before = sum(saved_before.get(name, 0) for name in fresh)
         after = sum(saved_after.get(name, 0) for name in (own | fresh))
         note = _note(bases, bool(own), saved_before, saved_after)
-        rows_of_x = {term.x: _num_rows(term, n) for site in sites for term in site.terms}
+        rows_of_x = {term.x: num_rows(term, n) for site in sites for term in site.terms}
         share = sum(4 * count * n * rank for count in rows_of_x.values()) / len(sites)
         names = [record.names[site.inputs.weight] for site in sites]
         for site, name in zip(sites, names, strict=True):
@@ -192,14 +192,6 @@ def _note(
     if not projection_kept:
         notes.append("P recomputed")
     return ", ".join(notes)
-
-
-def _num_rows(term: Contraction, n: int) -> int:
-    """N: tokens, those of all experts together, or patches."""
-    if term.kind is Kind.CONVOLUTION:
-        batch, _, *places = _known_shape(term.dy)
-        return batch * math.prod(places)
-    return math.prod(_known_shape(term.x)) // n
 
 
 def _known_shape(node: fx.Node) -> tuple[int, ...]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 if TYPE_CHECKING:
-    from oasis_fx.report import GraphReport, Totals, WeightRow
+    from oasis_fx.report import GraphReport, SkippedRow, Totals, WeightRow
+
+NO_ROWS = "no weight of this graph has a low-rank gradient"
 
 _MIB = 2**20
 _GIGA = 10**9
@@ -21,34 +24,44 @@ _NOTES = {
 }
 
 
+@dataclass(frozen=True)
+class Table:
+    """Texts in rows; ``right`` are the columns of numbers."""
+
+    headers: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    right: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        align = ["right" if index in self.right else "left" for index in range(len(self.headers))]
+        # Numbers are texts already: tabulate would print a rounded 0.10 as 0.1.
+        return tabulate(self.rows, headers=self.headers, tablefmt="simple", disable_numparse=True, colalign=align)
+
+
 def format_report(report: GraphReport) -> str:
     """All tables of one graph, with a line for each note that occurs in them."""
-    parts = []
-    if report.rows:
-        parts.append(_weights(report.rows))
-        parts.append(_legend(report.rows))
-    else:
-        parts.append("no weight of this graph has a low-rank gradient")
+    parts = [str(weight_table(report.rows)), legend(report.rows)] if report.rows else [NO_ROWS]
     if report.skipped:
-        lines = [(row.name, _shape(row.shape), row.reason) for row in report.skipped]
-        parts.append(_table(lines, ["dense gradient", "shape", "reason"], 0))
+        parts.append(str(skipped_table(report.skipped)))
     if report.totals is not None:
-        parts.append(_totals(report.totals))
+        parts.append(str(totals_table(report.totals)))
     return "\n\n".join(part for part in parts if part)
 
 
-def _weights(rows: Sequence[WeightRow]) -> str:
+def weight_table(rows: Sequence[WeightRow]) -> Table:
+    """The weights with low-rank gradients."""
     lines = []
     for row in rows:
         saved = [_scaled(row.saved_bytes_before, _MIB), _scaled(row.saved_bytes_after, _MIB)]
         flops = [_scaled(row.flops_before, _GIGA), _scaled(row.flops_after, _GIGA)]
-        others = ", ".join(_relative(name, row.name) for name in row.shares_with)
+        others = ", ".join(relative_name(name, row.name) for name in row.shares_with)
         lines.append((row.name, _shape(row.shape), str(row.rank), others, *saved, *flops, row.note))
-    headers = ["low-rank gradient", "shape", "rank", "shares its basis with", "saved MiB\nbefore", "\nafter"]
-    return _table(lines, [*headers, "dW GFLOP\nbefore", "\nafter", "note"], 6)
+    headers = ("low-rank gradient", "shape", "rank", "shares its basis with", "saved MiB\nbefore", "\nafter")
+    return Table((*headers, "dW GFLOP\nbefore", "\nafter", "note"), lines, (2, 4, 5, 6, 7))
 
 
-def _legend(rows: Sequence[WeightRow]) -> str:
+def legend(rows: Sequence[WeightRow]) -> str:
+    """A line for each thing in the table of weights that needs one."""
     present = [note for note in _NOTES if any(note in row.note.split(", ") for row in rows)]
     lines = [f"{note}: {_NOTES[note]}" for note in present]
     if any(row.shares_with for row in rows):
@@ -56,7 +69,13 @@ def _legend(rows: Sequence[WeightRow]) -> str:
     return "\n".join(lines)
 
 
-def _totals(totals: Totals) -> str:
+def skipped_table(rows: Sequence[SkippedRow]) -> Table:
+    """The weights with dense gradients."""
+    return Table(("dense gradient", "shape", "reason"), [(row.name, _shape(row.shape), row.reason) for row in rows])
+
+
+def totals_table(totals: Totals) -> Table:
+    """The graph as a whole."""
     quantities = [
         ("saved for backward, MiB", totals.saved_bytes_before, totals.saved_bytes_after, _MIB),
         ("matmuls forward and backward, GFLOP", totals.matmul_flops_before, totals.matmul_flops_after, _GIGA),
@@ -67,18 +86,7 @@ def _totals(totals: Totals) -> str:
         (name, _scaled(before, unit), _scaled(after, unit), f"{after / before:.2f}" if before else "-")
         for name, before, after, unit in quantities
     ]
-    return _table(lines, ["total", "stock torch.compile", "oasis_fx", "ratio"], 3)
-
-
-def _table(lines: Sequence[Sequence[str]], headers: Sequence[str], num_right: int) -> str:
-    # Numbers are texts already: tabulate would print a rounded 0.10 as 0.1.
-    align = ["left"] * len(headers)
-    start = {6: 2, 3: 1}.get(num_right, 0)
-    for index in range(start, start + num_right):
-        align[index] = "right"
-    if num_right == 6:
-        align[3] = "left"
-    return tabulate(lines, headers=headers, tablefmt="simple", disable_numparse=True, colalign=align)
+    return Table(("total", "stock torch.compile", "oasis_fx", "ratio"), lines, (1, 2, 3))
 
 
 def _scaled(amount: float, unit: int) -> str:
@@ -92,7 +100,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "-" if shape is None else " x ".join(map(str, shape))
 
 
-def _relative(name: str, to: str) -> str:
+def relative_name(name: str, to: str) -> str:
     """``layers.0.k_proj.weight`` beside ``layers.0.q_proj.weight`` is ``k_proj``."""
     parts, others = name.split("."), to.split(".")
     while len(parts) > 1 and len(others) > 1 and parts[-1] == others[-1]:

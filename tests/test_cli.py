@@ -58,6 +58,31 @@ def test_diff_has_no_color_in_a_pipe(target, capsys) -> None:
     assert "\033[32m" in capsys.readouterr().out
 
 
+def test_formats(target, capsys) -> None:
+    assert main(["print", target, "--rank", "4", "--format", "table", "--graph", "after"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("# after\n\nname") and "+G" in out and "aten.addmm.default" in out
+    assert main(["print", target, "--rank", "4", "--format", "dot"]) == 0
+    assert capsys.readouterr().out.count("digraph") == 4
+    assert main(["print", target, "--rank", "4", "--format", "html", "-o", "graphs.html"]) == 0
+    assert capsys.readouterr().out == "" and Path("graphs.html").read_text(encoding="utf-8").count("<svg ") == 4
+
+
+def test_only(target, capsys) -> None:
+    assert main(["print", target, "--rank", "4", "--only", "2", "--graph", "after"]) == 0
+    out = capsys.readouterr().out
+    assert "# Only 2:" in out and "_2_weight" in out and "_0_weight" not in out
+    assert main(["print", target, "--rank", "4", "--only", "2", "--graph", "after", "--format", "table"]) == 0
+    assert "_0_weight" not in capsys.readouterr().out
+
+
+def test_explain_writes_a_page_and_the_tables(target, capsys) -> None:
+    assert main(["explain", target, "--rank", "4", "--html", "report.html", "--only", "2"]) == 0
+    assert "stock torch.compile" in capsys.readouterr().out
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "oasis_fx on some_model:build" in page and "2, before and after" in page
+
+
 def test_other_targets(target, tmp_path, capsys) -> None:
     assert main(["explain", "some_model:by_keyword", "--rank", "0.25"]) == 0
     assert "4 x 16" in capsys.readouterr().out
@@ -88,6 +113,11 @@ def test_settings_reach_the_passes(target, capsys) -> None:
         (["explain", "some_model:wrong"], "model, example_inputs"),
         (["print", "some_model:build", "--graph", "middle"], "invalid choice"),
         (["explain", "some_model:build", "--include", "layers.*"], "no weight matches 'layers.*'"),
+        (["print", "some_model:build", "--only", "layers"], "nothing of graph 'before' belongs to 'layers'"),
+        (["explain", "some_model:build", "--html", "x.html", "--only", "layers"], "belongs to 'layers'"),
+        (["print", "some_model:build", "--diff", "--format", "dot"], "--diff shows"),
+        (["print", "some_model:build", "--diff", "--only", "2"], "--diff shows"),
+        (["print", "some_model:build", "--format", "svg"], "invalid choice"),
         ([], "command"),
     ],
 )

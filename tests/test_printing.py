@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,12 @@ from torch import fx
 from oasis_fx.config import Settings
 from oasis_fx.diff import side_by_side, wants_color
 from oasis_fx.graphs import GRAPHS, graphs
+from oasis_fx.node_table import node_table
 from oasis_fx.printing import number_nodes, print_graph
+from oasis_fx.targets import load_target
 from oasis_fx.tracing import trace_model
+
+TITLES = {"before": "joint", "after": "joint", "forward": "forward", "backward": "backward"}
 
 
 def mlp():
@@ -53,38 +59,87 @@ def test_golden_texts(inner, golden) -> None:
         golden(f"mlp-{inner}-{which}", shown.text(which))
 
 
+def blocks():
+    return load_target(f"{Path(__file__).parent}/two_blocks.py:build")
+
+
+def test_golden_texts_with_lines_of_the_user(golden) -> None:
+    shown = traced(blocks)
+    golden("blocks-after", shown.text("after"))
+    golden("blocks-before-only", shown.text("before", only="layers.0"))
+    golden("blocks-after-table", f"{node_table(shown, 'after', 'layers.1')}\n")
+
+
+def random_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
+    inputs = []
+    generator = torch.Generator().manual_seed(0)
+    for node in gm.graph.find_nodes(op="placeholder"):
+        fake = node.meta["val"]
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True))
+        if fake.is_floating_point():
+            memory = torch.randn(elements, dtype=fake.dtype, generator=generator)
+        else:
+            memory = torch.randint(0, 2, (elements,), generator=generator).to(fake.dtype)
+        inputs.append(memory.as_strided(fake.shape, fake.stride()))
+    return inputs
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps the value of each node."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+
+    def values(self, names) -> dict[str, Any]:
+        self.run(*random_inputs(self.module))
+        return {names[node.name]: found for node, found in self.env.items() if node.op != "output"}
+
+
+def run_text(text: str, title: str, *given):
+    scope: dict = {}
+    exec(text, scope)
+    return scope[title](*given)
+
+
+def same(found, expected) -> None:
+    for one, other in zip(found, expected, strict=True):
+        if other is None:
+            assert one is None
+        else:
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("notes", [True, False], ids=["notes", "plain"])
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("make", [mlp, llama], ids=["mlp", "llama"])
-def test_the_text_runs_and_gives_the_same_numbers(make, inner) -> None:
+def test_the_text_runs_and_gives_the_same_numbers(make, inner, notes) -> None:
     shown = traced(make, inner=inner)
     for which in GRAPHS:
-        gm = getattr(shown, which)
-        inputs = []
-        generator = torch.Generator().manual_seed(0)
-        for node in gm.graph.find_nodes(op="placeholder"):
-            fake = node.meta["val"]
-            elements = 1 + sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True))
-            if fake.is_floating_point():
-                memory = torch.randn(elements, dtype=fake.dtype, generator=generator)
-            else:
-                memory = torch.randint(0, 2, (elements,), generator=generator).to(fake.dtype)
-            inputs.append(memory.as_strided(fake.shape, fake.stride()))
-        scope: dict = {}
-        text = shown.text(which)
-        exec(text, scope)
-        function = scope["joint" if which in ("before", "after") else which]
+        gm = shown.module(which)
+        inputs = random_inputs(gm)
+        text = shown.text(which, notes=notes)
+        assert ("  # " in text) == notes
         given = [gm, *inputs] if "    self,\n" in text else inputs
-        expected = fx.Interpreter(gm).run(*inputs)
-        for one, other in zip(function(*given), expected, strict=True):
-            if other is None:
-                assert one is None
-            else:
-                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        same(run_text(text, TITLES[which], *given), fx.Interpreter(gm).run(*inputs))
+
+
+@pytest.mark.parametrize("make", [blocks, llama], ids=["blocks", "llama"])
+def test_the_text_of_a_module_runs_on_what_it_takes_from_elsewhere(make) -> None:
+    shown = traced(make)
+    for which in GRAPHS:
+        text = shown.text(which, only="layers.0")
+        values = Recorder(shown.module(which)).values(shown.names)
+        (function,) = ast.parse(text).body[-1:]
+        assert isinstance(function, ast.FunctionDef)
+        returned = function.body[-1].value
+        assert [name.id for name in returned.elts] and text.startswith("# Only layers.0")
+        found = run_text(text, TITLES[which], *(values[argument.arg] for argument in function.args.args))
+        same(found, [values[name.id] for name in returned.elts])
 
 
 def test_names_are_kept_from_graph_to_graph() -> None:
     shown = traced(mlp)
-    before, after = shown.text("before").splitlines(), shown.text("after").splitlines()
+    before, after = (shown.text(which, notes=False).splitlines() for which in ("before", "after"))
     # The dense contraction of each weight goes, what the passes insert comes, nothing else changes.
     gone, come = [x for x in before if x not in after], [x for x in after if x not in before]
     known = ("permute", " mm", " mul", " sum", "return")

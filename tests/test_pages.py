@@ -1,0 +1,156 @@
+"""The pages of HTML: what they say, that they need nothing else, and how a browser shows them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from functools import cache
+from html import escape
+from pathlib import Path
+
+import pytest
+import torch
+
+from oasis_fx.config import Settings
+from oasis_fx.cost import readable_bytes
+from oasis_fx.estimate import estimate_dense
+from oasis_fx.graphs import graphs
+from oasis_fx.pages import graphs_page, report_page, saved_by_operator
+from oasis_fx.report import report
+from oasis_fx.targets import load_target
+from oasis_fx.tracing import trace_model
+
+FOLDER = Path(__file__).parent
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+OFFLINE = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
+)
+# A window has a least width, a frame has none; --dump-dom shows what this leaves in the document.
+FRAME = """<body><iframe srcdoc="{page}" style="width: {width}px; height: 900px; border: 0"></iframe><script>
+onload = () => {{
+  const shown = document.querySelector("iframe").contentWindow, root = shown.document.scrollingElement;
+  document.body.dataset.sizes = [root.scrollWidth, shown.innerWidth, shown.document.querySelectorAll("svg").length];
+}};
+</script></body>"""
+
+
+def traced(target: str, **settings):
+    model, inputs = load_target(target)
+    given = Settings(rank=2, **settings)
+    return trace_model(model, inputs, given), given
+
+
+@cache
+def blocks_report() -> str:
+    records, settings = traced(f"{FOLDER}/two_blocks.py:build", exclude=["layers.1.down.*", "lm_head.*"])
+    return report_page(records, settings, title="two blocks & <a head>")
+
+
+@cache
+def llama_pages() -> dict[str, str]:
+    records, settings = traced(f"{FOLDER.parent}/examples/tiny_llama.py:build")
+    return {
+        "report": report_page(records, settings, title="tiny_llama"),
+        "graphs": graphs_page(graphs(records), title="tiny_llama", only="layers.0"),
+    }
+
+
+def test_the_report_as_a_page() -> None:
+    page = blocks_report()
+    records, _ = traced(f"{FOLDER}/two_blocks.py:build", exclude=["layers.1.down.*", "lm_head.*"])
+    (found,) = report(records)
+    for row in found.rows:
+        assert f'<td class="name">{row.name}</td>' in page
+    for skipped in found.skipped:
+        assert skipped.reason.replace("'", "&#39;") in page
+    assert "two blocks &amp; &lt;a head&gt;" in page and "<a head>" not in page
+    assert page.count("<svg ") == 2 and "layers.0, before and after" in page
+    # Light and dark, and no sum of a table left out.
+    assert "prefers-color-scheme: dark" in page and "Adam (moments; moments, bases), MiB" in page
+
+
+def test_the_module_to_draw_can_be_chosen() -> None:
+    records, settings = traced(f"{FOLDER}/two_blocks.py:build")
+    page = report_page(records, settings, title="x", only="lm_head")
+    assert "lm_head, before and after" in page
+    with pytest.raises(ValueError, match=r"belongs to 'layers\.9'"):
+        report_page(records, settings, title="x", only="layers.9")
+
+
+def test_what_a_dense_weight_would_have_saved() -> None:
+    """The estimate for a weight that is left out is what leaving it out costs."""
+    target = f"{FOLDER}/two_blocks.py:build"
+    for name in ("layers.0.down.weight", "layers.1.up.weight"):
+        without, settings = traced(target, exclude=[name, "lm_head.*"], stats=False)
+        whole, _ = traced(target, stats=False)
+        (shown,) = graphs(without)
+        estimates = estimate_dense(shown, settings.rank_of)
+        before, after = (report(records)[0].totals.saved_bytes_after for records in (without, whole))
+        assert estimates[name].saved == before - after > 0
+        assert set(estimates) == {name, "lm_head.weight"}
+        row = rf'>{re.escape(name)}</td>.*?<td class="number">{re.escape(readable_bytes(before - after))}</td></tr>'
+        assert re.search(row, report_page(without, settings, title="x"))
+
+
+def test_no_estimate_without_a_matmul_or_a_rank() -> None:
+    records, settings = traced(f"{FOLDER.parent}/examples/tiny_llama.py:build")
+    (shown,) = graphs(records)
+    assert set(estimate_dense(shown, settings.rank_of)) == {"lm_head.weight"}  # the embedding is looked up
+    assert estimate_dense(shown, lambda name, n: None) == {}
+    # An activation that is an input of the graph is kept anyway.
+    records, settings = traced(f"{FOLDER}/two_blocks.py:build", exclude=["layers.0.up.*"])
+    (shown,) = graphs(records)
+    found = estimate_dense(shown, settings.rank_of)["layers.0.up.weight"]
+    assert (found.activation, found.saved) == (0, 0) and found.projection == 8 * (50 * 2 + 6 * 2)
+
+
+def test_bars_add_up_to_the_total() -> None:
+    records, _ = traced(f"{FOLDER}/two_blocks.py:build")
+    (shown,) = graphs(records)
+    bars = {bar.operator: bar for bar in saved_by_operator(shown)}
+    assert max(bar.before_percent for bar in bars.values()) == 100
+    assert bars["mm +P"].before == "0 B" and bars["mm +P"].after == readable_bytes(4 * 8 * 50 * 2)
+    assert bars["sin"].before == readable_bytes(2 * 8 * 50 * 8) and bars["sin"].after == "0 B"
+
+
+def test_graphs_as_a_page() -> None:
+    page = llama_pages()["graphs"]
+    assert page.count("<svg ") == page.count("<table>") == 4
+    assert '<tr class="added saved">' in page and '<tr class="removed">' in page
+    assert "self.q_proj(hidden_states)" in page and "layers_1" not in page
+
+
+def test_a_model_without_weights_in_a_subspace_has_a_page() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    settings = Settings(rank=2, include=["0.*"], exclude=["0.*"])
+    page = report_page(trace_model(model, torch.randn(2, 4), settings), settings, title="none")
+    assert "no weight of this graph has a low-rank gradient" in page and "<svg" not in page
+
+
+@pytest.mark.parametrize("page", ["report", "graphs", "blocks"])
+def test_a_page_needs_nothing_from_elsewhere(page) -> None:
+    text = blocks_report() if page == "blocks" else llama_pages()[page]
+    assert not re.search(r"""(src|href)\s*=|url\(|@import|<script|<link|https?://""", text)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("page", ["report", "graphs", "blocks"])
+def test_in_a_browser(page, width, tmp_path) -> None:
+    text = blocks_report() if page == "blocks" else llama_pages()[page]
+    (tmp_path / "frame.html").write_text(FRAME.format(page=escape(text), width=width), encoding="utf-8")
+    profile = f"--user-data-dir={tmp_path}/profile"
+    shown = subprocess.run(
+        [str(BROWSER), *OFFLINE, profile, "--window-size=1400,1000", "--enable-logging=stderr", "--dump-dom",
+         f"file://{tmp_path}/frame.html"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert ":CONSOLE" not in shown.stderr
+    sizes = re.search(r'data-sizes="(\d+),(\d+),(\d+)"', shown.stdout)
+    assert sizes, shown.stdout[-2000:]
+    needed, inner, drawings = map(int, sizes.groups())
+    assert inner == width and needed <= inner
+    assert drawings == text.count("<svg ")
