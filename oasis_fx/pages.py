@@ -30,13 +30,11 @@ _MOST_BOXES = 250  # of a drawing that a person can follow
 
 @dataclass(frozen=True)
 class Bar:
-    """Bytes that one operator's results keep for the backward pass: texts, and lengths in percent of the longest."""
+    """Bytes that the results of one operator keep for the backward pass."""
 
     operator: str
-    before: str
-    after: str
-    before_percent: float
-    after_percent: float
+    before: int
+    after: int
 
 
 def report_page(records: Sequence[CompiledGraph], settings: Settings, *, title: str, only: str | None = None) -> str:
@@ -77,24 +75,15 @@ def graphs_page(
 
 
 def saved_by_operator(shown: GraphSet) -> list[Bar]:
-    """What is kept for the backward pass before and after, the longest bar first; marks of the passes count apart."""
+    """What is kept for the backward pass before and after, the longest bar first; P and C count apart."""
     before, after = _saved(shown, "before"), _saved(shown, "after")
     longest = max([*before.values(), *after.values()], default=1)
     for name in {*before, *after}:
         if "+" not in name and max(before[name], after[name]) < longest / _LEAST_BAR:
             before["other"] += before.pop(name, 0)
             after["other"] += after.pop(name, 0)
-    names = sorted({*before, *after}, key=lambda name: (-max(before[name], after[name]), name))
-    return [
-        Bar(
-            name,
-            readable_bytes(before[name]),
-            readable_bytes(after[name]),
-            round(100 * before[name] / longest, 1),
-            round(100 * after[name] / longest, 1),
-        )
-        for name in names
-    ]
+    bars = [Bar(name, before[name], after[name]) for name in {*before, *after}]
+    return sorted(bars, key=lambda bar: (-max(bar.before, bar.after), bar.operator))
 
 
 def _saved(shown: GraphSet, which: str) -> Counter[str]:
@@ -143,4 +132,5 @@ def _drawing(shown: GraphSet, which: str, only: str | None) -> Markup | None:
 
 def _render(template: str, **context: Any) -> str:
     environment = Environment(loader=PackageLoader("oasis_fx"), autoescape=True, undefined=StrictUndefined)
+    environment.filters["readable_bytes"] = readable_bytes
     return environment.get_template(template).render(context) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,14 @@ def test_places() -> None:
         *["slot"] * 4,
         "incoming gradient",
     ]
+
+
+def test_a_sum_of_gradients_belongs_where_the_backward_pass_goes_on() -> None:
+    model, inputs = load_target(BLOCKS)
+    model.layers.append(copy.deepcopy(model.layers[0]))
+    (shown,) = graphs(trace_model(model, inputs, Settings(rank=2)))
+    sums = [node.name for node in shown.before.graph.nodes if node.meta.get("is_gradient_acc")]
+    assert [shown.facts("before")[name].module for name in sums] == ["layers.1.down", "layers.0.down"]
 
 
 def test_what_is_saved_is_what_the_report_counts() -> None:
