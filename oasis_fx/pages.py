@@ -16,7 +16,7 @@ from oasis_fx.config import Settings
 from oasis_fx.cost import readable_bytes, saved_storages
 from oasis_fx.drawing import draw
 from oasis_fx.estimate import Estimate, estimate_dense
-from oasis_fx.graphs import GRAPHS, GraphSet, graphs
+from oasis_fx.graphs import GRAPHS, GraphSet, graphs, views
 from oasis_fx.lowering import CompiledGraph
 from oasis_fx.node_table import node_table
 from oasis_fx.printing import operator_name
@@ -48,6 +48,7 @@ def report_page(records: Sequence[CompiledGraph], settings: Settings, *, title: 
         ValueError: nothing belongs to ``only``.
     """
     sets = {id(shown.record): shown for shown in graphs(records)}
+    views([*sets.values()], ("before", "after"), only)
     pages = [
         _report_context(found, sets.get(id(record)), settings, only)
         for record, found in zip(records, report(records), strict=True)
@@ -64,13 +65,11 @@ def graphs_page(
         ValueError: nothing belongs to ``only``.
     """
     pages = []
-    for index, shown in enumerate(sets, 1):
-        where = f" of graph {index} of {len(sets)}" if len(sets) > 1 else ""
-        for name in which:
-            facts = [shown.facts(name)[node.name] for node in shown.nodes(name, only)]
-            looks = [{"+": "added", "-": "removed"}.get(one.mark[:1], "") + " saved" * one.saved for one in facts]
-            table = node_table(shown, name, only)
-            pages.append({"title": name + where, "svg": _drawing(shown, name, only), "table": table, "classes": looks})
+    for caption, shown, name in views(sets, which, only):
+        facts = [shown.facts(name)[node.name] for node in shown.nodes(name, only)]
+        looks = [{"+": "added", "-": "removed"}.get(one.mark[:1], "") + " saved" * one.saved for one in facts]
+        table = node_table(shown, name, only)
+        pages.append({"title": caption, "svg": _drawing(shown, name, only), "table": table, "classes": looks})
     return _render("graphs.html", title=title, graphs=pages, note=note)
 
 
@@ -127,7 +126,7 @@ def _with_estimates(table: Table, estimates: dict[str, Estimate]) -> Table:
 
 def _drawing(shown: GraphSet, which: str, only: str | None) -> Markup | None:
     drawn = compact(sketch(shown, which, only))
-    return Markup(draw(drawn)) if len(drawn.boxes) <= _MOST_BOXES else None
+    return Markup(draw(drawn)) if 0 < len(drawn.boxes) <= _MOST_BOXES else None
 
 
 def _render(template: str, **context: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tomllib
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -134,6 +135,14 @@ def test_a_model_without_weights_in_a_subspace_has_a_page() -> None:
     settings = Settings(rank=2, include=["0.*"], exclude=["0.*"])
     page = report_page(trace_model(model, torch.randn(2, 4), settings), settings, title="none")
     assert "no weight of this graph has a low-rank gradient" in page and "<svg" not in page
+
+
+def test_templates_are_in_the_wheel() -> None:
+    package = FOLDER.parent / "oasis_fx"
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
+    listed = project["tool"]["setuptools"]["package-data"]["oasis_fx"]
+    templates = set(package.glob("templates/*"))
+    assert templates and templates <= {file for glob in listed for file in package.glob(glob)}
 
 
 @pytest.mark.parametrize("page", ["report", "graphs", "blocks"])
