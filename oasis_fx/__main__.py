@@ -123,7 +123,7 @@ def _report_page(records: Sequence[CompiledGraph], args: argparse.Namespace) -> 
 
 
 def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
-    from oasis_fx.graphs import GRAPHS, graphs
+    from oasis_fx.graphs import GRAPHS, graphs, views
 
     sets = graphs(records)
     chosen = GRAPHS if args.graph in (None, "all") else (args.graph,)
@@ -133,28 +133,25 @@ def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
         from oasis_fx.pages import graphs_page
 
         return graphs_page(sets, title=f"Graphs of {args.target}", which=chosen, only=args.only, note=note)
-    parts = []
-    for index, shown in enumerate(sets, 1):
-        where = f" of graph {index} of {len(sets)}" if len(sets) > 1 else ""
-        if args.diff:
-            parts.append(_diff(shown, where, args))
-        else:
-            parts += [_one_graph(shown, which, where, args) for which in chosen]
+    if args.diff:
+        parts = [_diff(shown, title.removeprefix("before"), args) for title, shown, _ in views(sets, ("before",))]
+    else:
+        parts = [_one_graph(title, shown, which, args) for title, shown, which in views(sets, chosen, args.only)]
     mark = "//" if args.format == "dot" else "#"
     return "\n\n".join([*parts, *([f"{mark} {note}\n"] if note else [])])
 
 
-def _one_graph(shown: GraphSet, which: str, where: str, args: argparse.Namespace) -> str:
+def _one_graph(title: str, shown: GraphSet, which: str, args: argparse.Namespace) -> str:
     if args.format == "table":
         from oasis_fx.node_table import node_table
 
-        return f"# {which}{where}\n\n{node_table(shown, which, args.only)}\n"
+        return f"# {title}\n\n{node_table(shown, which, args.only)}\n"
     if args.format == "dot":
         from oasis_fx.dot import format_dot
         from oasis_fx.sketch import sketch
 
-        return format_dot(sketch(shown, which, args.only), f"{which}{where}")
-    return f"# {which}{where}\n{shown.text(which, only=args.only)}"
+        return format_dot(sketch(shown, which, args.only), title)
+    return f"# {title}\n{shown.text(which, only=args.only)}"
 
 
 def _diff(shown: GraphSet, where: str, args: argparse.Namespace) -> str:

@@ -47,10 +47,9 @@ def draw(drawn: Sketch) -> str:
 
 
 def _lay_out(boxes: list[Box], arrows: tuple[Arrow, ...]) -> Layout:
-    return layered(
-        [box.name for box in boxes],
-        [(a.source, a.target) for a in arrows if not a.crossing and any(box.name == a.source for box in boxes)],
-    )
+    names = [box.name for box in boxes]
+    inside = set(names)
+    return layered(names, [(a.source, a.target) for a in arrows if a.source in inside and a.target in inside])
 
 
 def _path(points: list[tuple[float, float]], *, down: bool) -> str:

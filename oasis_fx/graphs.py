@@ -48,8 +48,7 @@ class GraphSet:
             notes: with comments: sizes in bytes, the user's lines, what is saved, what the passes did.
 
         Raises:
-            ValueError: unless ``which`` is ``"before"``, ``"after"``, ``"forward"`` or ``"backward"``; nothing belongs
-                to ``only``.
+            ValueError: unless ``which`` is ``"before"``, ``"after"``, ``"forward"`` or ``"backward"``.
         """
         gm = self.module(which)
         title = _TITLES.get(which, which)
@@ -68,12 +67,8 @@ class GraphSet:
         return getattr(self, which)
 
     def nodes(self, which: str, only: str | None = None) -> list[fx.Node]:
-        """The nodes of a graph but its output, or those that belong to a module or weight; ValueError if none does."""
-        found = select(self.module(which).graph.nodes, self.facts(which), only)
-        if not found:
-            known = sorted({facts.module for facts in self.facts(which).values()} - {""})
-            raise ValueError(f"nothing of graph {which!r} belongs to {only!r}: its modules are {', '.join(known)}")
-        return found
+        """The nodes of a graph but its output; with ``only`` those that belong to that module or weight."""
+        return select(self.module(which).graph.nodes, self.facts(which), only)
 
     def facts(self, which: str) -> dict[str, NodeFacts]:
         """What is known of the nodes of a graph, by node name."""
@@ -120,6 +115,23 @@ class GraphSet:
 def graphs(records: Sequence[CompiledGraph]) -> list[GraphSet]:
     """The graphs of each record that has a weight in a subspace; the others went to the inner compiler as they were."""
     return [_graph_set(record, trace) for record in records if (trace := trace_of(record)) is not None]
+
+
+def views(sets: Sequence[GraphSet], chosen: Sequence[str], only: str | None = None) -> list[tuple[str, GraphSet, str]]:
+    """What to show: a title, the set and the name of each chosen graph, less those without a node of ``only``.
+
+    Raises:
+        ValueError: no graph has one.
+    """
+    found = []
+    for index, shown in enumerate(sets, 1):
+        where = f" of graph {index} of {len(sets)}" if len(sets) > 1 else ""
+        found += [(which + where, shown, which) for which in chosen if shown.nodes(which, only)]
+    if sets and not found:
+        facts = [facts for shown in sets for facts in shown.facts("after").values()]
+        modules = sorted({one.module for one in facts} - {""})
+        raise ValueError(f"nothing belongs to {only!r}: the modules are {', '.join(modules)}")
+    return found
 
 
 def trace_of(record: CompiledGraph) -> Trace | None:

@@ -157,14 +157,16 @@ def marks_and_weights(
     dense, low_rank = _gradients(trace.before.graph), _gradients(trace.after.graph)
     for site in trace.sites:
         weight = site.inputs
-        for root in (dense[weight.weight], *(low_rank[position] for position in _runtime_inputs(weight))):
+        roots = {"": dense.get(weight.weight), "+G": low_rank.get(weight.slot), "+C": low_rank.get(weight.basis)}
+        if weight.energy is not None:
+            roots["+E"] = low_rank.get(weight.energy)
+        for mark, root in roots.items():
             for node in _marked_inputs(root, marks):
                 about.setdefault(node.name, []).append(names[weight.weight])
                 if node.target in _PROJECTIONS and _is_basis(node.args[1], placeholders[weight.basis]):
                     marks[node.name] = "+P"
-        marks[low_rank[weight.slot].name], marks[low_rank[weight.basis].name] = "+G", "+C"
-        if weight.energy is not None:
-            marks[low_rank[weight.energy].name] = "+E"
+            if mark and root is not None:
+                marks[root.name] = mark
     return marks, {name: tuple(dict.fromkeys(of)) for name, of in about.items()}
 
 
@@ -190,9 +192,10 @@ def _gradients(joint: fx.Graph) -> dict[int, fx.Node]:
     return {at: values[slot] for at, slot in gradient_positions(joint).items() if isinstance(values[slot], fx.Node)}
 
 
-def _marked_inputs(root: fx.Node, marks: Mapping[str, str]) -> Iterator[fx.Node]:
+def _marked_inputs(root: fx.Node | None, marks: Mapping[str, str]) -> Iterator[fx.Node]:
     """``root`` and what it is computed from, as far as the passes added or removed it."""
-    pending, seen = [root], {root}
+    pending = [root] if root is not None else []
+    seen = set(pending)
     while pending:
         node = pending.pop()
         if node.name not in marks:

@@ -16,7 +16,7 @@ from oasis_fx.config import Settings
 from oasis_fx.cost import readable_bytes, saved_storages
 from oasis_fx.drawing import draw
 from oasis_fx.estimate import Estimate, estimate_dense
-from oasis_fx.graphs import GRAPHS, GraphSet, graphs
+from oasis_fx.graphs import GRAPHS, GraphSet, graphs, views
 from oasis_fx.lowering import CompiledGraph
 from oasis_fx.node_table import node_table
 from oasis_fx.printing import operator_name
@@ -30,13 +30,11 @@ _MOST_BOXES = 250  # of a drawing that a person can follow
 
 @dataclass(frozen=True)
 class Bar:
-    """Bytes that one operator's results keep for the backward pass: texts, and lengths in percent of the longest."""
+    """Bytes that the results of one operator keep for the backward pass."""
 
     operator: str
-    before: str
-    after: str
-    before_percent: float
-    after_percent: float
+    before: int
+    after: int
 
 
 def report_page(records: Sequence[CompiledGraph], settings: Settings, *, title: str, only: str | None = None) -> str:
@@ -50,6 +48,7 @@ def report_page(records: Sequence[CompiledGraph], settings: Settings, *, title: 
         ValueError: nothing belongs to ``only``.
     """
     sets = {id(shown.record): shown for shown in graphs(records)}
+    views([*sets.values()], ("before", "after"), only)
     pages = [
         _report_context(found, sets.get(id(record)), settings, only)
         for record, found in zip(records, report(records), strict=True)
@@ -66,35 +65,24 @@ def graphs_page(
         ValueError: nothing belongs to ``only``.
     """
     pages = []
-    for index, shown in enumerate(sets, 1):
-        where = f" of graph {index} of {len(sets)}" if len(sets) > 1 else ""
-        for name in which:
-            facts = [shown.facts(name)[node.name] for node in shown.nodes(name, only)]
-            looks = [{"+": "added", "-": "removed"}.get(one.mark[:1], "") + " saved" * one.saved for one in facts]
-            table = node_table(shown, name, only)
-            pages.append({"title": name + where, "svg": _drawing(shown, name, only), "table": table, "classes": looks})
+    for caption, shown, name in views(sets, which, only):
+        facts = [shown.facts(name)[node.name] for node in shown.nodes(name, only)]
+        looks = [{"+": "added", "-": "removed"}.get(one.mark[:1], "") + " saved" * one.saved for one in facts]
+        table = node_table(shown, name, only)
+        pages.append({"title": caption, "svg": _drawing(shown, name, only), "table": table, "classes": looks})
     return _render("graphs.html", title=title, graphs=pages, note=note)
 
 
 def saved_by_operator(shown: GraphSet) -> list[Bar]:
-    """What is kept for the backward pass before and after, the longest bar first; marks of the passes count apart."""
+    """What is kept for the backward pass before and after, the longest bar first; P and C count apart."""
     before, after = _saved(shown, "before"), _saved(shown, "after")
     longest = max([*before.values(), *after.values()], default=1)
     for name in {*before, *after}:
         if "+" not in name and max(before[name], after[name]) < longest / _LEAST_BAR:
             before["other"] += before.pop(name, 0)
             after["other"] += after.pop(name, 0)
-    names = sorted({*before, *after}, key=lambda name: (-max(before[name], after[name]), name))
-    return [
-        Bar(
-            name,
-            readable_bytes(before[name]),
-            readable_bytes(after[name]),
-            round(100 * before[name] / longest, 1),
-            round(100 * after[name] / longest, 1),
-        )
-        for name in names
-    ]
+    bars = [Bar(name, before[name], after[name]) for name in {*before, *after}]
+    return sorted(bars, key=lambda bar: (-max(bar.before, bar.after), bar.operator))
 
 
 def _saved(shown: GraphSet, which: str) -> Counter[str]:
@@ -138,9 +126,10 @@ def _with_estimates(table: Table, estimates: dict[str, Estimate]) -> Table:
 
 def _drawing(shown: GraphSet, which: str, only: str | None) -> Markup | None:
     drawn = compact(sketch(shown, which, only))
-    return Markup(draw(drawn)) if len(drawn.boxes) <= _MOST_BOXES else None
+    return Markup(draw(drawn)) if 0 < len(drawn.boxes) <= _MOST_BOXES else None
 
 
 def _render(template: str, **context: Any) -> str:
     environment = Environment(loader=PackageLoader("oasis_fx"), autoescape=True, undefined=StrictUndefined)
+    environment.filters["readable_bytes"] = readable_bytes
     return environment.get_template(template).render(context) + "\n"

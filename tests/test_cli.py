@@ -113,7 +113,7 @@ def test_settings_reach_the_passes(target, capsys) -> None:
         (["explain", "some_model:wrong"], "model, example_inputs"),
         (["print", "some_model:build", "--graph", "middle"], "invalid choice"),
         (["explain", "some_model:build", "--include", "layers.*"], "no weight matches 'layers.*'"),
-        (["print", "some_model:build", "--only", "layers"], "nothing of graph 'before' belongs to 'layers'"),
+        (["print", "some_model:build", "--only", "layers"], "nothing belongs to 'layers'"),
         (["explain", "some_model:build", "--html", "x.html", "--only", "layers"], "belongs to 'layers'"),
         (["print", "some_model:build", "--diff", "--format", "dot"], "--diff shows"),
         (["print", "some_model:build", "--diff", "--only", "2"], "--diff shows"),

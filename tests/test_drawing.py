@@ -21,7 +21,7 @@ from oasis_fx.dot import format_dot
 from oasis_fx.drawing import draw
 from oasis_fx.graphs import GRAPHS, graphs
 from oasis_fx.layout import layered
-from oasis_fx.sketch import sketch
+from oasis_fx.sketch import Arrow, Box, Sketch, sketch
 from oasis_fx.targets import load_target
 from oasis_fx.tracing import trace_model
 
@@ -81,6 +81,21 @@ def test_merged_boxes_keep_what_costs(shown) -> None:
         assert ("mm +G up" in titles) == (which == "after") and "mm down" in titles
         names = [box.name for box in small.boxes]
         assert all(names.index(arrow.source) < names.index(arrow.target) for arrow in small.arrows)
+
+
+def test_what_is_merged() -> None:
+    def box(name, role="other", half="forward", kind="node", mark="", saved=False):
+        return Box(name, name, "", name, role, half, kind, mark, saved)
+
+    def merged(middle: Box) -> str:
+        boxes = (box("x", kind="input", role="input"), middle, box("add"), box("mm", role="matmul"))
+        arrows = (Arrow("x", "mul", False), Arrow("mul", "add", False), Arrow("add", "mm", False))
+        return ", ".join(found.title for found in compact(Sketch(boxes, arrows)).boxes)
+
+    assert merged(box("mul")) == "x, mul add, mm"
+    assert merged(box("mul", role="view")) == "x, add, mm"
+    apart = (box("mul", saved=True), box("mul", mark="+"), box("mul", half="backward"), box("mul", role="matmul"))
+    assert {merged(one) for one in (*apart, box("mul", kind="outside"))} == {"x, mul, add, mm"}
 
 
 def test_svg(shown) -> None:

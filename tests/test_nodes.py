@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import fx
 
 from oasis_fx.config import Settings
 from oasis_fx.cost import saved_storages, storage_node
-from oasis_fx.graphs import GRAPHS, graphs
+from oasis_fx.graphs import GRAPHS, graphs, views
 from oasis_fx.node_table import node_table
 from oasis_fx.nodes import source_line, within
 from oasis_fx.targets import load_target
@@ -64,6 +65,14 @@ def test_places() -> None:
     ]
 
 
+def test_a_sum_of_gradients_belongs_where_the_backward_pass_goes_on() -> None:
+    model, inputs = load_target(BLOCKS)
+    model.layers.append(copy.deepcopy(model.layers[0]))
+    (shown,) = graphs(trace_model(model, inputs, Settings(rank=2)))
+    sums = [node.name for node in shown.before.graph.nodes if node.meta.get("is_gradient_acc")]
+    assert [shown.facts("before")[name].module for name in sums] == ["layers.1.down", "layers.0.down"]
+
+
 def test_what_is_saved_is_what_the_report_counts() -> None:
     shown = shown_blocks()
     for which, forward in (("before", shown.stock[0]), ("after", shown.forward.graph)):
@@ -102,8 +111,29 @@ def test_only_a_module_or_a_weight(which) -> None:
         "+E",
         "+G",
     }
-    with pytest.raises(ValueError, match=r"nothing of graph .* layers.1.up"):
-        shown.nodes(which, "layers.2")
+    assert shown.nodes(which, "layers.2") == []
+
+
+def test_graphs_without_a_node_of_a_module_are_left_out() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.sin(self.a(x))
+            torch._dynamo.graph_break()
+            return self.b(x)
+
+    sets = graphs(trace_model(Twice(), torch.randn(3, 4), Settings(rank=2)))
+    assert len(sets) == 2
+    assert [title for title, *_ in views(sets, GRAPHS[2:])] == [
+        *("forward of graph 1 of 2", "backward of graph 1 of 2"),
+        *("forward of graph 2 of 2", "backward of graph 2 of 2"),
+    ]
+    assert {title[-6:] for title, *_ in views(sets, GRAPHS, "b")} == {"2 of 2"}
+    with pytest.raises(ValueError, match=r"nothing belongs to 'c': the modules are a, b$"):
+        views(sets, GRAPHS, "c")
 
 
 def test_lines_of_torch_are_not_the_users() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tomllib
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -106,13 +107,20 @@ def test_no_estimate_without_a_matmul_or_a_rank() -> None:
     assert (found.activation, found.saved) == (0, 0) and found.projection == 8 * (50 * 2 + 6 * 2)
 
 
-def test_bars_add_up_to_the_total() -> None:
-    records, _ = traced(f"{FOLDER}/two_blocks.py:build")
+@pytest.mark.parametrize("target", ["tests/two_blocks.py", "examples/tiny_llama.py"])
+def test_bars_add_up_to_the_total(target) -> None:
+    records, _ = traced(f"{FOLDER.parent}/{target}:build")
     (shown,) = graphs(records)
-    bars = {bar.operator: bar for bar in saved_by_operator(shown)}
-    assert max(bar.before_percent for bar in bars.values()) == 100
-    assert bars["mm +P"].before == "0 B" and bars["mm +P"].after == readable_bytes(4 * 8 * 50 * 2)
-    assert bars["sin"].before == readable_bytes(2 * 8 * 50 * 8) and bars["sin"].after == "0 B"
+    bars = saved_by_operator(shown)
+    totals = report(records)[0].totals
+    assert sum(bar.before for bar in bars) == totals.saved_bytes_before
+    assert sum(bar.after for bar in bars) == totals.saved_bytes_after
+    assert max(bars[0].before, bars[0].after) == max(max(bar.before, bar.after) for bar in bars)
+    by_name = {bar.operator: bar for bar in bars}
+    assert by_name["mm +P"].before == 0 and ("other" in by_name) == ("llama" in target)
+    if "blocks" in target:
+        assert by_name["mm +P"].after == 4 * 8 * 50 * 2 and by_name["mm +C"].after == 2 * 8 * (6 + 8) * 2
+        assert (by_name["sin"].before, by_name["sin"].after) == (2 * 8 * 50 * 8, 0)
 
 
 def test_graphs_as_a_page() -> None:
@@ -127,6 +135,14 @@ def test_a_model_without_weights_in_a_subspace_has_a_page() -> None:
     settings = Settings(rank=2, include=["0.*"], exclude=["0.*"])
     page = report_page(trace_model(model, torch.randn(2, 4), settings), settings, title="none")
     assert "no weight of this graph has a low-rank gradient" in page and "<svg" not in page
+
+
+def test_templates_are_in_the_wheel() -> None:
+    package = FOLDER.parent / "oasis_fx"
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
+    listed = project["tool"]["setuptools"]["package-data"]["oasis_fx"]
+    templates = set(package.glob("templates/*"))
+    assert templates and templates <= {file for glob in listed for file in package.glob(glob)}
 
 
 @pytest.mark.parametrize("page", ["report", "graphs", "blocks"])

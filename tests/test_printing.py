@@ -132,7 +132,11 @@ def test_the_text_of_a_module_runs_on_what_it_takes_from_elsewhere(make) -> None
         (function,) = ast.parse(text).body[-1:]
         assert isinstance(function, ast.FunctionDef)
         returned = function.body[-1].value
-        assert [name.id for name in returned.elts] and text.startswith("# Only layers.0")
+        assert returned.elts and text.startswith("# Only layers.0")
+        inside = {shown.names[node.name] for node in shown.nodes(which, "layers.0") if node.op != "placeholder"}
+        outside = [n for n in shown.module(which).graph.nodes if shown.names.get(n.name) not in inside]
+        read = {shown.names[source.name] for node in outside for source in node.all_input_nodes}
+        assert {name.id for name in returned.elts} == read & inside
         found = run_text(text, TITLES[which], *(values[argument.arg] for argument in function.args.args))
         same(found, [values[name.id] for name in returned.elts])
 
