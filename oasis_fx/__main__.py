@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oasis_fx.config import INNER_COMPILERS, SUBSPACES, Settings
-from oasis_fx.diff import COLOR_CHOICES, side_by_side, wants_color
+from oasis_fx.show.diff import COLOR_CHOICES, side_by_side, wants_color
 
 if TYPE_CHECKING:
-    from oasis_fx.graphs import GraphSet
     from oasis_fx.lowering import CompiledGraph
+    from oasis_fx.show.graphs import GraphSet
 
 _GRAPHS = ("before", "after", "forward", "backward", "all")
 _FORMATS = ("python", "table", "dot", "html")
@@ -108,7 +108,7 @@ def _trace(args: argparse.Namespace, settings: Settings) -> list[CompiledGraph]:
 
 
 def _explain(records: Sequence[CompiledGraph]) -> str:
-    from oasis_fx.report import report
+    from oasis_fx.show.report import report
 
     tables = [str(graph) for graph in report(records)]
     if len(tables) > 1:
@@ -117,20 +117,20 @@ def _explain(records: Sequence[CompiledGraph]) -> str:
 
 
 def _report_page(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
-    from oasis_fx.pages import report_page
+    from oasis_fx.show.pages import report_page
 
     return report_page(records, _settings(args), title=f"oasis_fx on {args.target}", only=args.only)
 
 
 def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
-    from oasis_fx.graphs import GRAPHS, graphs, views
+    from oasis_fx.show.graphs import GRAPHS, graphs, views
 
     sets = graphs(records)
     chosen = GRAPHS if args.graph in (None, "all") else (args.graph,)
     missing = len(records) - len(sets)
     note = f"{missing} of {len(records)} graphs have no weight in a subspace: not shown" if missing else ""
     if args.format == "html":
-        from oasis_fx.pages import graphs_page
+        from oasis_fx.show.pages import graphs_page
 
         return graphs_page(sets, title=f"Graphs of {args.target}", which=chosen, only=args.only, note=note)
     if args.diff:
@@ -143,12 +143,12 @@ def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
 
 def _one_graph(title: str, shown: GraphSet, which: str, args: argparse.Namespace) -> str:
     if args.format == "table":
-        from oasis_fx.node_table import node_table
+        from oasis_fx.show.node_table import node_table
 
         return f"# {title}\n\n{node_table(shown, which, args.only)}\n"
     if args.format == "dot":
-        from oasis_fx.dot import format_dot
-        from oasis_fx.sketch import sketch
+        from oasis_fx.show.dot import format_dot
+        from oasis_fx.show.sketch import sketch
 
         return format_dot(sketch(shown, which, args.only), title)
     return f"# {title}\n{shown.text(which, only=args.only)}"

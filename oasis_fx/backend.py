@@ -16,10 +16,10 @@ from oasis_fx.config import Rank, Settings
 from oasis_fx.errors import OasisWarning
 
 if TYPE_CHECKING:  # these load Inductor
-    from oasis_fx.graphs import GraphSet
     from oasis_fx.lowering import CompiledGraph
-    from oasis_fx.report import GraphReport
     from oasis_fx.runtime.subspace import Subspace
+    from oasis_fx.show.graphs import GraphSet
+    from oasis_fx.show.report import GraphReport
     from oasis_fx.stats import Stats
 
 Compiled = Callable[..., Any]
@@ -130,13 +130,13 @@ class OasisBackend:
 
     def report(self) -> list[GraphReport]:
         """One report for each graph compiled so far, in order; `str()` of one is a table."""
-        from oasis_fx.report import report
+        from oasis_fx.show.report import report
 
         return report(self.compiled_graphs())
 
     def graphs(self) -> list[GraphSet]:
         """For each graph with candidate weights: the joint graph before and after, and the two partitions."""
-        from oasis_fx.graphs import graphs
+        from oasis_fx.show.graphs import graphs
 
         return graphs(self.compiled_graphs())
 

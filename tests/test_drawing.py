@@ -13,15 +13,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from oasis_fx.block import typical_block
-from oasis_fx.compact import compact
 from oasis_fx.config import Settings
-from oasis_fx.cost import saved_storages
-from oasis_fx.dot import format_dot
-from oasis_fx.drawing import draw
-from oasis_fx.graphs import GRAPHS, graphs
-from oasis_fx.layout import layered
-from oasis_fx.sketch import Arrow, Box, Sketch, sketch
+from oasis_fx.show.block import typical_block
+from oasis_fx.show.compact import compact
+from oasis_fx.show.cost import saved_storages
+from oasis_fx.show.dot import format_dot
+from oasis_fx.show.drawing import draw
+from oasis_fx.show.graphs import GRAPHS, graphs
+from oasis_fx.show.layout import layered
+from oasis_fx.show.sketch import Arrow, Box, Sketch, sketch
 from oasis_fx.targets import load_target
 from oasis_fx.tracing import trace_model
 

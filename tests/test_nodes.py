@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from oasis_fx.config import Settings
-from oasis_fx.cost import saved_storages, storage_node
-from oasis_fx.graphs import GRAPHS, graphs, views
-from oasis_fx.node_table import node_table
-from oasis_fx.nodes import source_line, within
+from oasis_fx.show.cost import saved_storages, storage_node
+from oasis_fx.show.graphs import GRAPHS, graphs, views
+from oasis_fx.show.node_table import node_table
+from oasis_fx.show.nodes import source_line, within
 from oasis_fx.targets import load_target
 from oasis_fx.tracing import trace_model
 

@@ -51,7 +51,7 @@ def test_private_names_of_torch_are_imported_in_one_module() -> None:
         "torch._higher",
     )
     for folder in ("oasis_fx", "passes", "runtime"):
-        for file in (ROOT / folder).glob("*.py"):
+        for file in (ROOT / folder).rglob("*.py"):
             if file.name != "torch_private.py":
                 imports = [
                     line for line in file.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from oasis_fx.config import Settings
-from oasis_fx.cost import readable_bytes
-from oasis_fx.estimate import estimate_dense
-from oasis_fx.graphs import graphs
-from oasis_fx.pages import graphs_page, report_page, saved_by_operator
-from oasis_fx.report import report
+from oasis_fx.show.cost import readable_bytes
+from oasis_fx.show.estimate import estimate_dense
+from oasis_fx.show.graphs import graphs
+from oasis_fx.show.pages import graphs_page, report_page, saved_by_operator
+from oasis_fx.show.report import report
 from oasis_fx.targets import load_target
 from oasis_fx.tracing import trace_model
 

@@ -12,10 +12,10 @@ import torch
 from torch import fx
 
 from oasis_fx.config import Settings
-from oasis_fx.diff import side_by_side, wants_color
-from oasis_fx.graphs import GRAPHS, graphs
-from oasis_fx.node_table import node_table
-from oasis_fx.printing import number_nodes, print_graph
+from oasis_fx.show.diff import side_by_side, wants_color
+from oasis_fx.show.graphs import GRAPHS, graphs
+from oasis_fx.show.node_table import node_table
+from oasis_fx.show.printing import number_nodes, print_graph
 from oasis_fx.targets import load_target
 from oasis_fx.tracing import trace_model
 

@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from oasis_fx.graph import value
-from oasis_fx.nodes import NodeFacts
-from oasis_fx.notes import Notes, returned
+from oasis_fx.show.nodes import NodeFacts
+from oasis_fx.show.notes import Notes, returned
 
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "b8",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oasis_fx.sketch import Arrow, Box, Sketch
+from oasis_fx.show.sketch import Arrow, Box, Sketch
 
 _FILL = {"+": "palegreen", "-": "lightsalmon", "": "white"}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from html import escape
 from itertools import pairwise
 
-from oasis_fx.layout import Layout, layered
-from oasis_fx.sketch import Arrow, Box, Sketch
+from oasis_fx.show.layout import Layout, layered
+from oasis_fx.show.sketch import Arrow, Box, Sketch
 
 _WIDTH, _HEIGHT = 144, 34  # of a box, in pixels
 _COLUMN, _ROW = 154, 58

@@ -10,19 +10,19 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined  # torch depends on jinja2
 from markupsafe import Markup
 
-from oasis_fx.block import typical_block
-from oasis_fx.compact import compact
 from oasis_fx.config import Settings
-from oasis_fx.cost import readable_bytes, saved_storages
-from oasis_fx.drawing import draw
-from oasis_fx.estimate import Estimate, estimate_dense
-from oasis_fx.graphs import GRAPHS, GraphSet, graphs, views
 from oasis_fx.lowering import CompiledGraph
-from oasis_fx.node_table import node_table
-from oasis_fx.printing import operator_name
-from oasis_fx.report import GraphReport, report
-from oasis_fx.report_table import NO_ROWS, Table, legend, skipped_table, totals_table, weight_table
-from oasis_fx.sketch import sketch
+from oasis_fx.show.block import typical_block
+from oasis_fx.show.compact import compact
+from oasis_fx.show.cost import readable_bytes, saved_storages
+from oasis_fx.show.drawing import draw
+from oasis_fx.show.estimate import Estimate, estimate_dense
+from oasis_fx.show.graphs import GRAPHS, GraphSet, graphs, views
+from oasis_fx.show.node_table import node_table
+from oasis_fx.show.printing import operator_name
+from oasis_fx.show.report import GraphReport, report
+from oasis_fx.show.report_table import NO_ROWS, Table, legend, skipped_table, totals_table, weight_table
+from oasis_fx.show.sketch import sketch
 
 _LEAST_BAR = 200  # what is shorter than this part of the longest goes under "other"
 _MOST_BOXES = 250  # of a drawing that a person can follow
@@ -130,6 +130,6 @@ def _drawing(shown: GraphSet, which: str, only: str | None) -> Markup | None:
 
 
 def _render(template: str, **context: Any) -> str:
-    environment = Environment(loader=PackageLoader("oasis_fx"), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=PackageLoader("oasis_fx.show"), autoescape=True, undefined=StrictUndefined)
     environment.filters["readable_bytes"] = readable_bytes
     return environment.get_template(template).render(context) + "\n"

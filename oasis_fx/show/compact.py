@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from oasis_fx.sketch import Arrow, Box, Sketch, module_of
+from oasis_fx.show.sketch import Arrow, Box, Sketch, module_of
 
 _OF_THE_MODULE = ("weight", "basis", "energy", "slot", "parameter or buffer")
 

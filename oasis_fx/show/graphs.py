@@ -11,9 +11,9 @@ from torch import fx
 
 from oasis_fx.graph import outputs
 from oasis_fx.lowering import CompiledGraph
-from oasis_fx.nodes import NodeFacts, input_kinds, joint_facts, marks_and_weights, select
 from oasis_fx.pipeline import Trace, copy_graph
-from oasis_fx.printing import number_nodes, print_graph
+from oasis_fx.show.nodes import NodeFacts, input_kinds, joint_facts, marks_and_weights, select
+from oasis_fx.show.printing import number_nodes, print_graph
 from oasis_fx.torch_private import gradient_positions, input_placeholders, is_whole_joint
 
 GRAPHS = ("before", "after", "forward", "backward")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 if TYPE_CHECKING:
-    from oasis_fx.report import GraphReport, SkippedRow, Totals, WeightRow
+    from oasis_fx.show.report import GraphReport, SkippedRow, Totals, WeightRow
 
 NO_ROWS = "no weight of this graph has a low-rank gradient"
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from oasis_fx.cost import readable_bytes
 from oasis_fx.graph import value
-from oasis_fx.graphs import GraphSet
-from oasis_fx.nodes import NodeFacts
-from oasis_fx.printing import describe
-from oasis_fx.report_table import Table
+from oasis_fx.show.cost import readable_bytes
+from oasis_fx.show.graphs import GraphSet
+from oasis_fx.show.nodes import NodeFacts
+from oasis_fx.show.printing import describe
+from oasis_fx.show.report_table import Table
 
 _HEADERS = ("name", "operator", "shape", "dtype", "bytes", "part", "saved", "mark", "module", "line")
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from oasis_fx.cost import is_matmul, readable_bytes, viewed
 from oasis_fx.graph import value
-from oasis_fx.graphs import GraphSet
-from oasis_fx.nodes import NodeFacts
-from oasis_fx.printing import describe, operator_name
+from oasis_fx.show.cost import is_matmul, readable_bytes, viewed
+from oasis_fx.show.graphs import GraphSet
+from oasis_fx.show.nodes import NodeFacts
+from oasis_fx.show.printing import describe, operator_name
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Box:
             bytes.
         hint: the rest: module and line.
         role: ``"view"``, ``"item"`` of several results, ``"matmul"`` (attention and convolutions too), ``"other"``; of
-            an input, what it is, as in `oasis_fx.nodes.NodeFacts.part`.
+            an input, what it is, as in `oasis_fx.show.nodes.NodeFacts.part`.
         half: ``"forward"`` or ``"backward"``; of an input, that of what reads it first.
         kind: ``"node"``, ``"input"``, or ``"outside"`` for a value from elsewhere.
-        mark: as in `oasis_fx.nodes.NodeFacts`.
+        mark: as in `oasis_fx.show.nodes.NodeFacts`.
         saved: for the backward pass.
     """
 

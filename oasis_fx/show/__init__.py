@@ -1,0 +1,1 @@
+"""What a person gets to see: reports, printed graphs, drawings, pages. Nothing that is compiled depends on it."""
