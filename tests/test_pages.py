@@ -138,9 +138,9 @@ def test_a_model_without_weights_in_a_subspace_has_a_page() -> None:
 
 
 def test_templates_are_in_the_wheel() -> None:
-    package = FOLDER.parent / "oasis_fx"
+    package = FOLDER.parent / "oasis_fx" / "show"
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
-    listed = project["tool"]["setuptools"]["package-data"]["oasis_fx"]
+    listed = project["tool"]["setuptools"]["package-data"]["oasis_fx.show"]
     templates = set(package.glob("templates/*"))
     assert templates and templates <= {file for glob in listed for file in package.glob(glob)}
 
