@@ -21,7 +21,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-CONTENDERS = ("stock", "stock-recompute", "oasis", "oasis-recompute")  # by default; also oasis-no-stats
+CONTENDERS = ("stock", "stock-recompute", "oasis", "oasis-recompute")
+# By default. Also oasis-no-stats, and any share of saved bytes: stock-budget0.5, oasis-budget0.1.
 
 
 class Contender:
@@ -41,10 +42,13 @@ class Contender:
         # Exact and free in stock torch: recompute what is cheap although the backward must materialize it.
         recompute = name.endswith("-recompute")
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
+        share = float(name.partition("-budget")[2] or 1)
         if name.startswith("oasis"):
-            self.model.compile(backend=oasis_backend(rank=args.rank, stats=not name.endswith("-no-stats")))
+            stats = not name.endswith("-no-stats")
+            self.model.compile(backend=oasis_backend(rank=args.rank, memory_budget=share, stats=stats))
             self.optimizer: Any = OasisAdamW(self.model.parameters(), lr=1e-5)
         else:
+            torch._functorch.config.activation_memory_budget = share
             self.model.compile()
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         reset_peak(args.device)

@@ -75,9 +75,16 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--exclude", action="append", metavar="GLOB", help="weights to leave alone; repeatable")
     command.add_argument("--subspace", choices=SUBSPACES, default=SUBSPACES[0], help="how a basis moves")
     command.add_argument("--inner", choices=INNER_COMPILERS, default=INNER_COMPILERS[0], help="whose graphs to show")
-    command.add_argument("--memory-budget", type=float, default=1.0, metavar="X", help="0 to 1, as in the backend")
+    command.add_argument("--memory-budget", type=_budget, default=1.0, metavar="X", help="0 to 1, or a size: 12GiB")
     command.add_argument("--dynamic", action="store_true", help="with symbolic sizes")
     command.add_argument("-o", "--output", metavar="FILE", help="write there, not to the terminal")
+
+
+def _budget(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # a size; Settings says what is none
 
 
 def _settings(args: argparse.Namespace) -> Settings:

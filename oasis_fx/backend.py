@@ -33,7 +33,7 @@ def oasis_backend(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     inner: str = "inductor",
-    memory_budget: float = 1.0,
+    memory_budget: float | str = 1.0,
     stats: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> OasisBackend:
@@ -56,8 +56,9 @@ def oasis_backend(
         exclude: globs over weight names that keep dense gradients. Default: output heads, and embeddings
             with whatever is tied to one.
         inner: what compiles the rewritten graphs: ``"inductor"``, or ``"aot_eager"`` to run them node by node.
-        memory_budget: torch's `activation_memory_budget`, 0 to 1: how much of the saved-for-backward bytes
-            to keep, by recomputing. 1 leaves torch's own setting.
+        memory_budget: how much of what it would save for the backward pass a graph may save; the rest is computed
+            again. 0 to 1 is torch's `activation_memory_budget`, on the rewritten graph; 1 leaves torch's own
+            setting. A size such as ``"12GiB"`` (or MiB, GB, ...) holds for each compiled graph, inputs aside.
         stats: let graphs compute ||X||^2 for `OasisBackend.stats`, one more sum over each activation.
         options: options of Inductor, as in `torch.compile(options=...)`, which override these.
 

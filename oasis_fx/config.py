@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
+from oasis_fx.sizes import parse_bytes
+
 SUBSPACES = ("oja",)
 INNER_COMPILERS = ("inductor", "aot_eager")
 
@@ -40,7 +42,7 @@ class Settings:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     inner: str = "inductor"
-    memory_budget: float = 1.0
+    memory_budget: float | str = 1.0
     stats: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,14 +57,20 @@ class Settings:
         _check_choice("inner", self.inner, INNER_COMPILERS)
         if not _is_number(self.subspace_lr) or not self.subspace_lr > 0:
             raise ValueError(f"subspace_lr is {self.subspace_lr!r}: it must be a number over 0 (inf: power iteration)")
-        if not _is_number(self.memory_budget) or not 0 <= self.memory_budget <= 1:
-            raise ValueError(f"memory_budget is {self.memory_budget!r}: it must be a number from 0 to 1")
+        budget = self.memory_budget
+        if self.budget_bytes is None and (not _is_number(budget) or not 0 <= float(budget) <= 1):
+            raise ValueError(f"memory_budget is {budget!r}: it must be a number from 0 to 1, or a size such as '12GiB'")
         if not isinstance(self.stats, bool):
             raise ValueError(f"stats is {self.stats!r}: it must be True or False")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         if "custom_partitioner_fn" in self.options:
             raise ValueError("options names 'custom_partitioner_fn': oasis_fx is one itself, it cannot take another")
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The memory budget as a number of bytes, where it was given as one."""
+        return parse_bytes(self.memory_budget) if isinstance(self.memory_budget, str) else None
 
     def rank_of(self, name: str, in_features: int) -> int | None:
         """Columns of the basis for a weight, at most ``in_features``; None where no glob of ``rank`` names it."""

@@ -12,6 +12,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import fx
 
+from oasis_fx.budget import share_budget
 from oasis_fx.config import Settings
 from oasis_fx.errors import OasisWarning
 from oasis_fx.graph import LiftedWeight, value
@@ -28,7 +29,6 @@ from oasis_fx.torch_private import (
     FakeTensor,
     aot_eager_lowering,
     compile_caches_disabled,
-    functorch_config,
     inductor_lowering,
     known_fake,
     tracing_fake_mode,
@@ -200,9 +200,9 @@ def _compile(
     traces: list[Trace] = []
     with observe_traces(traces.append), _budget(settings):
         if settings.inner == "aot_eager":
-            compiled = aot_eager_lowering(gm, inputs, _EagerPartition(lifted))
+            compiled = aot_eager_lowering(gm, inputs, _EagerPartition(lifted, settings.budget_bytes))
         else:
-            patches = {**options, "custom_partitioner_fn": JointPartitioner(lifted)}
+            patches = {**options, "custom_partitioner_fn": JointPartitioner(lifted, settings.budget_bytes)}
             compiled = inductor_lowering(gm, inputs, patches, inner_compile)
     return compiled, traces[0] if traces else None
 
@@ -235,22 +235,27 @@ def compile_plainly(
     """Compile a graph as the inner compiler alone would."""
     with _budget(settings):
         if settings.inner == "aot_eager":
-            return aot_eager_lowering(gm, example_inputs)
-        return inductor_lowering(gm, example_inputs, dict(options), inner_compile)
+            partition = None if settings.budget_bytes is None else _EagerPartition((), settings.budget_bytes)
+            return aot_eager_lowering(gm, example_inputs, partition)
+        patches = dict(options)
+        if settings.budget_bytes is not None:
+            patches["custom_partitioner_fn"] = JointPartitioner((), settings.budget_bytes)
+        return inductor_lowering(gm, example_inputs, patches, inner_compile)
 
 
 @dataclass(frozen=True)
 class _EagerPartition:
     lifted: tuple[LiftedWeight, ...]
+    budget_bytes: int | None
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        return partition_joint(gm, joint_inputs, lifted=self.lifted, **kwargs)
+        return partition_joint(gm, joint_inputs, lifted=self.lifted, budget_bytes=self.budget_bytes, **kwargs)
 
 
 def _budget(settings: Settings) -> AbstractContextManager[Any]:
-    if settings.memory_budget == 1.0:
+    if settings.memory_budget == 1.0 or settings.budget_bytes is not None:
         return nullcontext()  # leave what the user may have set globally
-    return functorch_config.patch(activation_memory_budget=float(settings.memory_budget))
+    return share_budget(float(settings.memory_budget))
 
 
 def _lifted(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) -> tuple[LiftedWeight, ...]:

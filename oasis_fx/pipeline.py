@@ -24,6 +24,7 @@ from typing import Any
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
+from oasis_fx.budget import fit_bytes
 from oasis_fx.errors import OasisWarning
 from oasis_fx.graph import LiftedWeight, PassError, Skipped, WeightGradient, check_graph
 from oasis_fx.passes.find_weight_gradients import find_weight_gradients
@@ -78,12 +79,16 @@ def partition_joint(
     joint_inputs: Sequence[Any],
     *,
     lifted: Sequence[LiftedWeight],
+    budget_bytes: int | None = None,
     num_fwd_outputs: int,
     compiler: str = "inductor",
     static_lifetime_input_indices: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Rewrite a joint graph and split it into a forward and a backward graph.
+
+    Args:
+        budget_bytes: what the forward graph may keep for the backward graph at most; None for torch's own setting.
 
     Where a pass fails, the graph is partitioned as it came, with a warning: gradients are then dense.
     """
@@ -109,14 +114,21 @@ def partition_joint(
     gm.recompile()
     observer = _observer.get()
     after = copy_graph(gm) if observer is not None else gm
-    forward, backward = min_cut_rematerialization_partition(
-        gm,
-        joint_inputs,
-        compiler=compiler,
-        num_fwd_outputs=num_fwd_outputs,
-        static_lifetime_input_indices=list(static),
-        **kwargs,
-    )
+
+    def partition(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return min_cut_rematerialization_partition(
+            joint,
+            joint_inputs,
+            compiler=compiler,
+            num_fwd_outputs=num_fwd_outputs,
+            static_lifetime_input_indices=list(static),
+            **kwargs,
+        )
+
+    if budget_bytes is None:
+        forward, backward = partition(gm)
+    else:
+        forward, backward = fit_bytes(lambda: partition(copy_graph(gm)), num_fwd_outputs, budget_bytes)
     if observer is not None:
         copies = copy_graph(forward), copy_graph(backward)  # the inner compiler goes on to change them
         observer(Trace(before, after, *copies, num_fwd_outputs, sites, skipped, static))

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from oasis_fx import oasis_backend
 from oasis_fx.config import Settings
+from oasis_fx.cost import matmul_flops
 from oasis_fx.measure import saved_for_backward_bytes
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import SubspaceSpec
-from oasis_fx.show.cost import matmul_flops
 from oasis_fx.show.report import report
 from oasis_fx.tracing import trace_model
 

@@ -14,9 +14,9 @@ from xml.etree import ElementTree
 import pytest
 
 from oasis_fx.config import Settings
+from oasis_fx.cost import saved_storages
 from oasis_fx.show.block import typical_block
 from oasis_fx.show.compact import compact
-from oasis_fx.show.cost import saved_storages
 from oasis_fx.show.dot import format_dot
 from oasis_fx.show.drawing import draw
 from oasis_fx.show.graphs import GRAPHS, graphs

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from oasis_fx.config import Settings
-from oasis_fx.show.cost import saved_storages, storage_node
+from oasis_fx.cost import saved_storages, storage_node
 from oasis_fx.show.graphs import GRAPHS, graphs, views
 from oasis_fx.show.node_table import node_table
 from oasis_fx.show.nodes import source_line, within

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from oasis_fx.config import Settings
-from oasis_fx.show.cost import readable_bytes
+from oasis_fx.cost import readable_bytes
 from oasis_fx.show.estimate import estimate_dense
 from oasis_fx.show.graphs import graphs
 from oasis_fx.show.pages import graphs_page, report_page, saved_by_operator

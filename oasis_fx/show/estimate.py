@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from oasis_fx.cost import hint, num_bytes, num_rows, saved_storages, storage_node
 from oasis_fx.graph import Contraction, LiftedWeight, shape, value
 from oasis_fx.passes.find_weight_gradients import find_weight_gradients
-from oasis_fx.show.cost import hint, num_bytes, num_rows, saved_storages, storage_node
 from oasis_fx.show.graphs import GraphSet
 from oasis_fx.torch_private import input_placeholders
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from oasis_fx.cost import readable_bytes
 from oasis_fx.graph import value
-from oasis_fx.show.cost import readable_bytes
 from oasis_fx.show.graphs import GraphSet
 from oasis_fx.show.nodes import NodeFacts
 from oasis_fx.show.printing import describe

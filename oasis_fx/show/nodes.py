@@ -12,9 +12,9 @@ from itertools import takewhile
 import torch
 from torch import fx
 
+from oasis_fx.cost import value_bytes
 from oasis_fx.graph import LiftedWeight, aten, outputs, prims, value
 from oasis_fx.pipeline import Trace
-from oasis_fx.show.cost import value_bytes
 from oasis_fx.torch_private import gradient_positions, input_placeholders, is_tangent
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')

@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined  # torch depends 
 from markupsafe import Markup
 
 from oasis_fx.config import Settings
+from oasis_fx.cost import readable_bytes, saved_storages
 from oasis_fx.lowering import CompiledGraph
 from oasis_fx.show.block import typical_block
 from oasis_fx.show.compact import compact
-from oasis_fx.show.cost import readable_bytes, saved_storages
 from oasis_fx.show.drawing import draw
 from oasis_fx.show.estimate import Estimate, estimate_dense
 from oasis_fx.show.graphs import GRAPHS, GraphSet, graphs, views

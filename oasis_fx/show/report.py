@@ -10,10 +10,10 @@ from typing import Any
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
+from oasis_fx.cost import hint, matmul_flops, num_bytes, num_rows, saved_storages, storage_node
 from oasis_fx.graph import WeightGradient, dependents, shape, value
 from oasis_fx.lowering import CompiledGraph
 from oasis_fx.pipeline import Trace, copy_graph
-from oasis_fx.show.cost import hint, matmul_flops, num_bytes, num_rows, saved_storages, storage_node
 from oasis_fx.show.graphs import trace_of
 from oasis_fx.show.report_table import format_report
 from oasis_fx.torch_private import input_placeholders

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from oasis_fx.cost import is_matmul, readable_bytes, viewed
 from oasis_fx.graph import value
-from oasis_fx.show.cost import is_matmul, readable_bytes, viewed
 from oasis_fx.show.graphs import GraphSet
 from oasis_fx.show.nodes import NodeFacts
 from oasis_fx.show.printing import describe, operator_name
