@@ -61,7 +61,15 @@ def capture_joint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Joint]:
         graphs: list[tuple[fx.GraphModule, int]] = []
         records: list[CompiledGraph] = []
 
-        def keep(gm: fx.GraphModule, joint_inputs: Any, *, lifted: Any, num_fwd_outputs: int, **kwargs: Any) -> Any:
+        def keep(
+            gm: fx.GraphModule,
+            joint_inputs: Any,
+            *,
+            lifted: Any,
+            budget_bytes: Any,
+            num_fwd_outputs: int,
+            **kwargs: Any,
+        ) -> Any:
             gm.graph = fx_graph_cse(gm.graph)
             graphs.append((copy_graph(gm), num_fwd_outputs))
             return min_cut_rematerialization_partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
