@@ -27,6 +27,7 @@ class Entry:
         dtype: of the model; float64 makes differences of one rounding visible.
         tolerance: of low-rank gradients, relative to the largest entry.
         config: settings of `torch._dynamo.config`.
+        alike: the graph that Inductor makes of it has nothing that another model's has not: aot_eager's is enough.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Entry:
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-12
     config: Mapping[str, Any] = field(default_factory=dict)
+    alike: bool = False
 
 
 ENTRIES: list[Entry] = []

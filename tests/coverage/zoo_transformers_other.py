@@ -22,7 +22,7 @@ def whisper() -> Model:
     }  # fmt: skip
 
 
-@entry("CLIP")
+@entry("CLIP", alike=True)
 def clip() -> Model:
     transformers = pytest.importorskip("transformers")
     text = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

@@ -7,7 +7,7 @@ import torch
 from zoo import Model, causal_lm, entry, tokens
 
 
-@entry("Llama (MHA)")
+@entry("Llama (MHA)", alike=True)
 def llama() -> Model:
     return causal_lm("Llama", num_key_value_heads=4)
 
@@ -17,7 +17,7 @@ def llama_gqa() -> Model:
     return causal_lm("Llama", num_key_value_heads=2)
 
 
-@entry("Mistral")
+@entry("Mistral", alike=True)
 def mistral() -> Model:
     return causal_lm("Mistral", num_key_value_heads=2, sliding_window=4)
 
@@ -27,7 +27,7 @@ def qwen3() -> Model:
     return causal_lm("Qwen3", num_key_value_heads=2, head_dim=8)
 
 
-@entry("Gemma 3")
+@entry("Gemma 3", alike=True)
 def gemma3() -> Model:
     transformers = pytest.importorskip("transformers")
     config = transformers.Gemma3TextConfig(
@@ -52,7 +52,7 @@ def gpt2() -> Model:
     return transformers.GPT2LMHeadModel(config), {"input_ids": tokens()}
 
 
-@entry("GPT-NeoX")
+@entry("GPT-NeoX", alike=True)
 def gpt_neox() -> Model:
     return causal_lm("GPTNeoX")
 
@@ -67,7 +67,7 @@ def bert() -> Model:
     return _masked_lm("Bert")
 
 
-@entry("RoBERTa")
+@entry("RoBERTa", alike=True)
 def roberta() -> Model:
     return _masked_lm("Roberta")
 
@@ -104,7 +104,7 @@ def mixtral_bfloat16() -> Model:
     return mixtral()
 
 
-@entry("Qwen3-MoE")
+@entry("Qwen3-MoE", alike=True)
 def qwen3_moe() -> Model:
     return causal_lm(
         "Qwen3Moe", num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24

@@ -108,7 +108,7 @@ def unet() -> Model:
     return UNetStage(), {"x": noise(2, 16, 8, 8), "t": noise(2, 24), "context": noise(2, 5, 20)}
 
 
-@entry("UNet of diffusers", left=("conv_in.weight",))
+@entry("UNet of diffusers", alike=True, left=("conv_in.weight",))
 def diffusers_unet() -> Model:
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.UNet2DConditionModel(
