@@ -1,4 +1,4 @@
-"""AdamW on weights in a subspace, batched over weights of equal shape, and on bfloat16 weights.
+"""AdamW on weights in a subspace, all in one call of torch's fused kernel, and on bfloat16 weights.
 
 In the coordinates of Q [n, r], with G [m, r] the low-rank gradient and hats bias-corrected at step t:
 
@@ -11,10 +11,11 @@ Source: AdamW, arXiv 1711.05101; in a subspace, GaLore, arXiv 2403.03507, and OA
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
 
 from oasis_fx.runtime.layout import Features, add_product_
 from oasis_fx.runtime.stochastic_rounding import round_stochastically_
@@ -53,33 +54,71 @@ class LowRankUpdate:
 def step_low_rank(
     updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
 ) -> None:
-    """Update moments and weights of equal m, r, dtypes and device.
+    """Update moments and weights of one device.
+
+    Moments and directions of all of them are one call of torch's fused AdamW: on parameters of zero, at a learning
+    rate of 1 and without decay, what it leaves in them is -U.
 
     Args:
         gate: bool scalar; where false, everything stays as it is. None for true.
         generator: for stochastic rounding.
     """
     states = [update.state for update in updates]
-    mean, second = (torch.stack([s[key] for s in states]) for key in ("exp_avg", "exp_avg_sq"))
-    step = torch.stack([s["step"] for s in states]).view(-1, 1, 1) + 1
-    gradient = torch.stack([update.factor for update in updates]).to(mean.dtype)
-    new_mean = mean.lerp(gradient, 1 - hyper.beta1)
-    new_second = torch.addcmul(second * hyper.beta2, gradient, gradient, value=1 - hyper.beta2)
-    bias1, bias2 = (bias_correction(beta, step).to(mean.dtype) for beta in (hyper.beta1, hyper.beta2))
-    direction = (new_mean / bias1) / ((new_second / bias2).sqrt() + hyper.eps)
-    if gate is not None:
-        new_mean, new_second = torch.where(gate, new_mean, mean), torch.where(gate, new_second, second)
-        direction, step = torch.where(gate, direction, 0.0), torch.where(gate, step, step - 1)
-    torch._foreach_copy_([s["exp_avg"] for s in states], list(new_mean))
-    torch._foreach_copy_([s["exp_avg_sq"] for s in states], list(new_second))
-    torch._foreach_copy_([s["step"] for s in states], list(step.flatten()))
-    for update, u in zip(updates, direction, strict=True):
-        _step_weight(update, u, hyper, gate, generator)
+    means = [state["exp_avg"] for state in states]
+    directions = _zeros_like(means)
+    step_fused(
+        directions,
+        [update.factor.to(mean.dtype) for update, mean in zip(updates, means, strict=True)],
+        states,
+        replace(hyper, lr=1.0, weight_decay=0.0),
+        gate,
+    )
+    for update, minus_u in zip(updates, directions, strict=True):
+        _step_weight(update, minus_u, hyper, gate, generator)
+
+
+def step_fused(
+    weights: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    states: Sequence[State],
+    hyper: Hyper,
+    gate: torch.Tensor | None,
+) -> None:
+    """torch's fused AdamW on tensors of one device; with ``gate`` as in `step_low_rank`."""
+    adamw(
+        weights,
+        gradients,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=True,
+        found_inf=None if gate is None else (~gate).float(),  # type: ignore[arg-type]
+        amsgrad=False,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        lr=hyper.lr,
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        maximize=False,
+    )
+
+
+def _zeros_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Zeros of equal shapes and dtypes, in one allocation for each dtype."""
+    zeros: dict[int, torch.Tensor] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        places = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        sizes = [tensors[index].numel() for index in places]
+        buffer = torch.zeros(sum(sizes), dtype=dtype, device=tensors[0].device)
+        for index, part in zip(places, torch.split(buffer, sizes), strict=True):
+            zeros[index] = part.view(tensors[index].shape)
+    return [zeros[index] for index in range(len(tensors))]
 
 
 def _step_weight(
     update: LowRankUpdate,
-    u: torch.Tensor,
+    minus_u: torch.Tensor,
     hyper: Hyper,
     gate: torch.Tensor | None,
     generator: torch.Generator,
@@ -90,13 +129,13 @@ def _step_weight(
         if gate is not None and keep != 1:
             weight.mul_(torch.where(gate, keep, 1.0))
             keep = 1.0
-        add_product_(weight, u, basis, update.features, beta=keep, alpha=-hyper.lr)
+        add_product_(weight, minus_u, basis, update.features, beta=keep, alpha=hyper.lr)
         return
     full = weight.to(basis.dtype)
     if gate is not None and keep != 1:
         full.mul_(torch.where(gate, keep, 1.0))
         keep = 1.0
-    add_product_(full, u, basis, update.features, beta=keep, alpha=-hyper.lr)
+    add_product_(full, minus_u, basis, update.features, beta=keep, alpha=hyper.lr)
     if hyper.stochastic_rounding:
         round_stochastically_(weight, full, generator)
     else:

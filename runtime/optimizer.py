@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 
 from oasis_fx.runtime.adamw import (
     Hyper,
@@ -16,6 +15,7 @@ from oasis_fx.runtime.adamw import (
     State,
     bias_correction,
     step_dense_bfloat16,
+    step_fused,
     step_low_rank,
 )
 from oasis_fx.runtime.layout import as_rows
@@ -258,9 +258,8 @@ class OasisAdamW(torch.optim.Optimizer):
                 dense = as_rows(item.gradient, state["features"])
                 factor = dense.to(state["basis"].dtype) @ state["basis"]
             update = LowRankUpdate(item.weight, factor, state["basis"], state["features"], state)
-            key = (factor.shape, factor.dtype, item.weight.dtype, item.weight.device, item.hyper)
-            batches.setdefault(key, []).append(update)
-        for (*_, device, hyper), updates in batches.items():
+            batches.setdefault((item.weight.device, item.hyper), []).append(update)
+        for (device, hyper), updates in batches.items():
             step_low_rank(updates, hyper, _on(gate, device), generators[device])
 
     def _step_dense(
@@ -278,23 +277,8 @@ class OasisAdamW(torch.optim.Optimizer):
                 batches.setdefault((item.hyper, item.weight.device), []).append(item)
         for (hyper, device), batch in batches.items():
             states = [self.state[item.weight] for item in batch]
-            adamw(
-                [item.weight for item in batch],
-                [item.gradient for item in batch],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                [],
-                [s["step"] for s in states],
-                fused=True,
-                found_inf=None if gate is None else (~_on(gate, device)).float(),  # type: ignore[operator]
-                amsgrad=False,
-                beta1=hyper.beta1,
-                beta2=hyper.beta2,
-                lr=hyper.lr,
-                weight_decay=hyper.weight_decay,
-                eps=hyper.eps,
-                maximize=False,
-            )
+            weights, gradients = [item.weight for item in batch], [item.gradient for item in batch]
+            step_fused(weights, gradients, states, hyper, _on(gate, device))
 
     def _move_bases(self, gate: torch.Tensor | None) -> None:
         """Move the bases, and take the moments of every weight that is in one along, those without a gradient too."""
