@@ -96,6 +96,15 @@ class OasisBackend:
     def __repr__(self) -> str:
         return f"OasisBackend({self.settings})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OasisBackend:
+        """A copied model is compiled by the same backend, as it would be where the backend is a function."""
+        return self
+
+    def __reduce__(self) -> Any:
+        rank = self.settings.rank
+        settings = {**vars(self.settings), "rank": dict(rank) if isinstance(rank, Mapping) else rank}
+        return _rebuild, (settings, self._inner_compile)  # what it has compiled does not travel
+
     def __call__(
         self,
         gm: fx.GraphModule,
@@ -187,6 +196,10 @@ class OasisBackend:
             f"no weight matches {', '.join(map(repr, unmatched))} (include, exclude or rank): "
             f"the weights of this graph are {', '.join(known)}"
         )
+
+
+def _rebuild(settings: dict[str, Any], inner_compile: Compiled | None) -> OasisBackend:
+    return OasisBackend(Settings(**settings), inner_compile)
 
 
 def _raise_when_called(error: Exception) -> Compiled:

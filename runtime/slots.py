@@ -49,7 +49,13 @@ class _Slots(torch.autograd.Function):
         )
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # Dynamo would trace it within a compiled step
     def backward(ctx: Any, *factors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: a weight rewritten by oasis_fx has no gradient of its gradient, as compiled "
+                "graphs of torch have none. Call the model uncompiled where you need it"
+            )
         gradients: list[torch.Tensor | None] = []
         seen: set[int] = set()
         for factor, subspace, version, dims, weight in zip(

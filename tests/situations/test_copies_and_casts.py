@@ -74,6 +74,21 @@ def test_a_copy_has_bases_of_its_own_and_leaves_the_original_alone(kit, how) -> 
     assert subspace.version == version and torch.equal(subspace.statistic, statistic)
 
 
+def test_a_copied_or_pickled_backend_compiles_the_copy(kit) -> None:
+    model = kit.Net()
+    backend = oasis_backend(rank={"blocks.*": 3}, inner="aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    kit.backward(compiled, kit.batch())
+    twin = copy.deepcopy(compiled)
+    kit.backward(twin, kit.batch())
+    assert twin._orig_mod.blocks[0].up.weight.grad.subspace is not model.blocks[0].up.weight.grad.subspace
+    again = pickle.loads(pickle.dumps(backend))
+    assert again.settings == backend.settings and again.compiled_graphs() == []
+    fresh, reference = kit.Net(), kit.Net()
+    kit.backward(torch.compile(fresh, backend=again), kit.batch()), kit.backward(reference, kit.batch())
+    assert kit.count_low_rank(fresh, reference) == 4
+
+
 def test_a_state_dict_has_no_names_of_ours(kit) -> None:
     model, *_ = trained(kit)
     file = io.BytesIO()

@@ -108,3 +108,15 @@ def test_gradients_of_gradients_are_refused(kit) -> None:
     (dx,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("how", ["grad", "backward"])
+def test_a_penalty_on_a_low_rank_gradient_is_refused(kit, how) -> None:
+    """The gradient has no graph: the penalty would be lost in silence."""
+    model = kit.Net()
+    loss = kit.compile_eager(model).run(kit.batch()).square().sum()
+    with pytest.raises(RuntimeError, match="create_graph=True: a weight rewritten by oasis_fx"):
+        if how == "grad":
+            torch.autograd.grad(loss, model.blocks[0].up.weight, create_graph=True)
+        else:
+            loss.backward(create_graph=True)
