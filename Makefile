@@ -24,7 +24,8 @@ demo: setup  ## fine-tune SmolLM2-135M on grade-school maths, beside stock torch
 	$(BIN)/python examples/finetune.py --out runs/demo
 
 test: setup  ## all tests but those for a GPU
-	$(BIN)/python -P -m pytest -m 'not gpu'
+	# Compiling is one thread's work: a worker a core, each with one thread for its sums.
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m 'not gpu' -n auto --maxprocesses 4 --dist loadfile
 
 coverage: setup  ## write docs/coverage.md
 	$(BIN)/python tests/coverage/test_coverage.py
