@@ -1,54 +1,103 @@
-"""How many bytes a graph may keep for its backward pass: a share of what it would keep, or a number of bytes.
+"""Partition a joint graph so that its forward half keeps no more than a number of bytes for the backward half.
 
-torch's partitioner takes shares only (`activation_memory_budget`), of what its min-cut keeps of *this* graph. For a
-number of bytes the share is searched for: the largest found under which the graph keeps no more.
+`oasis_fx.passes.plan_saves` decides; torch's partitioner does the rest, told by the tags that activation checkpointing
+puts on nodes: every value that the backward pass needs is tagged to be kept or to be computed again, so that the
+partitioner's own cut has one solution.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
+import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from oasis_fx.cost import saved_storages
-from oasis_fx.torch_private import functorch_config
+from oasis_fx.errors import OasisWarning
+from oasis_fx.graph import PassError, ancestors, outputs
+from oasis_fx.passes.plan_saves import SavePlan, plan_saves
+from oasis_fx.torch_private import SavedForBackwardsAOTOutput, functorch_config
 
 Partition = tuple[fx.GraphModule, fx.GraphModule]
-
-_TRIALS = 6  # partitions beside the first; each costs seconds for a large graph
-
-
-def share_budget(share: float) -> AbstractContextManager[Any]:
-    """Within: torch's partitioner keeps at most this share of what it would keep, 0 to 1."""
-    return functorch_config.patch(activation_memory_budget=float(share))  # type: ignore[no-any-return]
+Partitioner = Callable[[fx.GraphModule, int], Partition]  # of a joint graph, and how many outputs are the forward's
 
 
-def fit_bytes(partition: Callable[[], Partition], num_forward_outputs: int, num_bytes: int) -> Partition:
-    """Partition under the largest share found that keeps at most ``num_bytes`` of tensors that are no inputs.
+def partition_within(
+    joint: fx.GraphModule,
+    copy: Callable[[fx.GraphModule], fx.GraphModule],
+    partition: Partitioner,
+    num_forward_outputs: int,
+    budget: int | float,
+) -> Partition:
+    """Partition ``joint`` (changed in place) under a budget.
 
     Args:
-        partition: partitions a fresh copy of the graph under the share of the moment.
+        copy: copies a joint graph.
+        partition: torch's partitioner, which changes what it is given.
+        budget: bytes of tensors that are no inputs (int), or a share of what torch's own min-cut would keep (float).
     """
+    with functorch_config.patch(activation_memory_budget=1.0):
+        unbounded = partition(copy(joint), num_forward_outputs)
+        kept = sum(saved_storages(unbounded[0].graph, num_forward_outputs).values())
+        allowed = budget if isinstance(budget, int) else int(budget * kept)
+        if kept <= allowed:
+            return unbounded
+        try:
+            plan = plan_saves(joint.graph, num_forward_outputs, allowed)
+            return _partition_as_planned(joint, partition, num_forward_outputs, plan)
+        except PassError as error:
+            warnings.warn(f"memory_budget is left to torch's partitioner: {error}", OasisWarning, stacklevel=2)
+    with functorch_config.patch(activation_memory_budget=allowed / kept):
+        return partition(joint, num_forward_outputs)
 
-    def attempt(share: float) -> tuple[Partition, int]:
-        with share_budget(share):
-            found = partition()
-        return found, sum(saved_storages(found[0].graph, num_forward_outputs).values())
 
-    whole, largest = attempt(1.0)
-    if largest <= num_bytes:
-        return whole
-    best, kept = attempt(0.0)  # everything is recomputed from inputs: it fits whatever the budget is
-    low, high = 0.0, 1.0
-    for _ in range(_TRIALS):
-        share = (low + high) / 2
-        found, size = attempt(share)
-        if size > num_bytes:
-            high = share
-        else:
-            low = share
-            if size >= kept:
-                best, kept = found, size
-    return best
+def _partition_as_planned(
+    joint: fx.GraphModule, partition: Partitioner, num_forward_outputs: int, plan: SavePlan
+) -> Partition:
+    for nodes, policy in ((plan.again, CheckpointPolicy.MUST_RECOMPUTE), (plan.kept, CheckpointPolicy.MUST_SAVE)):
+        for node in nodes:
+            node.meta["recompute"] = policy
+    for node in plan.again:
+        # The plan repeats attention without dropout alone. Its tag would have random states carried around it.
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            node.target = _without_tags(node.target)
+    # The partitioner keeps only what the forward pass makes anyway, so P has to be among its outputs for a while.
+    returned = outputs(joint.graph)
+    made = ancestors(node for node in returned[:num_forward_outputs] if isinstance(node, fx.Node))
+    extra = [node for node in plan.kept if node not in made]
+    _insert_outputs(joint.graph, num_forward_outputs, extra)
+    forward, backward = partition(joint, num_forward_outputs + len(extra))
+    _drop_outputs(forward.graph, num_forward_outputs, len(extra))
+    for module in (forward, backward):
+        for node in module.graph.nodes:
+            node.target = getattr(node.target, "tagged", node.target)
+        module.recompile()
+    return forward, backward
+
+
+@cache
+def _without_tags(tagged: Any) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return tagged(*args, **kwargs)
+
+    run.tagged = tagged  # type: ignore[attr-defined]
+    return run
+
+
+def _insert_outputs(graph: fx.Graph, position: int, nodes: list[fx.Node]) -> None:
+    output = graph.output_node()
+    values, descriptors = outputs(graph), list(output.meta["desc"])
+    values[position:position] = nodes
+    descriptors[position:position] = [SavedForBackwardsAOTOutput(index) for index in range(len(nodes))]
+    output.args, output.meta["desc"] = (tuple(values),), descriptors
+
+
+def _drop_outputs(graph: fx.Graph, position: int, number: int) -> None:
+    output = graph.output_node()
+    values, descriptors = outputs(graph), list(output.meta["desc"])
+    del values[position : position + number], descriptors[position : position + number]
+    output.args, output.meta["desc"] = (tuple(values),), descriptors

@@ -58,7 +58,7 @@ class Settings:
         if not _is_number(self.subspace_lr) or not self.subspace_lr > 0:
             raise ValueError(f"subspace_lr is {self.subspace_lr!r}: it must be a number over 0 (inf: power iteration)")
         budget = self.memory_budget
-        if self.budget_bytes is None and (not _is_number(budget) or not 0 <= float(budget) <= 1):
+        if (parse_bytes(budget) is None) if isinstance(budget, str) else not (_is_number(budget) and 0 <= budget <= 1):
             raise ValueError(f"memory_budget is {budget!r}: it must be a number from 0 to 1, or a size such as '12GiB'")
         if not isinstance(self.stats, bool):
             raise ValueError(f"stats is {self.stats!r}: it must be True or False")
@@ -68,9 +68,11 @@ class Settings:
             raise ValueError("options names 'custom_partitioner_fn': oasis_fx is one itself, it cannot take another")
 
     @property
-    def budget_bytes(self) -> int | None:
-        """The memory budget as a number of bytes, where it was given as one."""
-        return parse_bytes(self.memory_budget) if isinstance(self.memory_budget, str) else None
+    def budget(self) -> int | float | None:
+        """The memory budget in bytes (int), as a share (float), or None where none was set."""
+        if isinstance(self.memory_budget, str):
+            return parse_bytes(self.memory_budget)
+        return None if self.memory_budget == 1.0 else float(self.memory_budget)
 
     def rank_of(self, name: str, in_features: int) -> int | None:
         """Columns of the basis for a weight, at most ``in_features``; None where no glob of ``rank`` names it."""

@@ -89,7 +89,7 @@ def saved_storages(forward: fx.Graph, num_forward_outputs: int) -> dict[str, int
 
 def matmul_flops(graph: fx.Graph) -> int:
     """Floating-point operations of matmuls, attention and convolutions, by torch's own counts."""
-    return sum(_flops(node) for node in graph.nodes)
+    return sum(node_flops(node) for node in graph.nodes)
 
 
 def is_matmul(node: fx.Node) -> bool:
@@ -100,7 +100,13 @@ def is_matmul(node: fx.Node) -> bool:
     return packet in (_ATTENTION, _ATTENTION_BACKWARD) or packet in flop_registry
 
 
-def _flops(node: fx.Node) -> int:
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node that `matmul_flops` counts is attention in one operator."""
+    return "attention" in str(node.target)
+
+
+def node_flops(node: fx.Node) -> int:
+    """What `matmul_flops` counts for a node; 0 for one that is none of those."""
     if not is_matmul(node):
         return 0
     assert isinstance(node.target, torch._ops.OpOverload)  # for the type checker: is_matmul has looked

@@ -148,6 +148,18 @@ def dependents(sources: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that ``nodes`` are computed from, these included."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
 def insert_after(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Insert ``target(*args, **kwargs)`` behind ``node``, or behind the inputs where ``node`` is one of them."""
     point = node

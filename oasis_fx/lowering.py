@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import fx
 
-from oasis_fx.budget import share_budget
 from oasis_fx.config import Settings
 from oasis_fx.errors import OasisWarning
 from oasis_fx.graph import LiftedWeight, value
@@ -198,11 +196,11 @@ def _compile(
 ) -> tuple[Compiled, Trace | None]:
     """Compile a lifted graph; the trace is None where a compile cache had the result."""
     traces: list[Trace] = []
-    with observe_traces(traces.append), _budget(settings):
+    with observe_traces(traces.append):
         if settings.inner == "aot_eager":
-            compiled = aot_eager_lowering(gm, inputs, _EagerPartition(lifted, settings.budget_bytes))
+            compiled = aot_eager_lowering(gm, inputs, _EagerPartition(lifted, settings.budget))
         else:
-            patches = {**options, "custom_partitioner_fn": JointPartitioner(lifted, settings.budget_bytes)}
+            patches = {**options, "custom_partitioner_fn": JointPartitioner(lifted, settings.budget)}
             compiled = inductor_lowering(gm, inputs, patches, inner_compile)
     return compiled, traces[0] if traces else None
 
@@ -233,29 +231,22 @@ def compile_plainly(
     inner_compile: Compiled | None = None,
 ) -> Compiled:
     """Compile a graph as the inner compiler alone would."""
-    with _budget(settings):
-        if settings.inner == "aot_eager":
-            partition = None if settings.budget_bytes is None else _EagerPartition((), settings.budget_bytes)
-            return aot_eager_lowering(gm, example_inputs, partition)
-        patches = dict(options)
-        if settings.budget_bytes is not None:
-            patches["custom_partitioner_fn"] = JointPartitioner((), settings.budget_bytes)
-        return inductor_lowering(gm, example_inputs, patches, inner_compile)
+    if settings.inner == "aot_eager":
+        partition = None if settings.budget is None else _EagerPartition((), settings.budget)
+        return aot_eager_lowering(gm, example_inputs, partition)
+    patches = dict(options)
+    if settings.budget is not None:
+        patches["custom_partitioner_fn"] = JointPartitioner((), settings.budget)
+    return inductor_lowering(gm, example_inputs, patches, inner_compile)
 
 
 @dataclass(frozen=True)
 class _EagerPartition:
     lifted: tuple[LiftedWeight, ...]
-    budget_bytes: int | None
+    budget: int | float | None
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        return partition_joint(gm, joint_inputs, lifted=self.lifted, budget_bytes=self.budget_bytes, **kwargs)
-
-
-def _budget(settings: Settings) -> AbstractContextManager[Any]:
-    if settings.memory_budget == 1.0 or settings.budget_bytes is not None:
-        return nullcontext()  # leave what the user may have set globally
-    return share_budget(float(settings.memory_budget))
+        return partition_joint(gm, joint_inputs, lifted=self.lifted, budget=self.budget, **kwargs)
 
 
 def _lifted(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) -> tuple[LiftedWeight, ...]:

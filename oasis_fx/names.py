@@ -24,3 +24,13 @@ def weight_name(placeholder: fx.Node) -> str:
         return placeholder.name
     path = [next(part for part in match if part) for match in _STEP.findall(_ROOT.sub("", source))]
     return ".".join(step for step in path if step not in _NO_STEP) or placeholder.name
+
+
+def relative_name(name: str, to: str) -> str:
+    """``layers.0.k_proj.weight`` beside ``layers.0.q_proj.weight`` is ``k_proj``."""
+    parts, others = name.split("."), to.split(".")
+    while len(parts) > 1 and len(others) > 1 and parts[-1] == others[-1]:
+        parts, others = parts[:-1], others[:-1]
+    while len(parts) > 1 and len(others) > 1 and parts[0] == others[0]:
+        parts, others = parts[1:], others[1:]
+    return ".".join(parts)

@@ -24,15 +24,15 @@ class JointPartitioner(CustomPartitionerFn):  # type: ignore[misc]
     equal graphs. On a cache hit it is never called.
     """
 
-    def __init__(self, lifted: Sequence[LiftedWeight], budget_bytes: int | None = None) -> None:
-        self.lifted, self.budget_bytes = tuple(lifted), budget_bytes
+    def __init__(self, lifted: Sequence[LiftedWeight], budget: int | float | None = None) -> None:
+        self.lifted, self.budget = tuple(lifted), budget
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        return partition_joint(gm, joint_inputs, lifted=self.lifted, budget_bytes=self.budget_bytes, **kwargs)
+        return partition_joint(gm, joint_inputs, lifted=self.lifted, budget=self.budget, **kwargs)
 
     def uuid(self) -> str:
         """Identity of this rewrite: the passes' sources and what they are asked to rewrite."""
-        return hashlib.sha256(f"{sources_digest()} {self.lifted!r} {self.budget_bytes}".encode()).hexdigest()
+        return hashlib.sha256(f"{sources_digest()} {self.lifted!r} {self.budget!r}".encode()).hexdigest()
 
 
 @cache

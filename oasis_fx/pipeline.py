@@ -5,7 +5,9 @@
     find_weight_gradients  (joint graph)      sites, and skipped weights with the reason
     project_activations    (joint graph)      P = X Q and C = X^T P next to X
     low_rank_gradients     (joint graph)      dW -> G; the dense contraction goes
+    plan_saves             (joint graph)      under a budget: what to keep, what to compute again
     partition              (joint graph)      forward and backward, by torch's min-cut
+    early_statistics       (backward graph)   C as soon as it can be, so that X can go
 
 The first two run in `oasis_fx.lowering` on every compile; the others here, and only where the compile
 caches of torch have no result yet.
@@ -24,9 +26,10 @@ from typing import Any
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
-from oasis_fx.budget import fit_bytes
+from oasis_fx.budget import partition_within
 from oasis_fx.errors import OasisWarning
 from oasis_fx.graph import LiftedWeight, PassError, Skipped, WeightGradient, check_graph
+from oasis_fx.passes.early_statistics import early_statistics
 from oasis_fx.passes.find_weight_gradients import find_weight_gradients
 from oasis_fx.passes.low_rank_gradients import low_rank_gradients
 from oasis_fx.passes.project_activations import project_activations
@@ -79,7 +82,7 @@ def partition_joint(
     joint_inputs: Sequence[Any],
     *,
     lifted: Sequence[LiftedWeight],
-    budget_bytes: int | None = None,
+    budget: int | float | None = None,
     num_fwd_outputs: int,
     compiler: str = "inductor",
     static_lifetime_input_indices: list[int] | None = None,
@@ -88,21 +91,26 @@ def partition_joint(
     """Rewrite a joint graph and split it into a forward and a backward graph.
 
     Args:
-        budget_bytes: what the forward graph may keep for the backward graph at most; None for torch's own setting.
+        budget: what the forward graph may keep for the backward graph at most: bytes (int), a share of what it would
+            keep (float), or None for torch's own setting.
 
     Where a pass fails, the graph is partitioned as it came, with a warning: gradients are then dense.
     """
     static = tuple(static_lifetime_input_indices or ())
-    if not is_whole_joint(gm.graph):
-        # The body of a higher-order operator is partitioned by itself: the runtime's inputs are not among its own.
+
+    def partition(joint: fx.GraphModule, num_forward_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
         return min_cut_rematerialization_partition(
-            gm,
+            joint,
             joint_inputs,
             compiler=compiler,
-            num_fwd_outputs=num_fwd_outputs,
+            num_fwd_outputs=num_forward_outputs,
             static_lifetime_input_indices=list(static),
             **kwargs,
         )
+
+    if not is_whole_joint(gm.graph):
+        # The body of a higher-order operator is partitioned by itself: the runtime's inputs are not among its own.
+        return partition(gm, num_fwd_outputs)
     gm.graph = fx_graph_cse(gm.graph)  # the reshaped X behind q, k and v is one node only after this
     before = copy_graph(gm)
     try:
@@ -115,20 +123,12 @@ def partition_joint(
     observer = _observer.get()
     after = copy_graph(gm) if observer is not None else gm
 
-    def partition(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return min_cut_rematerialization_partition(
-            joint,
-            joint_inputs,
-            compiler=compiler,
-            num_fwd_outputs=num_fwd_outputs,
-            static_lifetime_input_indices=list(static),
-            **kwargs,
-        )
-
-    if budget_bytes is None:
-        forward, backward = partition(gm)
+    if budget is None:
+        forward, backward = partition(gm, num_fwd_outputs)
     else:
-        forward, backward = fit_bytes(lambda: partition(copy_graph(gm)), num_fwd_outputs, budget_bytes)
+        forward, backward = partition_within(gm, copy_graph, partition, num_fwd_outputs, budget)
+    early_statistics(backward.graph)
+    backward.recompile()
     if observer is not None:
         copies = copy_graph(forward), copy_graph(backward)  # the inner compiler goes on to change them
         observer(Trace(before, after, *copies, num_fwd_outputs, sites, skipped, static))

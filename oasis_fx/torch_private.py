@@ -15,7 +15,12 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput, TangentAOTInput
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    PlainAOTInput,
+    SavedForBackwardsAOTOutput,
+    TangentAOTInput,
+)
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
@@ -26,6 +31,7 @@ __all__ = [
     "CustomPartitionerFn",
     "FakeTensor",
     "FakeTensorMode",
+    "SavedForBackwardsAOTOutput",
     "aot_eager_lowering",
     "compile_caches_disabled",
     "copy_dynamo_attributes",

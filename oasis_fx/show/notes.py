@@ -9,8 +9,8 @@ from itertools import dropwhile
 from torch import fx
 
 from oasis_fx.cost import readable_bytes, storage_node
+from oasis_fx.names import relative_name
 from oasis_fx.show.nodes import NodeFacts, first_backward_node
-from oasis_fx.show.report_table import relative_name
 
 _OF_WEIGHTS = ("basis", "energy", "slot")
 

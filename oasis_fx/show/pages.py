@@ -21,7 +21,16 @@ from oasis_fx.show.graphs import GRAPHS, GraphSet, graphs, views
 from oasis_fx.show.node_table import node_table
 from oasis_fx.show.printing import operator_name
 from oasis_fx.show.report import GraphReport, report
-from oasis_fx.show.report_table import NO_ROWS, Table, legend, skipped_table, totals_table, weight_table
+from oasis_fx.show.report_table import (
+    DECISION_LEGEND,
+    NO_ROWS,
+    Table,
+    decision_table,
+    legend,
+    skipped_table,
+    totals_table,
+    weight_table,
+)
 from oasis_fx.show.sketch import sketch
 
 _LEAST_BAR = 200  # what is shorter than this part of the longest goes under "other"
@@ -108,6 +117,8 @@ def _report_context(
         "bars": saved_by_operator(shown) if shown is not None else [],
         "weights": weight_table(found.rows) if found.rows else None,
         "legend": legend(found.rows).splitlines(),
+        "decisions": decision_table(found.decisions) if found.decisions else None,
+        "decision_legend": DECISION_LEGEND,
         "skipped": _with_estimates(skipped_table(found.skipped), estimates) if found.skipped else None,
         "block": block,
         "before": _drawing(shown, "before", block) if shown is not None else None,

@@ -14,6 +14,7 @@ from oasis_fx.cost import hint, matmul_flops, num_bytes, num_rows, saved_storage
 from oasis_fx.graph import WeightGradient, dependents, shape, value
 from oasis_fx.lowering import CompiledGraph
 from oasis_fx.pipeline import Trace, copy_graph
+from oasis_fx.show.decisions import Decision, decisions
 from oasis_fx.show.graphs import trace_of
 from oasis_fx.show.report_table import format_report
 from oasis_fx.torch_private import input_placeholders
@@ -81,11 +82,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One compiled graph; `str()` of it is a table. ``totals`` is None where no weight got a basis."""
+    """One compiled graph; `str()` of it is a table. ``totals`` is None where no weight got a basis.
+
+    ``decisions`` are those of each tensor that the backward pass needs.
+    """
 
     rows: tuple[WeightRow, ...]
     skipped: tuple[SkippedRow, ...]
     totals: Totals | None
+    decisions: tuple[Decision, ...] = ()
 
     def __str__(self) -> str:
         return format_report(self)
@@ -128,7 +133,7 @@ def _report_graph(record: CompiledGraph, trace: Trace | None) -> GraphReport:
         *_adam_bytes(trace, placeholders),
     )
     rows = _rows(record, trace, placeholders, saved_before, saved_after)
-    return GraphReport(tuple(rows), tuple(skipped), totals)
+    return GraphReport(tuple(rows), tuple(skipped), totals, decisions(trace))
 
 
 def _rows(

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from oasis_fx.names import relative_name
+from oasis_fx.show.decisions import PROJECTED, SAVED, Decision
+
 if TYPE_CHECKING:
     from oasis_fx.show.report import GraphReport, SkippedRow, Totals, WeightRow
 
 NO_ROWS = "no weight of this graph has a low-rank gradient"
 
+DECISION_LEGEND = (
+    "Tensors of the forward pass that the backward pass needs. projected: P and C are kept in place of it.\n"
+    "computed in backward: a P or C that waits for an X that is there anyway. price: of computing it again, in\n"
+    "bytes of memory traffic that take as long; never: that is not done. A budget keeps what is dear for its size."
+)
+
+_LEAST_SHARE = 0.002  # of the bytes kept or freed, or of the FLOPs: what has less goes under "others"
 _MIB = 2**20
 _GIGA = 10**9
 
@@ -43,6 +55,8 @@ def format_report(report: GraphReport) -> str:
     parts = [str(weight_table(report.rows)), legend(report.rows)] if report.rows else [NO_ROWS]
     if report.skipped:
         parts.append(str(skipped_table(report.skipped)))
+    if report.decisions:
+        parts += [str(decision_table(report.decisions)), DECISION_LEGEND]
     if report.totals is not None:
         parts.append(str(totals_table(report.totals)))
     return "\n\n".join(part for part in parts if part)
@@ -74,6 +88,36 @@ def skipped_table(rows: Sequence[SkippedRow]) -> Table:
     return Table(("dense gradient", "shape", "reason"), [(row.name, _shape(row.shape), row.reason) for row in rows])
 
 
+def decision_table(found: Sequence[Decision]) -> Table:
+    """Equal tensors of equal layers in one row, what matters least at the end."""
+    kept_or_freed = sum(one.num_bytes for one in found if one.decision in (SAVED, PROJECTED))
+    all_flops = sum(one.flops for one in found)
+
+    def matters(one: Decision) -> bool:
+        if one.decision in (SAVED, PROJECTED):
+            return one.num_bytes >= _LEAST_SHARE * kept_or_freed
+        return one.flops >= _LEAST_SHARE * max(1, all_flops)  # Inductor fuses the rest into what reads it
+
+    rows: dict[tuple[str, ...], list[Decision]] = {}
+    for one in found:
+        what = ("others", "", "")
+        if matters(one):
+            place = re.sub(r"\b\d+\b", "*", one.module)
+            what = (place or "-", one.operator, " x ".join(map(str, one.shape)) or "-")
+        rows.setdefault((*what, one.decision), []).append(one)
+    ordered = sorted(rows.items(), key=lambda item: item[0][0] == "others")
+    headers = ("tensor of", "operator", "shape", "number", "decision", "MiB", "once more\nGFLOP", "price\nMiB")
+    return Table(headers, [_decision_line(*item) for item in ordered], (3, 5, 6, 7))
+
+
+def _decision_line(key: tuple[str, ...], members: Sequence[Decision]) -> tuple[str, ...]:
+    *what, decision = key
+    flops, price = sum(one.flops for one in members), sum(one.price for one in members)
+    again = "-" if decision == PROJECTED else _scaled(flops, _GIGA)
+    text = "-" if decision == PROJECTED else "never" if math.isinf(price) else _scaled(price, _MIB)
+    return (*what, str(len(members)), decision, _scaled(sum(one.num_bytes for one in members), _MIB), again, text)
+
+
 def totals_table(totals: Totals) -> Table:
     """The graph as a whole."""
     quantities = [
@@ -98,13 +142,3 @@ def _scaled(amount: float, unit: int) -> str:
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "-" if shape is None else " x ".join(map(str, shape))
-
-
-def relative_name(name: str, to: str) -> str:
-    """``layers.0.k_proj.weight`` beside ``layers.0.q_proj.weight`` is ``k_proj``."""
-    parts, others = name.split("."), to.split(".")
-    while len(parts) > 1 and len(others) > 1 and parts[-1] == others[-1]:
-        parts, others = parts[:-1], others[:-1]
-    while len(parts) > 1 and len(others) > 1 and parts[0] == others[0]:
-        parts, others = parts[1:], others[1:]
-    return ".".join(parts)

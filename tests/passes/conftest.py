@@ -66,7 +66,7 @@ def capture_joint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Joint]:
             joint_inputs: Any,
             *,
             lifted: Any,
-            budget_bytes: Any,
+            budget: Any,
             num_fwd_outputs: int,
             **kwargs: Any,
         ) -> Any:

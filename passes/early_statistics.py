@@ -1,0 +1,47 @@
+"""In a backward graph, compute what rests on no incoming gradient as soon as it can be.
+
+    before   X, P ... all of the backward pass ... C = X^T P     X waits for the end
+    after    X, P, C = X^T P ... all of the backward pass        X goes when its last gradient is done
+
+torch orders a backward graph by what the gradients of activations ask for. Nothing asks for C and ||X||^2 but the
+output, so they would come last, and each activation that was saved or computed again for them would be held till then.
+
+Requires: a backward graph in topological order.
+Ensures:  the same nodes in another topological order.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import fx
+
+from oasis_fx.graph import ancestors, dependents
+from oasis_fx.torch_private import is_tangent
+
+
+def early_statistics(graph: fx.Graph) -> None:
+    """Move nodes that only the output waits for to behind the last of their inputs."""
+    moved = _waits_for_the_end(graph)
+    missing = {node: len(node.all_input_nodes) for node in moved}
+    order: list[fx.Node] = []
+    for node in graph.nodes:
+        ready = [] if node in moved else [node]
+        while ready:
+            found = ready.pop(0)
+            order.append(found)
+            for user in found.users:
+                if user in missing:
+                    missing[user] -= 1
+                    if not missing[user]:
+                        ready.append(user)
+    for before, node in pairwise(order):
+        if before.next is not node:
+            before.append(node)
+
+
+def _waits_for_the_end(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes with inputs that neither rest on a tangent nor are needed by what does."""
+    placeholders = graph.find_nodes(op="placeholder")
+    needed = ancestors(dependents(node for node in placeholders if is_tangent(node)) - {graph.output_node()})
+    return {node for node in graph.nodes if node.op == "call_function" and node.all_input_nodes} - needed

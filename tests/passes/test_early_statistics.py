@@ -1,0 +1,62 @@
+"""Statistics come as soon as they can, and nothing else of a backward graph changes."""
+
+from __future__ import annotations
+
+import torch
+
+import oasis_fx.pipeline as pipeline
+from oasis_fx.config import Settings
+from oasis_fx.cost import storage_node
+from oasis_fx.graph import outputs
+from oasis_fx.passes.early_statistics import early_statistics
+from oasis_fx.pipeline import copy_graph
+from oasis_fx.show.graphs import trace_of
+from oasis_fx.tracing import trace_model
+
+
+def test_the_order_changes_and_no_value_does(monkeypatch) -> None:
+    def block() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False), torch.nn.Tanh())
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(block(), block(), block()).double()
+    monkeypatch.setattr(pipeline, "early_statistics", lambda graph: None)
+    settings = Settings(rank=2, exclude=(), inner="aot_eager")
+    (record,) = trace_model(model, torch.randn(32, 16, dtype=torch.float64), settings)
+    trace = trace_of(record)
+    assert trace is not None
+    late, early = copy_graph(trace.backward), copy_graph(trace.backward)
+    early_statistics(early.graph)
+    early.graph.lint()
+    early.recompile()
+    assert {node.name for node in late.graph.nodes} == {node.name for node in early.graph.nodes}
+    # tanh keeps its result, which the next layer reads: P and C of it are computed in the backward pass.
+    returned = {node.name for node in outputs(early.graph) if isinstance(node, torch.fx.Node)}
+    statistics = {
+        node.name
+        for node in early.graph.nodes
+        if node.name in returned and node.meta["val"].shape == (16, 2) and not _reads_tangent(node)
+    }
+    assert len(statistics) == 2
+    spans = [_span(gm.graph, statistics) for gm in (late, early)]
+    assert spans[1] < spans[0]
+    given = [
+        torch.randn(node.meta["val"].shape, dtype=torch.float64) for node in late.graph.find_nodes(op="placeholder")
+    ]
+    for one, other in zip(late(*given), early(*given), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+def _reads_tangent(node: torch.fx.Node) -> bool:
+    return any("tangent" in source.name or _reads_tangent(source) for source in node.all_input_nodes)
+
+
+def _span(graph: torch.fx.Graph, statistics: set[str]) -> int:
+    """How long what the statistics read is held for them."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    return sum(
+        order[node] - order[storage_node(source)]
+        for node in graph.nodes
+        if node.name in statistics
+        for source in node.all_input_nodes
+    )
