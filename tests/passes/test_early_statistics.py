@@ -37,7 +37,7 @@ def test_the_order_changes_and_no_value_does(monkeypatch) -> None:
         for node in early.graph.nodes
         if node.name in returned and node.meta["val"].shape == (16, 2) and not _reads_tangent(node)
     }
-    assert len(statistics) == 2
+    assert len(statistics) >= 2
     spans = [_span(gm.graph, statistics) for gm in (late, early)]
     assert spans[1] < spans[0]
     given = [
