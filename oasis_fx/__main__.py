@@ -1,4 +1,5 @@
-"""The command line: ``oasis-fx print`` shows the graphs of a model, ``oasis-fx explain`` what became of its weights."""
+"""The command line: ``oasis-fx print`` shows the graphs of a model, ``oasis-fx explain`` what became of its weights,
+``oasis-fx plan`` what a training step would need."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oasis_fx.config import INNER_COMPILERS, SUBSPACES, Settings
+from oasis_fx.plan import command as plan
 from oasis_fx.show.diff import COLOR_CHOICES, side_by_side, wants_color
 
 if TYPE_CHECKING:
@@ -31,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "print" and args.diff and (args.graph or args.only or args.format != "python"):
         parser.error("--diff shows the joint graph before and after: it goes without --graph, --only and --format")
+    if args.command == "plan":
+        try:
+            text = _plan(args)
+        except ValueError as error:
+            parser.error(str(error))
+        return _write(text, args.output)
     try:
         records = _trace(args, _settings(args))
     except ValueError as error:  # a bad setting, or a glob that matches no weight of the model
@@ -44,11 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = _explain(records) if args.command == "explain" else _print(records, args)
     except ValueError as error:  # --only names nothing of the model
         parser.error(str(error))
-    if args.output is None:
+    return _write(text, args.output)
+
+
+def _write(text: str, file: str | None) -> int:
+    if file is None:
         sys.stdout.write(text)
     else:
-        Path(args.output).write_text(text, encoding="utf-8")
+        Path(file).write_text(text, encoding="utf-8")
     return 0
+
+
+def _plan(args: argparse.Namespace) -> str:
+    return plan.run(args, Settings(rank=_rank(args.rank), memory_budget=args.memory_budget))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     printer = commands.add_parser("print", help="the joint graph before and after the passes, forward and backward")
     explainer = commands.add_parser("explain", help="each weight: its rank, what it saves, or why it was skipped")
     for command in (printer, explainer):
+        command.add_argument("target", help=_TARGET)
         _add_common(command)
+    planner = commands.add_parser("plan", help="peak memory of a training step, by method, without allocating it")
+    plan.add_arguments(planner)
+    _add_shared(planner)
     printer.add_argument("--graph", choices=_GRAPHS, help="which graph (default: all)")
     printer.add_argument("--format", choices=_FORMATS, default="python", help="default: python, which runs")
     printer.add_argument("--only", metavar="NAME", help="nodes of a module or weight: its path, end of it, or a glob")
@@ -69,14 +89,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("target", help=_TARGET)
-    command.add_argument("--rank", default="32", help="whole number, fraction, or JSON dict of globs to either")
+    _add_shared(command)
     command.add_argument("--include", action="append", metavar="GLOB", help="weights to rewrite; repeatable")
     command.add_argument("--exclude", action="append", metavar="GLOB", help="weights to leave alone; repeatable")
     command.add_argument("--subspace", choices=SUBSPACES, default=SUBSPACES[0], help="how a basis moves")
     command.add_argument("--inner", choices=INNER_COMPILERS, default=INNER_COMPILERS[0], help="whose graphs to show")
-    command.add_argument("--memory-budget", type=_budget, default=1.0, metavar="X", help="0 to 1, or a size: 12GiB")
     command.add_argument("--dynamic", action="store_true", help="with symbolic sizes")
+
+
+def _add_shared(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rank", default="32", help="whole number, fraction, or JSON dict of globs to either")
+    command.add_argument("--memory-budget", type=_budget, default=1.0, metavar="X", help="0 to 1, or a size: 12GiB")
     command.add_argument("-o", "--output", metavar="FILE", help="write there, not to the terminal")
 
 

@@ -1,0 +1,214 @@
+"""Each contender in a process of its own, with a compile cache of its own; they step in turns.
+
+Seconds are medians over steps that follow one another in time, contender after contender, so that a slow minute of the
+machine meets all of them. After the timed steps each measures memory, by itself while the others wait:
+
+- on the CPU large blocks are first made to come from the kernel and to go back to it (`mallopt`), or the allocator's
+  leftovers, as large as what is saved, would drown the difference. Peak is the highest resident size of a step
+  (VmHWM) less the resident size at rest, with weights and optimizer state, which are there at rest, added: so without
+  the interpreter, the compiler and the compiled code.
+- on a GPU it is `torch.cuda.max_memory_allocated`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+PARTS = ("step", "forward", "backward", "optimizer")
+
+
+class Contender:
+    """A model in training by one method, in this process."""
+
+    def __init__(self, name: str, args: Namespace) -> None:
+        import contenders
+        import models
+        import torch
+
+        torch.set_float32_matmul_precision(args.matmul_precision)
+        self.torch, self.args, self.name = torch, args, name
+        self.model, self.batch = models.build(args)
+        self.weights = contenders.block_weights(self.model)
+        self.model, self.optimizer = contenders.prepare(name, self.model, args.rank)
+
+    def step(self) -> dict[str, float]:
+        marks = [self.now()]
+        loss = self.model(**self.batch).loss
+        marks.append(self.now())
+        loss.backward()
+        marks.append(self.now())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        marks.append(self.now())
+        parts = [b - a for a, b in pairwise(marks)]
+        return dict(zip(PARTS, [sum(parts), *parts], strict=True)) | {"loss": loss.item()}
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes, measured on real tensors; see the head of this file for the peak."""
+        import contenders
+
+        from oasis_fx import LowRankGrad
+        from oasis_fx.measure import gradient_bytes, saved_for_backward_bytes
+
+        peak = self.peak()
+        loss = self.model(**self.batch).loss
+        parameters = list(self.model.parameters())
+        bases = [state["basis"] for state in self.optimizer.state.values() if "basis" in state]
+        known = [*parameters, *self.model.buffers(), *bases, *self.batch.values()]
+        saved = saved_for_backward_bytes(loss, known)
+        loss.backward()
+        block = [*self.weights, *(p for n, p in self.model.named_parameters() if "lora_" in n)]
+        return {
+            "peak": peak,
+            "saved": saved,
+            "gradients": gradient_bytes(parameters),
+            "optimizer": contenders.state_bytes(self.optimizer, parameters),
+            "block_gradients_and_optimizer": gradient_bytes(block) + contenders.state_bytes(self.optimizer, block),
+            "rewritten": sum(isinstance(p.grad, LowRankGrad) for p in parameters),
+        }
+
+    def peak(self) -> int:
+        if self.args.device == "cuda":
+            self.torch.cuda.reset_peak_memory_stats()
+            self.step()
+            return int(self.torch.cuda.max_memory_allocated())
+        import contenders
+
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        for option in (m_mmap_threshold, m_trim_threshold):
+            libc.mallopt(option, 256 * 1024)
+        self.step()
+        gc.collect()
+        libc.malloc_trim(0)
+        rest = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        Path("/proc/self/clear_refs").write_text("5")
+        self.step()
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        parameters = list(self.model.parameters())
+        there = sum(p.nbytes for p in parameters) + contenders.state_bytes(self.optimizer, parameters)
+        return int(line.split()[1]) * 1024 - rest + there
+
+    def now(self) -> float:
+        if self.args.device == "cuda":
+            self.torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def measure(args: Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Results by contender: ``first_step`` (with compiling), ``warm_first_step``, ``steps``, ``sizes``; or ``error``.
+
+    Groups of ``args.together`` stay in memory at once, the first contender, the reference, in each of them; a group's
+    ``steps`` stand beside those of ``reference_steps``. ``save`` is called after each group.
+    """
+    reference, *others = args.contenders
+    size = max(1, args.together - 1)
+    results: dict[str, Any] = {}
+    groups = [others[start : start + size] for start in range(0, len(others), size)] or [[]]
+    for group in groups:
+        with tempfile.TemporaryDirectory() as folder:
+            found = _measure_group([reference, *group], args, folder)
+        for name, result in found.items():
+            result["reference_steps"] = found[reference].get("steps", [])
+            results.setdefault(name, result)
+        save(results)
+    return results
+
+
+def _measure_group(names: list[str], args: Namespace, folder: str) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    workers = {}
+    for name in names:
+        worker = Worker(name, args, f"{folder}/{name}")
+        results[name] = worker.start()
+        if "error" in results[name]:
+            print(f"{name}: failed: {results[name]['error'].splitlines()[-1]}", flush=True)
+            continue
+        workers[name] = worker
+        print(f"{name}: first step {results[name]['first_step']['step']:.1f} s", flush=True)
+    for number in range(args.steps + 1):
+        for name, worker in workers.items():
+            done = worker.ask("step")
+            if number >= 1:  # the first one warms up
+                results[name].setdefault("steps", []).append(done)
+    for name, worker in workers.items():
+        results[name]["sizes"] = worker.ask("sizes")
+        worker.stop()
+    if args.warm:
+        for name in workers.keys() & set(args.warm):
+            again = Worker(name, args, f"{folder}/{name}")
+            results[name]["warm_first_step"] = again.start().get("first_step", {}).get("step")
+            again.stop()
+    return results
+
+
+class Worker:
+    def __init__(self, name: str, args: Namespace, cache: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(name, args, cache, theirs), daemon=True)
+
+    def start(self) -> dict[str, Any]:
+        """Build the model and step once: ``first_step``, or ``error``."""
+        self.process.start()
+        try:
+            self.ask()
+            return {"first_step": self.ask("step")}
+        except RuntimeError as error:
+            return {"error": str(error)}
+
+    def ask(self, request: str | None = None) -> Any:
+        if request is not None:
+            self.pipe.send(request)
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            raise RuntimeError("the process died") from None
+        if isinstance(answer, dict) and "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def stop(self) -> None:
+        if self.process.is_alive():
+            self.pipe.send(None)
+        self.process.join()
+
+
+def _work(name: str, args: Namespace, cache: str, pipe: Any) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    try:
+        contender = Contender(name, args)
+        pipe.send("ready")
+        while (request := pipe.recv()) is not None:
+            pipe.send(getattr(contender, request)())
+    except BaseException:
+        pipe.send({"error": traceback.format_exc()})
+
+
+def medians(result: dict[str, Any], svd_every: int | None = None) -> dict[str, float]:
+    """Median seconds by part, as ratios to the reference's in the same turns.
+
+    ``spread`` is half the distance of the quartiles of ``step``, ``seconds`` the median itself.
+    """
+    found = {}
+    for part in PARTS:
+        own = statistics.median(s[part] for s in result["steps"])
+        if svd_every and part in ("step", "optimizer"):
+            own += result["first_step"]["optimizer"] / svd_every
+        found[part] = own / statistics.median(s[part] for s in result["reference_steps"])
+    pairs = zip(result["steps"], result["reference_steps"], strict=True)
+    ratios = sorted(one["step"] / other["step"] for one, other in pairs)
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    return found | {"spread": (high - low) / 2, "seconds": statistics.median(s["step"] for s in result["steps"])}

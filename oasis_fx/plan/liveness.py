@@ -1,0 +1,143 @@
+"""What is in memory while a graph runs in its order, from fake values alone.
+
+Inductor fuses: a value that only fusible operators read, before the next kernel of a library runs, never gets memory.
+So memory have: inputs and outputs; results of matmuls, attention and whatever is no element-wise operator; what one of
+these reads; and what is read once more after one of them ran. A value that has none makes what it is computed from live
+until it is read itself. An element-wise result takes the place of an input that it reads last. Views count as what they
+look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from oasis_fx.cost import is_matmul, num_bytes, storage_node
+from oasis_fx.graph import outputs, value
+
+_FUSED = ("sum", "mean", "amax", "amin", "var_mean", "var", "convert_element_type", "where", "cat", "full", "iota")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Memory just as one node runs, in bytes.
+
+    Attributes:
+        node: its name.
+        returned: of values that the graph returns and that are there by now.
+        given: of the graph's inputs that are still needed.
+        temporary: of all others.
+    """
+
+    node: str
+    returned: int
+    given: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.returned + self.given + self.temporary
+
+
+def moments(graph: fx.Graph, elsewhere: Collection[str] = (), shrink: dict[int, int] | None = None) -> list[Moment]:
+    """One moment for each node that runs.
+
+    Args:
+        elsewhere: names of inputs that exist anyway and do not count, such as weights.
+        shrink: divisors by the size of a value's last dimension, for values that another kernel would make in chunks.
+    """
+    nodes = list(graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    returned = {storage_node(node) for node in outputs(graph) if isinstance(node, fx.Node)}
+    kernels = [index for index, node in enumerate(nodes) if _is_kernel(node)]
+    stored = {node for node in nodes if _is_stored(node, returned, position, kernels)}
+    last: dict[fx.Node, int] = {}  # of values with memory: when they are read last
+    needed: dict[fx.Node, int] = {}  # of values without: when they are
+    for node in reversed(nodes):
+        if node.op == "output":
+            continue
+        users = [user for user in node.users if user.op != "output"]
+        at = max((needed.get(user, position[user]) for user in users), default=position[node])
+        if node not in stored:
+            needed[node] = at
+        owner = storage_node(node)
+        last[owner] = max(last.get(owner, 0), at)
+    found = []
+    alive: dict[fx.Node, int] = {}
+    dying: dict[int, list[fx.Node]] = {}
+    inputs = {node for node in nodes if node.op == "placeholder"}
+    for node in inputs:
+        if node.name not in elsewhere and isinstance(value(node), torch.Tensor):
+            alive[node] = _bytes(node, shrink)
+            dying.setdefault(last.get(node, 0), []).append(node)
+    for index, node in enumerate(nodes):
+        if node.op == "call_function":
+            if node in stored:
+                alive[node] = _bytes(node, shrink)
+                _reuse(node, alive, dying.get(index, ()), returned)
+                dying.setdefault(last.get(node, index), []).append(node)
+            out = sum(size for one, size in alive.items() if one in returned)
+            given = sum(size for one, size in alive.items() if one in inputs and one not in returned)
+            found.append(Moment(node.name, out, given, sum(alive.values()) - out - given))
+        for one in dying.pop(index, ()):
+            if one not in returned:
+                alive.pop(one, None)
+    return found
+
+
+def _reuse(node: fx.Node, alive: dict[fx.Node, int], dying: Collection[fx.Node], returned: set[fx.Node]) -> None:
+    """An element-wise result, or a scatter, takes the memory of an input that is read for the last time."""
+    if is_matmul(node):
+        return
+    for source in dying:
+        if source is not node and source not in returned and alive.get(source) == alive[node]:
+            del alive[source]
+            return
+
+
+def _bytes(node: fx.Node, shrink: dict[int, int] | None) -> int:
+    found = value(node)
+    size = num_bytes(found)
+    return size // shrink.get(int(found.shape[-1]), 1) if shrink and found.dim() else size
+
+
+def _is_kernel(node: fx.Node) -> bool:
+    """Whether a node runs by itself: nothing is fused over it."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if is_matmul(node):
+        return True
+    name = node.target.overloadpacket.__name__
+    return torch.Tag.pointwise not in node.target.tags and name not in _FUSED and storage_node(node) is node
+
+
+def _is_stored(node: fx.Node, returned: set[fx.Node], position: dict[fx.Node, int], kernels: list[int]) -> bool:
+    if node.op != "call_function" or not isinstance(value(node), torch.Tensor) or storage_node(node) is not node:
+        return False
+    if node in returned or _is_kernel(node) or any(_is_kernel(maker) for maker in node.all_input_nodes if _many(maker)):
+        return True
+    readers = _readers(node)
+    if any(_is_kernel(reader) for reader in readers):
+        return True
+    read_last = max((position[reader] for reader in readers), default=position[node])
+    read_first = min((position[reader] for reader in readers), default=position[node])
+    return any(read_first < kernel < read_last for kernel in kernels)
+
+
+def _many(node: fx.Node) -> bool:
+    return isinstance(value(node), tuple | list)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads a value, through views."""
+    found, pending = [], list(node.users)
+    while pending:
+        user = pending.pop()
+        if user.op == "call_function" and storage_node(user) is not user:
+            pending += user.users
+        elif user.op != "output":
+            found.append(user)
+    return found

@@ -1,0 +1,232 @@
+"""The peak of a training step by kind, for what a user would choose between.
+
+A model of L blocks is extrapolated from one of three: each block more keeps as much as the middle one of the three,
+and leaves as many gradients behind. The peak is sought in three phases: in the forward pass; in the backward pass,
+where all blocks are saved at first and all gradients there at last; and in the optimizer step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from oasis_fx.cost import saved_storages
+from oasis_fx.plan.liveness import Moment, moments
+from oasis_fx.plan.trace import Partition, Traced
+from oasis_fx.runtime.layout import num_features, num_rows
+from oasis_fx.show.nodes import module_path
+
+KINDS = ("weights", "gradients", "optimizer", "bases", "activations", "logits", "temporaries")
+CHUNKS = 16  # of a cross-entropy that never makes all logits at once
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by kind at the peak of a step, and the phase it is in: forward, backward or optimizer."""
+
+    bytes_of: Mapping[str, int]
+    phase: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes_of.values())
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes that are there for all of a step: weights, optimizer states, bases."""
+
+    weights: int
+    optimizer: int
+    bases: int = 0
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The highest moments of a graph pair: by phase, activations, logits, gradients and temporaries in bytes."""
+
+    forward: Mapping[str, int]
+    backward: Mapping[str, int]
+    gradients: int  # when the backward pass is done
+
+
+def peak(states: States, phases: Phases) -> Memory:
+    """The highest of the three phases."""
+    fixed = {"weights": states.weights, "optimizer": states.optimizer, "bases": states.bases}
+    candidates = {
+        "forward": phases.forward,
+        "backward": phases.backward,
+        "optimizer": {"gradients": phases.gradients},
+    }
+    phase = max(candidates, key=lambda name: sum(candidates[name].values()))
+    return Memory({kind: fixed.get(kind, 0) + candidates[phase].get(kind, 0) for kind in KINDS}, phase)
+
+
+def phases(
+    three: Traced, graphs: Partition, block_gradients: int, blocks: int, vocabulary: int, chunked: bool
+) -> Phases:
+    """Phases of a model of ``blocks`` blocks.
+
+    Args:
+        graphs: of the model of three blocks.
+        block_gradients: bytes of the gradients of one block.
+    """
+    forward, backward = graphs
+    shrink = {vocabulary: CHUNKS} if chunked else None
+    static = {node.name for node in forward.find_nodes(op="placeholder")}
+    ahead = moments(forward, static, shrink)
+    back = moments(backward, static, shrink)
+    gradients = gradient_bytes(backward)
+    more = blocks - 3
+    block_saved = saved_bytes(forward, three.trace.num_forward_outputs)[1]
+    logits = _logits(forward, vocabulary) // (CHUNKS if chunked else 1)
+    first, last = _span_of_middle(backward)
+
+    def backward_total(index: int, moment: Moment) -> int:
+        if index < first:
+            return moment.total + more * block_saved
+        if index > last:
+            return moment.total + more * block_gradients
+        return moment.total + more * max(block_saved, block_gradients)
+
+    at, top = max(enumerate(back), key=lambda item: backward_total(*item))
+    extra = backward_total(at, top) - top.total
+    rise = {"activations": top.given, "gradients": top.returned, "temporaries": top.temporary}
+    grown = "gradients" if at > last or (at >= first and block_gradients > block_saved) else "activations"
+    rise[grown] += extra
+    peak_ahead = max(ahead, key=lambda moment: moment.total)
+    total_ahead = {"activations": peak_ahead.returned + more * block_saved, "temporaries": peak_ahead.temporary}
+    return Phases(_with_logits(total_ahead, logits), _with_logits(rise, logits), gradients + more * block_gradients)
+
+
+def saved_bytes(forward: fx.Graph, num_forward_outputs: int) -> tuple[int, int]:
+    """Bytes that a forward graph keeps: all, and those of the block with number 1."""
+    saved = saved_storages(forward, num_forward_outputs)
+    middle = sum(saved[node.name] for node in forward.nodes if node.name in saved and _is_middle(node))
+    return sum(saved.values()), middle
+
+
+def gradient_bytes(backward: fx.Graph) -> int:
+    """Bytes of what a backward graph returns."""
+    end = moments(backward, {node.name for node in backward.find_nodes(op="placeholder")})
+    return end[-1].returned if end else 0
+
+
+def trained_bytes(traced: Traced, rewritten: bool) -> int:
+    """Bytes of all gradients: dense ones, and G and C of what is rewritten."""
+    parameters = dict(traced.model.named_parameters())
+    total = sum(p.numel() * p.itemsize for p in parameters.values() if p.requires_grad)
+    if rewritten:
+        bases = set()
+        for site in traced.trace.sites:
+            p = parameters[traced.record.names[site.inputs.weight]]
+            group = next(g for g in traced.record.groups if site.inputs.weight in g.weights)
+            total += num_rows(p.shape, site.inputs.features) * group.spec.rank * p.itemsize - p.numel() * p.itemsize
+            if site.inputs.basis not in bases:
+                bases.add(site.inputs.basis)
+                total += 4 * num_features(p.shape, site.inputs.features) * group.spec.rank
+    return total
+
+
+def _span_of_middle(backward: fx.Graph) -> tuple[int, int]:
+    """First and last moment of the backward pass that belong to the block with number 1."""
+    calls = [node for node in backward.nodes if node.op == "call_function"]
+    middle = [index for index, node in enumerate(calls) if _is_middle(node)]
+    return (middle[0], middle[-1]) if middle else (0, len(calls))
+
+
+def _is_middle(node: fx.Node) -> bool:
+    return re.search(r"\.1\.", f".{module_path(node)}.") is not None
+
+
+def _logits(graph: fx.Graph, vocabulary: int) -> int:
+    """Bytes of one tensor of logits."""
+    sizes = [
+        node.meta["val"].numel() * node.meta["val"].itemsize
+        for node in graph.nodes
+        if node.op == "call_function"
+        and isinstance(node.meta.get("val"), torch.Tensor)
+        and node.meta["val"].dim() > 1
+        and node.meta["val"].shape[-1] == vocabulary
+    ]
+    return min(sizes, default=0)
+
+
+def _with_logits(kinds: Mapping[str, int], logits: int) -> dict[str, int]:
+    """Logits apart, from among the temporaries and then the activations."""
+    found = dict(kinds)
+    left = logits
+    for kind in ("temporaries", "activations"):
+        taken = min(left, found.get(kind, 0))
+        found[kind] = found.get(kind, 0) - taken
+        left -= taken
+    return found | {"logits": logits - left}
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters, tied ones once."""
+    return sum(p.numel() * p.itemsize for p in model.parameters())
+
+
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def adam_states(model: torch.nn.Module) -> States:
+    """Two moments of each trained parameter, in its own dtype."""
+    return States(weight_bytes(model), sum(2 * p.numel() * p.itemsize for p in trained(model)))
+
+
+def adam8bit_states(model: torch.nn.Module) -> States:
+    """torchao's: a byte a moment and a float32 for each 256 of them; plain below 4096 elements."""
+    total = 0
+    for p in trained(model):
+        blocked = p.numel() >= 4096 and p.numel() % 256 == 0
+        total += 2 * (p.numel() + 4 * p.numel() // 256) if blocked else 2 * p.numel() * p.itemsize
+    return States(weight_bytes(model), total)
+
+
+def galore_states(model: torch.nn.Module, names: Mapping[str, tuple[int, ...]], rank: int) -> States:
+    """Moments of r rows on the longer side and a projector on the shorter, for the weights that we would rewrite."""
+    total = bases = 0
+    for name, p in model.named_parameters():
+        if name in names and p.dim() == 2:
+            short, long = sorted(p.shape)
+            total += 2 * min(rank, short) * long * p.itemsize
+            bases += min(rank, short) * short * p.itemsize
+        else:
+            total += 2 * p.numel() * p.itemsize
+    return States(weight_bytes(model), total, bases)
+
+
+def oasis_states(traced: Traced) -> States:
+    """`OasisAdamW`: two moments of m x r and a basis of n x r in float32; others as AdamW has them."""
+    parameters = dict(traced.model.named_parameters())
+    sites = {site.inputs.weight: site for site in traced.trace.sites}
+    optimizer, rewritten, bases = 0, set(), 0
+    for group in traced.record.groups:
+        members = [weight for weight in group.weights if weight in sites]
+        for weight, features in zip(group.weights, group.features, strict=True):
+            if weight in members:
+                p = parameters[traced.record.names[weight]]
+                optimizer += 2 * 4 * num_rows(p.shape, features) * group.spec.rank
+                rewritten.add(traced.record.names[weight])
+        if members:
+            bases += 4 * num_features(p.shape, features) * group.spec.rank
+    optimizer += sum(2 * p.numel() * p.itemsize for name, p in parameters.items() if name not in rewritten)
+    return States(weight_bytes(traced.model), optimizer, bases)
+
+
+def extrapolate(two: States, three: States, *, blocks: int) -> States:
+    """States of a model of ``blocks`` blocks."""
+    more = blocks - 3
+    return replace(
+        three,
+        weights=three.weights + more * (three.weights - two.weights),
+        optimizer=three.optimizer + more * (three.optimizer - two.optimizer),
+        bases=three.bases + more * (three.bases - two.bases),
+    )
