@@ -45,7 +45,9 @@ class Run:
         """The lines in which the methods differ."""
         lr = self.args.lr or LEARNING_RATES[self.method]
         if self.method == "oasis":
-            self.model.compile(backend=oasis_backend(rank=self.args.rank, inner=self.args.inner))
+            every = self.args.subspace_every
+            backend = oasis_backend(rank=self.args.rank, subspace_every=every, inner=self.args.inner)
+            self.model.compile(backend=backend)
             return OasisAdamW(self.model.parameters(), lr=lr, weight_decay=0.0)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.model.compile(backend=self.args.inner)

@@ -93,6 +93,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--include", action="append", metavar="GLOB", help="weights to rewrite; repeatable")
     command.add_argument("--exclude", action="append", metavar="GLOB", help="weights to leave alone; repeatable")
     command.add_argument("--subspace", choices=SUBSPACES, default=SUBSPACES[0], help="how a basis moves")
+    command.add_argument("--subspace-every", type=int, default=1, metavar="K", help="a basis moves at each K-th step")
     command.add_argument("--inner", choices=INNER_COMPILERS, default=INNER_COMPILERS[0], help="whose graphs to show")
     command.add_argument("--dynamic", action="store_true", help="with symbolic sizes")
 
@@ -114,6 +115,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         rank=_rank(args.rank),
         subspace=args.subspace,
+        subspace_every=args.subspace_every,
         include=args.include,
         exclude=args.exclude,
         inner=args.inner,

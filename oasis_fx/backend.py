@@ -30,6 +30,7 @@ def oasis_backend(
     *,
     subspace: str = "oja",
     subspace_lr: float = 1.0,
+    subspace_every: int = 1,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     inner: str = "inductor",
@@ -52,6 +53,8 @@ def oasis_backend(
         subspace: how a basis moves: ``"oja"``, the rule of OASIS (arXiv 2604.09406).
         subspace_lr: step of the Oja update in units of the statistic's mean singular value, over 0;
             ``math.inf`` is power iteration.
+        subspace_every: bases move at each so many optimizer steps, from 1, by the activations of that step. The first
+            move comes with the k-th step too; until then bases are random.
         include: globs over weight names; others keep dense gradients. Default: every weight.
         exclude: globs over weight names that keep dense gradients. Default: output heads, and embeddings
             with whatever is tied to one.
@@ -69,6 +72,7 @@ def oasis_backend(
         rank=rank,
         subspace=subspace,
         subspace_lr=subspace_lr,
+        subspace_every=subspace_every,
         include=include,  # type: ignore[arg-type]  # Settings makes a tuple of it
         exclude=exclude,  # type: ignore[arg-type]
         inner=inner,

@@ -39,6 +39,7 @@ class Settings:
     rank: Rank = 32
     subspace: str = "oja"
     subspace_lr: float = 1.0
+    subspace_every: int = 1
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     inner: str = "inductor"
@@ -57,6 +58,9 @@ class Settings:
         _check_choice("inner", self.inner, INNER_COMPILERS)
         if not _is_number(self.subspace_lr) or not self.subspace_lr > 0:
             raise ValueError(f"subspace_lr is {self.subspace_lr!r}: it must be a number over 0 (inf: power iteration)")
+        every = self.subspace_every
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"subspace_every is {every!r}: it must be a whole number from 1")
         budget = self.memory_budget
         if (parse_bytes(budget) is None) if isinstance(budget, str) else not (_is_number(budget) and 0 <= budget <= 1):
             raise ValueError(f"memory_budget is {budget!r}: it must be a number from 0 to 1, or a size such as '12GiB'")

@@ -128,7 +128,12 @@ def _split(
         n = num_features(weight.shape, use.features)
         rank = settings.rank_of(names[index], n)
         assert rank is not None  # a weight that no glob of rank names was left alone before
-        spec = SubspaceSpec(rank=rank, rule=settings.subspace, learning_rate=settings.subspace_lr)
+        spec = SubspaceSpec(
+            rank=rank,
+            rule=settings.subspace,
+            learning_rate=settings.subspace_lr,
+            every=settings.subspace_every,
+        )
         # Under DDP the example inputs are fake: what the real weights have is seen at run time alone.
         present = None if isinstance(weight, FakeTensor) else STORE.existing(weight, spec)
         parts.setdefault((spec, n, weight.dtype, weight.device, id(present)), []).append(use)

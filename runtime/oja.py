@@ -27,19 +27,20 @@ POWER_STEP = 100.0
 
 @torch.no_grad()
 def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) -> dict[Subspace, torch.Tensor]:
-    """Move each basis by its statistic, and drop the statistic.
+    """Count a step of each basis, move those whose turn it is by their statistics, and drop all statistics.
 
-    A subspace without a statistic is left out. One whose statistic is zero or not finite, or all where ``gate``
-    is false, stays where it is and does not count the update.
+    Under ``spec.every = k`` the turn comes at each k-th call, with the statistic of that step alone. A subspace
+    without a statistic is left out. One whose statistic is zero or not finite, or all where ``gate`` is false, stays
+    where it is and does not count the update.
 
     Args:
         gate: bool scalar on the device of the bases, or None for true.
 
     Returns:
-        For each subspace that was looked at, the overlap R = Q^T Q+ [r, r] of the old and the new basis.
+        For each subspace whose turn it was, the overlap R = Q^T Q+ [r, r] of the old and the new basis.
     """
     overlaps: dict[Subspace, torch.Tensor] = {}
-    for batch in _equal_batches(s for s in subspaces if s.statistic is not None):
+    for batch in _equal_batches(count_steps(subspaces)):
         old = torch.stack([subspace.basis for subspace in batch])
         new, moved, condition = _oja_step(old, batch, gate)
         eye = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device)
@@ -53,6 +54,22 @@ def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) 
     return overlaps
 
 
+def count_steps(subspaces: Iterable[Subspace]) -> list[Subspace]:
+    """Count an optimizer step of those that have a statistic; return those whose turn it is.
+
+    The others drop their statistics: they are of no later use.
+    """
+    due = []
+    for subspace in dict.fromkeys(subspaces):
+        if subspace.statistic is None:
+            continue
+        if subspace.count_step():
+            due.append(subspace)
+        else:
+            subspace.drop_statistic()
+    return due
+
+
 def advance_subspaces(weights: Iterable[torch.Tensor]) -> None:
     """Move the bases behind the gradients of ``weights``, for use with an optimizer that knows nothing of them.
 
@@ -64,7 +81,7 @@ def advance_subspaces(weights: Iterable[torch.Tensor]) -> None:
 
 def _equal_batches(subspaces: Iterable[Subspace]) -> Iterable[list[Subspace]]:
     batches: dict[object, list[Subspace]] = {}
-    for subspace in dict.fromkeys(subspaces):
+    for subspace in subspaces:
         basis = subspace.basis
         batches.setdefault((basis.shape, basis.dtype, basis.device, subspace.spec), []).append(subspace)
     return batches.values()

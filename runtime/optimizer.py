@@ -20,7 +20,7 @@ from oasis_fx.runtime.adamw import (
 )
 from oasis_fx.runtime.layout import as_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
-from oasis_fx.runtime.oja import move_bases
+from oasis_fx.runtime.oja import count_steps, move_bases
 from oasis_fx.runtime.optimizer_state import check_state, pack_state, restore_state
 from oasis_fx.runtime.subspace import Subspace
 from oasis_fx.runtime.transport import transport_mean, transport_second_moment
@@ -49,8 +49,9 @@ class OasisAdamW(torch.optim.Optimizer):
 
     A weight whose gradient is a `LowRankGrad` has moments of m x r, float32 (float64 for float64 weights),
     which go over to the new basis whenever the basis moves; every other parameter is torch's fused AdamW. At
-    the end of a step each basis whose statistic has grown moves. A step in which any gradient is not finite is
-    left out whole, as `GradScaler` would: weights, moments, step counts and bases stay as they were.
+    the end of a step each basis whose statistic has grown moves, under `subspace_every=k` at each k-th step.
+    A step in which any gradient is not finite is left out whole, as `GradScaler` would: weights, moments, step
+    counts and bases stay as they were.
 
     Args:
         params: parameters, named parameters, or groups of either, as torch's optimizers take them. Weights
@@ -241,6 +242,7 @@ class OasisAdamW(torch.optim.Optimizer):
                     overlap = state["basis"].to(subspace.basis).mT @ subspace.basis
                     self._transport([(weight, overlap)])
         state["basis"], state["basis_updates"] = subspace.basis.detach(), subspace.num_updates
+        state["basis_steps"] = subspace.num_steps
         state["features"] = gradient.features
         self._bindings[weight] = _Binding(subspace, subspace.version)
 
@@ -329,9 +331,16 @@ class OasisAdamW(torch.optim.Optimizer):
         self._skipped = missed if self._skipped is None else self._skipped + missed.to(self._skipped.device)
 
     def _drop_statistics(self, items: list[_Item]) -> None:
+        """Of a step that is left out. It counts under `subspace_every`: a GPU's host does not know that it was one."""
+        subspaces: dict[Subspace, None] = {}
         for item in items:
             if isinstance(item.gradient, LowRankGrad):
-                item.gradient.subspace.drop_statistic()
+                subspaces[item.gradient.subspace] = None
+                state = self.state.get(item.weight, {})
+                if "basis" in state:
+                    state["basis_steps"] = item.gradient.subspace.num_steps  # a checkpoint may follow, before any step
+        for subspace in count_steps(subspaces):
+            subspace.drop_statistic()
 
 
 def _follow(weight: torch.Tensor, state: State) -> None:

@@ -1,8 +1,9 @@
 """What a checkpoint of `OasisAdamW` holds, and how it is checked and taken over.
 
 A weight in a subspace has, beside torch's ``step``, ``exp_avg`` and ``exp_avg_sq``: ``basis`` [n, r],
-``basis_updates`` (how often it moved), ``features`` (which of its dimensions are n), and ``subspace``, a number that
-weights with one basis share. All plain tensors and numbers: `torch.load(weights_only=True)` reads them.
+``basis_updates`` (how often it moved), ``basis_steps`` (steps since its last turn to move), ``features`` (which of
+its dimensions are n), and ``subspace``, a number that weights with one basis share. All plain tensors and numbers:
+`torch.load(weights_only=True)` reads them.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
         for key in ("exp_avg", "exp_avg_sq", "basis"):
             state[key] = saved[key].detach().to(device=weight.device, dtype=wide, copy=True)
         updates = int(saved["basis_updates"])
-        STORE.preload(weight, state["basis"], updates, (load, saved["subspace"]))
+        steps = int(saved.get("basis_steps", 0))  # checkpoints from before `subspace_every` have none
+        STORE.preload(weight, state["basis"], updates, (load, saved["subspace"]), steps)
+        state["basis_steps"] = torch.tensor(steps)
         state["basis_updates"] = torch.tensor(updates, device=weight.device)
         state["features"] = tuple(saved["features"])  # a list, where the checkpoint went through JSON
         del state["subspace"]

@@ -20,6 +20,7 @@ class Preloaded:
     basis: torch.Tensor
     num_updates: int
     group: object
+    num_steps: int = 0
 
 
 class SubspaceStore:
@@ -60,12 +61,14 @@ class SubspaceStore:
             subspace = known[0] if known else self._make(weights, spec, features)
             if not _fits(subspace, weights[0]):  # the model was moved or cast since
                 basis = subspace.basis.detach().to(weights[0].device, _basis_dtype(weights[0]))
-                subspace = Subspace(basis, spec, int(subspace.num_updates))
+                subspace = Subspace(basis, spec, int(subspace.num_updates), int(subspace.num_steps))
             for weight in weights:
                 self._subspaces.setdefault(weight, {})[spec] = subspace
             return subspace
 
-    def preload(self, weight: torch.Tensor, basis: torch.Tensor, num_updates: int, group: object) -> None:
+    def preload(
+        self, weight: torch.Tensor, basis: torch.Tensor, num_updates: int, group: object, num_steps: int = 0
+    ) -> None:
         """Give a weight a basis [n, r] from a checkpoint.
 
         Its subspaces of that rank take it over in place; without one, it waits for the first graph that asks.
@@ -73,9 +76,9 @@ class SubspaceStore:
         with self._lock:
             live = [subspace for subspace in self.all_of(weight) if subspace.spec.rank == basis.shape[1]]
             for subspace in live:
-                subspace.load(basis, num_updates)
+                subspace.load(basis, num_updates, num_steps)
             if not live:
-                self._preloaded[weight] = Preloaded(basis.detach().clone(), num_updates, group)
+                self._preloaded[weight] = Preloaded(basis.detach().clone(), num_updates, group, num_steps)
 
     def _make(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, features: Sequence[Features]) -> Subspace:
         weight = weights[0]
@@ -85,7 +88,7 @@ class SubspaceStore:
             if saved.basis.shape != (n, spec.rank):
                 continue
             basis = saved.basis.to(device=weight.device, dtype=_basis_dtype(weight), copy=True)
-            subspace = Subspace(basis, spec, saved.num_updates)
+            subspace = Subspace(basis, spec, saved.num_updates, saved.num_steps)
             for other in [w for w, p in self._preloaded.items() if p.group == saved.group]:
                 self._preloaded.pop(other)
                 self._subspaces.setdefault(other, {})[spec] = subspace

@@ -18,6 +18,7 @@ class SubspaceSpec:
         rank: columns of the basis, from 1.
         rule: how the basis moves; one of `RULES`.
         learning_rate: step of the rule, over 0; `math.inf` is power iteration.
+        every: the basis moves at each so many optimizer steps, from 1.
 
     Raises:
         ValueError: naming the value and what is allowed.
@@ -26,6 +27,7 @@ class SubspaceSpec:
     rank: int
     rule: str = "oja"
     learning_rate: float = 1.0
+    every: int = 1
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -34,6 +36,8 @@ class SubspaceSpec:
             raise ValueError(f"rule is {self.rule!r}: it must be one of {', '.join(map(repr, RULES))}")
         if math.isnan(self.learning_rate) or not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate!r}: it must be a number over 0")
+        if self.every < 1:
+            raise ValueError(f"every is {self.every!r}: it must be a whole number from 1")
 
 
 class Subspace:
@@ -45,15 +49,17 @@ class Subspace:
         spec: what was asked for; its rank is the basis' number of columns.
         energy: leaf scalar that graphs take and do not read; its gradient is ||X||^2, summed like the statistic.
         num_updates: int64 scalar on the basis' device: how often the basis has moved.
-        captured_energy, drift, condition: scalars of the last step, on the basis' device; NaN before. What they are:
+        num_steps: int64 scalar on the CPU: optimizer steps since the basis last had its turn to move (``spec.every``).
+        captured_energy, drift, condition: scalars of the last move, on the basis' device; NaN before. What they are:
             `oasis_fx.stats.SubspaceStats`.
     """
 
-    def __init__(self, basis: torch.Tensor, spec: SubspaceSpec, num_updates: int = 0) -> None:
+    def __init__(self, basis: torch.Tensor, spec: SubspaceSpec, num_updates: int = 0, num_steps: int = 0) -> None:
         self.basis = basis.detach().contiguous().requires_grad_()
         self.spec = spec
         self.energy = torch.zeros((), dtype=basis.dtype, device=basis.device, requires_grad=True)
         self.num_updates = torch.tensor(num_updates, device=basis.device)
+        self.num_steps = torch.tensor(num_steps, device="cpu")
         unknown = torch.full((), torch.nan, dtype=basis.dtype, device=basis.device)
         self.captured_energy = self.drift = self.condition = unknown
 
@@ -63,11 +69,19 @@ class Subspace:
 
     @property
     def statistic(self) -> torch.Tensor | None:
-        """C [n, r] = X^T X Q, summed over the backward passes since the last move; None before the first."""
+        """C [n, r] = X^T X Q, summed over the backward passes of this step; None before the first."""
         return self.basis.grad
 
     def drop_statistic(self) -> None:
         self.basis.grad = self.energy.grad = None
+
+    def count_step(self) -> bool:
+        """Count an optimizer step; return whether the basis moves in it."""
+        self.num_steps += 1
+        due = int(self.num_steps) >= self.spec.every  # over it, where a checkpoint was made under a longer period
+        if due:
+            self.num_steps.zero_()
+        return due
 
     @property
     def version(self) -> int:
@@ -75,10 +89,11 @@ class Subspace:
         return self.basis._version
 
     @torch.no_grad()
-    def load(self, basis: torch.Tensor, num_updates: int) -> None:
+    def load(self, basis: torch.Tensor, num_updates: int, num_steps: int = 0) -> None:
         """Take over a basis from a checkpoint, in place."""
         self.basis.copy_(basis)
         self.num_updates.fill_(num_updates)
+        self.num_steps.fill_(num_steps)
         self.drop_statistic()
 
 

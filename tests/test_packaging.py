@@ -73,3 +73,9 @@ def test_the_pypi_package_functorch_is_no_dependency() -> None:
 def test_torch_finds_the_backend_by_name() -> None:
     (entry,) = entry_points(group="torch_dynamo_backends", name="oasis")
     assert entry.load().__name__ == "oasis"
+
+
+def test_importing_the_package_does_not_load_dynamo() -> None:
+    # It takes seconds, which `oasis-fx --help` and a bad argument should not wait for.
+    code = "import sys, oasis_fx.__main__; assert 'torch._dynamo' not in sys.modules; oasis_fx.OasisAdamW"
+    subprocess.run([sys.executable, "-c", code], check=True)

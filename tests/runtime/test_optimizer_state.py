@@ -82,6 +82,7 @@ def test_contents_are_plain_and_bases_are_numbered(products, make_weight) -> Non
         "exp_avg_sq",
         "basis",
         "basis_updates",
+        "basis_steps",
         "features",
         "subspace",
     }
