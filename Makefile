@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torchao==0.18.0
 
-.PHONY: setup demo test coverage bench lint typecheck clean
+.PHONY: setup demo test coverage contenders bench bench-models bench-growth bench-gpu lint typecheck clean
 
 setup: $(VENV)/.installed
 
@@ -30,9 +30,34 @@ test: setup  ## all tests but those for a GPU
 coverage: setup  ## write docs/coverage.md
 	$(BIN)/python tests/coverage/test_coverage.py
 
-bench: setup  ## the figures of docs/performance.md
-	$(BIN)/python benchmarks/step.py --model smollm2 --batch 4 --seq 256 --steps 5 --out benchmarks/results
-	$(BIN)/python benchmarks/step.py --model 1024x4 --batch 4 --seq 512 --steps 5 --out benchmarks/results
+STOCK  := stock,stock-recompute,stock-budget0.5,stock-budget0.3,stock-budget0.1
+OASIS  := oasis,oasis-budget0.5,oasis-budget0.3,oasis-budget0.2,oasis-budget0.1
+OTHERS := checkpoint,lora32,galore32,apollo32,adam8bit
+BENCH  := $(BIN)/python benchmarks/run.py --out benchmarks/results
+
+contenders: setup  ## the packages of other methods; galore-torch and apollo-torch import bitsandbytes, and use none of it here
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		galore-torch==1.0 apollo-torch==1.0.3 bitsandbytes==0.50.2
+
+bench: contenders  ## the figures of docs/performance.md
+	$(BENCH) --model 1024x4 --batch 4 --seq 512 --together 8 --warm stock,oasis,oasis-budget0.3 \
+		--contenders $(STOCK),$(OASIS),$(OTHERS)
+	$(BENCH) --model smollm2 --batch 4 --seq 256 --steps 3 --contenders stock,stock-recompute,oasis,oasis-budget0.3
+
+bench-models: setup  ## other models, and bfloat16
+	$(BENCH) --model gpt2 --batch 2 --seq 512 --steps 3 --contenders stock,oasis,oasis-budget0.3
+	$(BENCH) --model vit-b --batch 8 --steps 3 --contenders stock,oasis,oasis-budget0.3
+	$(BENCH) --model 1024x4 --dtype bfloat16 --batch 8 --seq 512 --steps 3 --contenders eager,stock,oasis,oasis-budget0.3
+
+bench-growth: setup  ## one size at a time
+	$(BENCH) --model 512x4 --batch 4 --seq 512 --steps 3 --contenders stock,oasis,oasis-budget0.3 --label growth \
+		--grow seq=128,512,2048 --grow width=256,512,1024 --grow depth=2,4,8 --grow rank=16,64,128
+
+bench-gpu: contenders  ## the same on a GPU
+	$(BENCH) --device cuda --dtype bfloat16 --model llama-1b --batch 2 --seq 4096 --together 1 \
+		--contenders $(STOCK),$(OASIS),$(OTHERS)
+	$(BENCH) --device cuda --dtype bfloat16 --model llama-8b --layers 8 --rank 128 --batch 2 --seq 8192 --together 1 \
+		--contenders $(STOCK),$(OASIS),$(OTHERS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -53,15 +53,15 @@ def oasis_backend(
         subspace: how a basis moves: ``"oja"``, the rule of OASIS (arXiv 2604.09406).
         subspace_lr: step of the Oja update in units of the statistic's mean singular value, over 0;
             ``math.inf`` is power iteration.
-        subspace_every: bases move at each so many optimizer steps, from 1, by the activations of that step. The first
-            move comes with the k-th step too; until then bases are random.
+        subspace_every: bases move at the first optimizer step and at each so many from there, from 1, by the
+            activations of that step.
         include: globs over weight names; others keep dense gradients. Default: every weight.
         exclude: globs over weight names that keep dense gradients. Default: output heads, and embeddings
             with whatever is tied to one.
         inner: what compiles the rewritten graphs: ``"inductor"``, or ``"aot_eager"`` to run them node by node.
-        memory_budget: how much of what it would save for the backward pass a graph may save; the rest is computed
-            again. 0 to 1 is torch's `activation_memory_budget`, on the rewritten graph; 1 leaves torch's own
-            setting. A size such as ``"12GiB"`` (or MiB, GB, ...) holds for each compiled graph, inputs aside.
+        memory_budget: how much a graph may keep for its backward pass; the rest is computed again, what is cheapest
+            for its bytes first. 0 to 1 is a share of what it would keep without; 1 leaves torch's own setting. A size
+            such as ``"12GiB"`` (or MiB, GB, ...) holds for each compiled graph, inputs aside.
         stats: let graphs compute ||X||^2 for `OasisBackend.stats`, one more sum over each activation.
         options: options of Inductor, as in `torch.compile(options=...)`, which override these.
 

@@ -54,12 +54,15 @@ class Subspace:
             `oasis_fx.stats.SubspaceStats`.
     """
 
-    def __init__(self, basis: torch.Tensor, spec: SubspaceSpec, num_updates: int = 0, num_steps: int = 0) -> None:
+    def __init__(
+        self, basis: torch.Tensor, spec: SubspaceSpec, num_updates: int = 0, num_steps: int | None = None
+    ) -> None:
         self.basis = basis.detach().contiguous().requires_grad_()
         self.spec = spec
         self.energy = torch.zeros((), dtype=basis.dtype, device=basis.device, requires_grad=True)
         self.num_updates = torch.tensor(num_updates, device=basis.device)
-        self.num_steps = torch.tensor(num_steps, device="cpu")
+        # A new basis is random: its turn is the first step, not the k-th.
+        self.num_steps = torch.tensor(spec.every - 1 if num_steps is None else num_steps, device="cpu")
         unknown = torch.full((), torch.nan, dtype=basis.dtype, device=basis.device)
         self.captured_energy = self.drift = self.condition = unknown
 
