@@ -73,8 +73,8 @@ class Contender:
         return {
             "peak": peak,
             "saved": saved,
-            "gradients": gradient_bytes(parameters),
-            "optimizer": contenders.state_bytes(self.optimizer, parameters),
+            "gradient_bytes": gradient_bytes(parameters),
+            "optimizer_bytes": contenders.state_bytes(self.optimizer, parameters),
             "block_gradients_and_optimizer": gradient_bytes(block) + contenders.state_bytes(self.optimizer, block),
             "rewritten": sum(isinstance(p.grad, LowRankGrad) for p in parameters),
         }

@@ -7,6 +7,7 @@ partitioner's own cut has one solution.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +21,7 @@ from oasis_fx.cost import saved_storages
 from oasis_fx.errors import OasisWarning
 from oasis_fx.graph import PassError, ancestors, outputs
 from oasis_fx.passes.plan_saves import SavePlan, plan_saves
+from oasis_fx.prices import recompute_price
 from oasis_fx.torch_private import SavedForBackwardsAOTOutput, functorch_config
 
 Partition = tuple[fx.GraphModule, fx.GraphModule]
@@ -58,12 +60,14 @@ def partition_within(
 def _partition_as_planned(
     joint: fx.GraphModule, partition: Partitioner, num_forward_outputs: int, plan: SavePlan
 ) -> Partition:
+    for node in joint.graph.nodes:
+        node.meta.pop("recompute", None)  # of checkpointed regions: the plan has heeded them
     for nodes, policy in ((plan.again, CheckpointPolicy.MUST_RECOMPUTE), (plan.kept, CheckpointPolicy.MUST_SAVE)):
         for node in nodes:
             node.meta["recompute"] = policy
     for node in plan.again:
         # The plan repeats attention without dropout alone. Its tag would have random states carried around it.
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and recompute_price(node) < math.inf:
             node.target = _without_tags(node.target)
     # The partitioner keeps only what the forward pass makes anyway, so P has to be among its outputs for a while.
     returned = outputs(joint.graph)
@@ -98,6 +102,10 @@ def _insert_outputs(graph: fx.Graph, position: int, nodes: list[fx.Node]) -> Non
 
 def _drop_outputs(graph: fx.Graph, position: int, number: int) -> None:
     output = graph.output_node()
-    values, descriptors = outputs(graph), list(output.meta["desc"])
-    del values[position : position + number], descriptors[position : position + number]
-    output.args, output.meta["desc"] = (tuple(values),), descriptors
+    values = outputs(graph)
+    del values[position : position + number]
+    output.args = (tuple(values),)
+    if "desc" in output.meta:  # torch loses them where it carries random states
+        descriptors = list(output.meta["desc"])
+        del descriptors[position : position + number]
+        output.meta["desc"] = descriptors

@@ -202,7 +202,7 @@ def _waists(problem: _Problem) -> list[fx.Node]:
         ends[last[node]] = ends.get(last[node], 0) + size[node]
     # Logits are a waist too, and no place to keep.
     usual = statistics.median(size[node] for node in found) if found else 0
-    return [node for node in found if 0 < size[node] <= 4 * usual]
+    return [node for node in found if 0 < size[node] <= 4 * usual and problem.weight[node] < math.inf]
 
 
 def _price_and_weight(node: fx.Node, required: bool) -> tuple[float, float]:
@@ -213,7 +213,7 @@ def _price_and_weight(node: fx.Node, required: bool) -> tuple[float, float]:
         return 0.0, 0.0  # sizes: torch's partitioner sees to them
     weight = float(num_bytes(found)) if isinstance(found, torch.Tensor) else math.inf
     if policy in (must.MUST_RECOMPUTE, must.PREFER_RECOMPUTE):
-        return (recompute_price(node) if required else 0.0), math.inf
+        return 0.0, math.inf  # in a checkpointed region; torch repeats random numbers there
     if policy == must.MUST_SAVE:
         return math.inf, weight
     return (recompute_price(node) if required else 0.0), weight

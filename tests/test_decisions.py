@@ -81,3 +81,33 @@ def test_under_a_budget_dropout_is_the_same_in_both_passes(inner, budget) -> Non
     gradient = model.b.weight.grad
     expected = torch.ones(32, 200) @ seen @ gradient.basis.detach()
     torch.testing.assert_close(gradient.factor, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointed_regions_keep_their_word_under_a_budget(dropout) -> None:
+    class Regions(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(32, 64, bias=False), torch.nn.Linear(64, 32, bias=False)
+
+        def region(self, x):
+            return torch.nn.functional.dropout(torch.tanh(self.a(x)), dropout)
+
+        def forward(self, x):
+            return self.b(torch.utils.checkpoint.checkpoint(self.region, x, use_reentrant=False))
+
+    gradients = []
+    for budget in (1.0, 0.5):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Regions().train()
+        backend = oasis_backend(rank=4, inner="aot_eager", memory_budget=budget)
+        compiled = torch.compile(model, backend=backend)
+        torch.manual_seed(1)
+        compiled(torch.randn(100, 32)).square().sum().backward()
+        gradients.append([p.grad.factor for p in model.parameters()])
+        (report,) = backend.report()
+        tanh = [one for one in report.decisions if one.operator == "tanh"]
+        assert tanh and all(one.decision != SAVED for one in tanh)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)

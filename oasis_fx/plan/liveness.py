@@ -30,24 +30,27 @@ class Moment:
         returned: of values that the graph returns and that are there by now.
         given: of the graph's inputs that are still needed.
         temporary: of all others.
+        wide: of those among the three whose last dimension has the size that was asked for, such as logits.
     """
 
     node: str
     returned: int
     given: int
     temporary: int
+    wide: int
 
     @property
     def total(self) -> int:
         return self.returned + self.given + self.temporary
 
 
-def moments(graph: fx.Graph, elsewhere: Collection[str] = (), shrink: dict[int, int] | None = None) -> list[Moment]:
+def moments(graph: fx.Graph, elsewhere: Collection[str] = (), wide: int = -1, chunks: int = 1) -> list[Moment]:
     """One moment for each node that runs.
 
     Args:
         elsewhere: names of inputs that exist anyway and do not count, such as weights.
-        shrink: divisors by the size of a value's last dimension, for values that another kernel would make in chunks.
+        wide: size of the last dimension of values that count apart.
+        chunks: in how many chunks another kernel would make these, so that only one of them is there.
     """
     nodes = list(graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
@@ -65,23 +68,29 @@ def moments(graph: fx.Graph, elsewhere: Collection[str] = (), shrink: dict[int, 
             needed[node] = at
         owner = storage_node(node)
         last[owner] = max(last.get(owner, 0), at)
+
+    def is_wide(node: fx.Node) -> bool:
+        size = value(node).shape
+        return len(size) > 1 and size[-1] == wide
+
     found = []
     alive: dict[fx.Node, int] = {}
     dying: dict[int, list[fx.Node]] = {}
     inputs = {node for node in nodes if node.op == "placeholder"}
     for node in inputs:
         if node.name not in elsewhere and isinstance(value(node), torch.Tensor):
-            alive[node] = _bytes(node, shrink)
+            alive[node] = num_bytes(value(node)) // (chunks if is_wide(node) else 1)
             dying.setdefault(last.get(node, 0), []).append(node)
     for index, node in enumerate(nodes):
         if node.op == "call_function":
             if node in stored:
-                alive[node] = _bytes(node, shrink)
+                alive[node] = num_bytes(value(node)) // (chunks if is_wide(node) else 1)
                 _reuse(node, alive, dying.get(index, ()), returned)
                 dying.setdefault(last.get(node, index), []).append(node)
             out = sum(size for one, size in alive.items() if one in returned)
             given = sum(size for one, size in alive.items() if one in inputs and one not in returned)
-            found.append(Moment(node.name, out, given, sum(alive.values()) - out - given))
+            apart = sum(size for one, size in alive.items() if is_wide(one))
+            found.append(Moment(node.name, out, given, sum(alive.values()) - out - given, apart))
         for one in dying.pop(index, ()):
             if one not in returned:
                 alive.pop(one, None)
@@ -96,12 +105,6 @@ def _reuse(node: fx.Node, alive: dict[fx.Node, int], dying: Collection[fx.Node],
         if source is not node and source not in returned and alive.get(source) == alive[node]:
             del alive[source]
             return
-
-
-def _bytes(node: fx.Node, shrink: dict[int, int] | None) -> int:
-    found = value(node)
-    size = num_bytes(found)
-    return size // shrink.get(int(found.shape[-1]), 1) if shrink and found.dim() else size
 
 
 def _is_kernel(node: fx.Node) -> bool:

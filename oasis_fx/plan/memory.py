@@ -76,14 +76,13 @@ def phases(
         block_gradients: bytes of the gradients of one block.
     """
     forward, backward = graphs
-    shrink = {vocabulary: CHUNKS} if chunked else None
     static = {node.name for node in forward.find_nodes(op="placeholder")}
-    ahead = moments(forward, static, shrink)
-    back = moments(backward, static, shrink)
+    chunks = CHUNKS if chunked else 1
+    ahead = moments(forward, static, vocabulary, chunks)
+    back = moments(backward, static, vocabulary, chunks)
     gradients = gradient_bytes(backward)
     more = blocks - 3
     block_saved = saved_bytes(forward, three.trace.num_forward_outputs)[1]
-    logits = _logits(forward, vocabulary) // (CHUNKS if chunked else 1)
     first, last = _span_of_middle(backward)
 
     def backward_total(index: int, moment: Moment) -> int:
@@ -100,7 +99,9 @@ def phases(
     rise[grown] += extra
     peak_ahead = max(ahead, key=lambda moment: moment.total)
     total_ahead = {"activations": peak_ahead.returned + more * block_saved, "temporaries": peak_ahead.temporary}
-    return Phases(_with_logits(total_ahead, logits), _with_logits(rise, logits), gradients + more * block_gradients)
+    return Phases(
+        _with_logits(total_ahead, peak_ahead.wide), _with_logits(rise, top.wide), gradients + more * block_gradients
+    )
 
 
 def saved_bytes(forward: fx.Graph, num_forward_outputs: int) -> tuple[int, int]:
@@ -146,19 +147,6 @@ def _block(node: fx.Node) -> int | None:
     """The number of the block that a node is from; None of what is around the blocks."""
     found = re.search(r"\.(\d+)\.", f".{module_path(node)}.")
     return int(found[1]) if found else None
-
-
-def _logits(graph: fx.Graph, vocabulary: int) -> int:
-    """Bytes of one tensor of logits."""
-    sizes = [
-        node.meta["val"].numel() * node.meta["val"].itemsize
-        for node in graph.nodes
-        if node.op == "call_function"
-        and isinstance(node.meta.get("val"), torch.Tensor)
-        and node.meta["val"].dim() > 1
-        and node.meta["val"].shape[-1] == vocabulary
-    ]
-    return min(sizes, default=0)
 
 
 def _with_logits(kinds: Mapping[str, int], logits: int) -> dict[str, int]:

@@ -17,7 +17,7 @@ from oasis_fx.pipeline import Trace, copy_graph
 from oasis_fx.show.decisions import Decision, decisions
 from oasis_fx.show.graphs import trace_of
 from oasis_fx.show.report_table import format_report
-from oasis_fx.torch_private import input_placeholders
+from oasis_fx.torch_private import input_placeholders, unguarded_fake_mode
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,13 @@ def _report_graph(record: CompiledGraph, trace: Trace | None) -> GraphReport:
         SkippedRow(record.names[at], _known_shape(placeholders[at]) if at in placeholders else None, reason)
         for at, reason in sorted(reasons.items())
     ]
-    stock = min_cut_rematerialization_partition(
-        copy_graph(trace.before),
-        None,
-        num_fwd_outputs=trace.num_forward_outputs,
-        static_lifetime_input_indices=list(trace.static_inputs),
-    )
+    with unguarded_fake_mode(value(node) for node in trace.before.graph.nodes):  # random states get fake values in it
+        stock = min_cut_rematerialization_partition(
+            copy_graph(trace.before),
+            None,
+            num_fwd_outputs=trace.num_forward_outputs,
+            static_lifetime_input_indices=list(trace.static_inputs),
+        )
     saved_before = saved_storages(stock[0].graph, trace.num_forward_outputs)
     saved_after = saved_storages(trace.forward.graph, trace.num_forward_outputs)
     totals = Totals(

@@ -12,7 +12,7 @@ ROW = N * D * 4
 
 
 def graph_of(function, *inputs):
-    return make_fx(function, tracing_mode="fake")(*inputs).graph
+    return make_fx(lambda *given: (function(*given),), tracing_mode="fake")(*inputs).graph
 
 
 def test_a_chain_holds_what_is_still_read() -> None:
@@ -59,5 +59,7 @@ def test_views_and_chunks() -> None:
         return torch.logsumexp((x @ w).view(2, N // 2, -1), -1)
 
     graph = graph_of(logits, torch.randn(N, D), torch.randn(D, 1000))
-    whole, chunked = (max(m.temporary for m in moments(graph, (), shrink)) for shrink in (None, {1000: 10}))
-    assert whole >= N * 1000 * 4 and chunked <= whole / 5
+    weight = graph.find_nodes(op="placeholder")[1].name
+    whole, chunked = (max(moments(graph, {weight}, 1000, chunks), key=lambda m: m.wide) for chunks in (1, 10))
+    assert whole.wide == N * 1000 * 4 and whole.temporary >= whole.wide
+    assert chunked.wide == whole.wide // 10 and chunked.total == whole.total - whole.wide + chunked.wide
