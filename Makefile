@@ -40,7 +40,7 @@ contenders: setup  ## the packages of other methods; galore-torch and apollo-tor
 		galore-torch==1.0 apollo-torch==1.0.3 bitsandbytes==0.50.2
 
 bench: contenders  ## the figures of docs/performance.md
-	$(BENCH) --model 1024x4 --batch 4 --seq 512 --together 8 --warm stock,oasis,oasis-budget0.3 \
+	$(BENCH) --model 1024x4 --batch 4 --seq 512 --together 8 \
 		--contenders $(STOCK),$(OASIS),$(OTHERS)
 	$(BENCH) --model smollm2 --batch 4 --seq 256 --steps 3 --contenders stock,stock-recompute,oasis,oasis-budget0.3
 

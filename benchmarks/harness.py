@@ -1,12 +1,12 @@
 """Each contender in a process of its own, with a compile cache of its own; they step in turns.
 
 Seconds are medians over steps that follow one another in time, contender after contender, so that a slow minute of the
-machine meets all of them. After the timed steps each measures memory, by itself while the others wait:
+machine meets all of them. After the timed steps memory is measured, one contender after the other:
 
-- on the CPU large blocks are first made to come from the kernel and to go back to it (`mallopt`), or the allocator's
-  leftovers, as large as what is saved, would drown the difference. Peak is the highest resident size of a step
-  (VmHWM) less the resident size at rest, with weights and optimizer state, which are there at rest, added: so without
-  the interpreter, the compiler and the compiled code.
+- on the CPU it is a second process, on the compile cache of the first, whose large blocks come from the kernel and go
+  back to it (`MALLOC_MMAP_THRESHOLD_`): the allocator's leftovers, as large as what is saved, would drown the
+  difference, and such blocks cost time. Peak is the highest resident size of a step (VmHWM) less the resident size at
+  rest, with weights and optimizer state, which are there at rest, added: so without interpreter and compiled code.
 - on a GPU it is `torch.cuda.max_memory_allocated`.
 """
 
@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+LARGE_BLOCKS_COME_AND_GO = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 PARTS = ("step", "forward", "backward", "optimizer")
 
 
@@ -86,13 +87,9 @@ class Contender:
             return int(self.torch.cuda.max_memory_allocated())
         import contenders
 
-        libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        for option in (m_mmap_threshold, m_trim_threshold):
-            libc.mallopt(option, 256 * 1024)
         self.step()
         gc.collect()
-        libc.malloc_trim(0)
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         rest = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
         Path("/proc/self/clear_refs").write_text("5")
         self.step()
@@ -144,25 +141,34 @@ def _measure_group(names: list[str], args: Namespace, folder: str) -> dict[str, 
             if number >= 1:  # the first one warms up
                 results[name].setdefault("steps", []).append(done)
     for name, worker in workers.items():
-        results[name]["sizes"] = worker.ask("sizes")
         worker.stop()
-    if args.warm:
-        for name in workers.keys() & set(args.warm):
-            again = Worker(name, args, f"{folder}/{name}")
-            results[name]["warm_first_step"] = again.start().get("first_step", {}).get("step")
-            again.stop()
+        again = Worker(name, args, f"{folder}/{name}", LARGE_BLOCKS_COME_AND_GO)
+        started = again.start()
+        if "error" in started:
+            results[name]["error"] = started["error"]
+            continue
+        results[name]["warm_first_step"] = started["first_step"]["step"]
+        results[name]["sizes"] = again.ask("sizes")
+        again.stop()
     return results
 
 
 class Worker:
-    def __init__(self, name: str, args: Namespace, cache: str) -> None:
+    """A contender in a process of its own, with a folder for its compile cache and variables for its environment."""
+
+    def __init__(self, name: str, args: Namespace, cache: str, environment: dict[str, str] | None = None) -> None:
+        self.environment = environment or {}
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(name, args, cache, theirs), daemon=True)
 
     def start(self) -> dict[str, Any]:
         """Build the model and step once: ``first_step``, or ``error``."""
+        kept = dict(os.environ)
+        os.environ.update(self.environment)
         self.process.start()
+        os.environ.clear()
+        os.environ.update(kept)
         try:
             self.ask()
             return {"first_step": self.ask("step")}

@@ -64,7 +64,7 @@ def main() -> None:
 
 def _measured(name: str, args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        worker = harness.Worker(name, args, folder)
+        worker = harness.Worker(name, args, folder, harness.LARGE_BLOCKS_COME_AND_GO)
         started: Any = worker.start()
         if "error" in started:
             raise RuntimeError(started["error"])

@@ -106,7 +106,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each contender")
     parser.add_argument("--contenders", type=_names, default=list(DEFAULT), help="by commas")
     parser.add_argument("--together", type=int, default=7, help="contenders in memory at once")
-    parser.add_argument("--warm", type=_names, default=[], help="of these also the start on the cache that they left")
     parser.add_argument("--grow", action="append", type=_size, metavar="SIZE=A,B,C",
                         help="batch, seq, rank, width or depth; repeatable")  # fmt: skip
     parser.add_argument("--label", default="step", help="first part of the files' names")
