@@ -80,7 +80,7 @@ def phases(
     chunks = CHUNKS if chunked else 1
     ahead = moments(forward, static, vocabulary, chunks)
     back = moments(backward, static, vocabulary, chunks)
-    gradients = gradient_bytes(backward)
+    gradients = back[-1].returned if back else 0
     more = blocks - 3
     block_saved = saved_bytes(forward, three.trace.num_forward_outputs)[1]
     first, last = _span_of_middle(backward)
@@ -112,12 +112,6 @@ def saved_bytes(forward: fx.Graph, num_forward_outputs: int) -> tuple[int, int]:
     saved = saved_storages(forward, num_forward_outputs)
     blocks = sum(saved[node.name] for node in forward.nodes if node.name in saved and _block(node) is not None)
     return sum(saved.values()), blocks // 3
-
-
-def gradient_bytes(backward: fx.Graph) -> int:
-    """Bytes of what a backward graph returns."""
-    end = moments(backward, {node.name for node in backward.find_nodes(op="placeholder")})
-    return end[-1].returned if end else 0
 
 
 def trained_bytes(traced: Traced, rewritten: bool) -> int:
