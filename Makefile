@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torchao==0.18.0
 
-.PHONY: setup demo test coverage contenders bench bench-models bench-growth bench-gpu lint typecheck clean
+.PHONY: setup demo test coverage contenders bench bench-large bench-models bench-growth bench-gpu lint typecheck clean
 
 setup: $(VENV)/.installed
 
@@ -42,9 +42,13 @@ contenders: setup  ## the packages of other methods; galore-torch and apollo-tor
 bench: contenders  ## the figures of docs/performance.md
 	$(BENCH) --model 1024x4 --batch 4 --seq 512 --together 8 \
 		--contenders $(STOCK),$(OASIS),$(OTHERS)
-	$(BENCH) --model smollm2 --batch 4 --seq 256 --steps 3 --contenders stock,stock-recompute,oasis,oasis-budget0.3
+
+bench-large: contenders  ## the same at twice the tokens
+	$(BENCH) --model 1024x4 --batch 8 --seq 512 --together 8 \
+		--contenders $(STOCK),$(OASIS),$(OTHERS)
 
 bench-models: setup  ## other models, and bfloat16
+	$(BENCH) --model smollm2 --batch 4 --seq 256 --steps 3 --contenders stock,stock-recompute,oasis,oasis-budget0.3
 	$(BENCH) --model gpt2 --batch 2 --seq 512 --steps 3 --contenders stock,oasis,oasis-budget0.3
 	$(BENCH) --model vit-b --batch 8 --steps 3 --contenders stock,oasis,oasis-budget0.3
 	$(BENCH) --model 1024x4 --dtype bfloat16 --batch 8 --seq 512 --steps 3 --contenders eager,stock,oasis,oasis-budget0.3

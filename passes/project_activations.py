@@ -135,7 +135,9 @@ def _energy(graph: fx.Graph, term: Contraction, dtype: torch.dtype) -> fx.Node:
         size = [1, *shape(weight)[1:]]
         ones = last = insert_after(graph, last, aten.full.default, size, 1.0, dtype=dtype, device=device)
         squares = last = insert_after(graph, last, aten.convolution.default, squares, ones, None, *geometry)
-    energy = insert_after(graph, last, aten.sum.default, squares)
+    # Row by row first: Inductor then sums within the kernel that makes X, and does not read X again for it.
+    rows = insert_after(graph, last, aten.sum.dim_IntList, squares, [-1])
+    energy = insert_after(graph, rows, aten.sum.default, rows)
     return (
         energy
         if value(term.x).dtype != torch.float16

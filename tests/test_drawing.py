@@ -104,8 +104,8 @@ def test_svg(shown) -> None:
     boxes = [group for group in svg.iter("g") if "box" in group.get("class", "")]
     assert len(boxes) == len(drawn.boxes)
     assert (
-        sum("added" in box.get("class", "") for box in boxes) == 10
-    )  # P, C, G, and two boxes of ||X||^2, of two weights
+        sum("added" in box.get("class", "") for box in boxes) == 12
+    )  # P, C, G, and three boxes of ||X||^2, of two weights
     assert any("outside" in box.get("class", "") for box in boxes)
     assert any("two_blocks.py:15" in (title.text or "") for title in svg.iter("title"))
     width, height = float(svg.get("width", 0)), float(svg.get("height", 0))
