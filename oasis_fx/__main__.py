@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oasis_fx.config import INNER_COMPILERS, SUBSPACES, Settings
+from oasis_fx.config import INNER_COMPILERS, Settings
 from oasis_fx.plan import command as plan
+from oasis_fx.runtime.rules import RULES
 from oasis_fx.show.diff import COLOR_CHOICES, side_by_side, wants_color
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     _add_shared(command)
     command.add_argument("--include", action="append", metavar="GLOB", help="weights to rewrite; repeatable")
     command.add_argument("--exclude", action="append", metavar="GLOB", help="weights to leave alone; repeatable")
-    command.add_argument("--subspace", choices=SUBSPACES, default=SUBSPACES[0], help="how a basis moves")
+    command.add_argument("--subspace", choices=tuple(RULES), default="oja", help="how a basis is chosen and moves")
     command.add_argument("--subspace-every", type=int, default=1, metavar="K", help="a basis moves at each K-th step")
     command.add_argument("--inner", choices=INNER_COMPILERS, default=INNER_COMPILERS[0], help="whose graphs to show")
     command.add_argument("--dynamic", action="store_true", help="with symbolic sizes")

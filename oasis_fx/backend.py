@@ -14,6 +14,7 @@ from torch import fx
 
 from oasis_fx.config import Rank, Settings
 from oasis_fx.errors import OasisWarning
+from oasis_fx.runtime.rules import Rule
 
 if TYPE_CHECKING:  # these load Inductor
     from oasis_fx.lowering import CompiledGraph
@@ -28,9 +29,9 @@ Compiled = Callable[..., Any]
 def oasis_backend(
     rank: Rank = 32,
     *,
-    subspace: str = "oja",
-    subspace_lr: float = 1.0,
-    subspace_every: int = 1,
+    subspace: str | Rule = "oja",
+    subspace_lr: float | str | None = None,
+    subspace_every: int | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     inner: str = "inductor",
@@ -50,11 +51,15 @@ def oasis_backend(
         rank: columns of each basis: a whole number from 1 (more than in_features means all of them), a
             fraction of in_features between 0 and 1, or a dict of globs over weight names to either, where
             the first that matches counts and weights that none matches keep dense gradients.
-        subspace: how a basis moves: ``"oja"``, the rule of OASIS (arXiv 2604.09406).
-        subspace_lr: step of the Oja update in units of the statistic's mean singular value, over 0;
-            ``math.inf`` is power iteration.
+        subspace: how a basis is chosen and moves: the name of a rule, or a rule of `oasis_fx.runtime.rules`:
+            ``"oja"`` of OASIS (arXiv 2604.09406), ``"pca"``, ``"random"``, ``"principal_random"``, ``"sampled"``,
+            ``"dct"`` for activations; ``"gradient_svd"``, ``"gradient_oja"``, ``"gradient_power"`` for weight
+            gradients. docs/subspaces.md says what each does.
+        subspace_lr: step size, over 0, of the rules that have one. For ``"oja"`` in units of the statistic's mean
+            singular value; ``math.inf`` is power iteration, ``"auto"`` finds it during training. None: the rule's
+            own, 1 for ``"oja"``.
         subspace_every: bases move at the first optimizer step and at each so many from there, from 1, by the
-            activations of that step.
+            activations of that step. None: the rule's own, 1 for ``"oja"``.
         include: globs over weight names; others keep dense gradients. Default: every weight.
         exclude: globs over weight names that keep dense gradients. Default: output heads, and embeddings
             with whatever is tied to one.

@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
+from oasis_fx.runtime.rules import Rule, rule_of
 from oasis_fx.sizes import parse_bytes
 
-SUBSPACES = ("oja",)
 INNER_COMPILERS = ("inductor", "aot_eager")
 
 # Output heads: their input is small beside the logits, and their rows are the vocabulary.
@@ -37,9 +37,9 @@ class Settings:
     """Checked settings of one backend; see `oasis_fx.backend.oasis_backend` for what they mean."""
 
     rank: Rank = 32
-    subspace: str = "oja"
-    subspace_lr: float = 1.0
-    subspace_every: int = 1
+    subspace: str | Rule = "oja"
+    subspace_lr: float | str | None = None
+    subspace_every: int | None = None
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     inner: str = "inductor"
@@ -54,12 +54,13 @@ class Settings:
             if not self.rank:
                 raise ValueError("rank is {}: give at least one glob, such as {'*': 32}")
             object.__setattr__(self, "rank", MappingProxyType(dict(self.rank)))
-        _check_choice("subspace", self.subspace, SUBSPACES)
+        rule_of(self.subspace)  # raises where it is neither a name nor a rule
         _check_choice("inner", self.inner, INNER_COMPILERS)
-        if not _is_number(self.subspace_lr) or not self.subspace_lr > 0:
-            raise ValueError(f"subspace_lr is {self.subspace_lr!r}: it must be a number over 0 (inf: power iteration)")
+        rate = self.subspace_lr
+        if rate not in (None, "auto") and not (_is_number(rate) and rate > 0):  # type: ignore[operator]
+            raise ValueError(f"subspace_lr is {rate!r}: it must be a number over 0 (inf: power iteration), or 'auto'")
         every = self.subspace_every
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"subspace_every is {every!r}: it must be a whole number from 1")
         budget = self.memory_budget
         if (parse_bytes(budget) is None) if isinstance(budget, str) else not (_is_number(budget) and 0 <= budget <= 1):
@@ -70,6 +71,11 @@ class Settings:
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         if "custom_partitioner_fn" in self.options:
             raise ValueError("options names 'custom_partitioner_fn': oasis_fx is one itself, it cannot take another")
+
+    @property
+    def rule(self) -> Rule:
+        """How the bases are chosen and move."""
+        return rule_of(self.subspace)
 
     @property
     def budget(self) -> int | float | None:

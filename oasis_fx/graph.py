@@ -36,6 +36,11 @@ class LiftedWeight:
         energy: position of a scalar beside Q, whose gradient will be ||X||^2; None where that is not wanted.
         features: dimensions of W, from and to, that its matmul sums over: (1, 2) of nn.Linear's [m,n], (0, 1) of
             Conv1D's [n,m], (1, 4) of a convolution's [m,c,h,w], (1, 2) of experts' [e,n,m]. The others are rows.
+        of_gradient: project dW, and not X.
+        statistic: whether the basis goes by C, or else by nothing that the graph computes for it.
+        control: position of what the operators of `oasis_fx.runtime.in_graph` are told, where the basis goes by the
+            batch itself; Q is then a stand-in of its shape. None elsewhere.
+        dense: whether the gradient leaves the graph as G Q^T, in the weight's own slot.
     """
 
     weight: int
@@ -43,6 +48,10 @@ class LiftedWeight:
     basis: int
     energy: int | None
     features: tuple[int, int]
+    of_gradient: bool = False
+    statistic: bool = True
+    control: int | None = None
+    dense: bool = False
 
     def rows(self, num_dims: int) -> tuple[int, ...]:
         """The dimensions of W that are rows of S, in order."""

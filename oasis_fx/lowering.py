@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from oasis_fx.partitioner import JointPartitioner
 from oasis_fx.passes.group_by_activation import WeightUse, group_by_activation
 from oasis_fx.passes.lift_runtime_inputs import lift_runtime_inputs
 from oasis_fx.pipeline import Trace, observe_traces, partition_joint
-from oasis_fx.runtime.layout import num_features, num_rows
+from oasis_fx.runtime.in_graph import control_of, stand_in
+from oasis_fx.runtime.layout import num_features, num_rows, smaller_side
+from oasis_fx.runtime.rules import BatchRule, StatisticRule
 from oasis_fx.runtime.slots import coordinate_slots
 from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import Subspace, SubspaceSpec
+from oasis_fx.runtime.subspace import Subspace, SubspaceSpec, Versions
 from oasis_fx.torch_private import (
     FakeTensor,
     aot_eager_lowering,
@@ -122,21 +124,25 @@ def _split(
 ) -> list[WeightGroup]:
     """Part a group where its weights want different ranks, or already have different bases."""
     parts: dict[Any, list[WeightUse]] = {}
+    of_gradient = settings.rule.on == "gradient"
     for use in members:
         index = position[use.weight]
         weight = example_inputs[index]
+        if of_gradient:
+            use = replace(use, features=smaller_side(weight.shape, use.features))
         n = num_features(weight.shape, use.features)
         rank = settings.rank_of(names[index], n)
         assert rank is not None  # a weight that no glob of rank names was left alone before
         spec = SubspaceSpec(
             rank=rank,
-            rule=settings.subspace,
-            learning_rate=settings.subspace_lr,
-            every=settings.subspace_every,
+            rule=settings.rule,
+            learning_rate=settings.subspace_lr,  # type: ignore[arg-type]
+            every=settings.subspace_every,  # type: ignore[arg-type]
         )
         # Under DDP the example inputs are fake: what the real weights have is seen at run time alone.
         present = None if isinstance(weight, FakeTensor) else STORE.existing(weight, spec)
-        parts.setdefault((spec, n, weight.dtype, weight.device, id(present)), []).append(use)
+        alone = index if of_gradient else None  # each gradient has a basis of its own
+        parts.setdefault((spec, n, weight.dtype, weight.device, id(present), alone), []).append(use)
     return [
         WeightGroup(tuple(position[use.weight] for use in uses), tuple(use.features for use in uses), spec)
         for (spec, *_), uses in parts.items()
@@ -254,14 +260,42 @@ class _EagerPartition:
         return partition_joint(gm, joint_inputs, lifted=self.lifted, budget=self.budget, **kwargs)
 
 
+@dataclass(frozen=True)
+class _Lending:
+    """Which of the runtime's inputs a rule wants: a basis for each group, then what else it names, then all slots."""
+
+    energy: bool
+    control: bool
+
+
+def _lending(groups: Sequence[WeightGroup], stats: bool) -> _Lending:
+    rule = groups[0].spec.rule  # of one backend, so of all groups
+    energy = isinstance(rule, StatisticRule) and (stats or rule.needs_energy)
+    return _Lending(energy, isinstance(rule, BatchRule))
+
+
 def _lifted(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) -> tuple[LiftedWeight, ...]:
-    """Positions of the runtime's inputs: all bases behind the graph's own inputs, their energies, then all slots."""
+    """Positions of the runtime's inputs, behind the graph's own."""
+    if not groups:
+        return ()
+    lending, rule, count = _lending(groups, stats), groups[0].spec.rule, len(groups)
+    control = num_inputs + count * (1 + lending.energy)
+    slot = control + count * lending.control
     lifted = []
-    slot = num_inputs + len(groups) * (2 if stats else 1)
     for index, group in enumerate(groups):
         for weight, features in zip(group.weights, group.features, strict=True):
-            energy = num_inputs + len(groups) + index if stats else None
-            lifted.append(LiftedWeight(weight, slot, num_inputs + index, energy, features))
+            made = LiftedWeight(
+                weight,
+                slot,
+                num_inputs + index,
+                num_inputs + count + index if lending.energy else None,
+                features,
+                of_gradient=rule.on == "gradient",
+                statistic=isinstance(rule, StatisticRule),
+                control=control + index if lending.control else None,
+                dense=rule.dense,
+            )
+            lifted.append(made)
             slot += 1
     return tuple(lifted)
 
@@ -272,7 +306,8 @@ def _fake_runtime_inputs(
     """Fake runtime inputs in the fake mode of the compile, with static shapes: they have no source to guard on."""
     mode = tracing_fake_mode()
     assert mode is not None  # Dynamo always sets one
-    bases, energies, slots = [], [], []
+    lending = _lending(groups, stats)
+    bases, energies, controls, slots = [], [], [], []
     for group in groups:
         for weight, features in zip(group.weights, group.features, strict=True):
             w = example_inputs[weight]
@@ -280,12 +315,19 @@ def _fake_runtime_inputs(
             slots.append(slot.detach().requires_grad_())
         dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
         n = num_features(w.shape, features)
-        bases.append(torch.empty(n, group.spec.rank, dtype=dtype, device=w.device).requires_grad_())
-        if stats:
+        shape = n, group.spec.rank
+        basis = torch.empty(shape, dtype=dtype, device=w.device)
+        if lending.control:  # laid out as what will come: generated code looks at the strides
+            basis = stand_in(shape, dtype, w.device)
+        bases.append(basis.requires_grad_())
+        if lending.energy:
             energies.append(torch.zeros((), dtype=dtype, device=w.device).requires_grad_())
-    inputs = {"basis": bases, "energy": energies, "slot": slots}
+        if lending.control:
+            controls.append(torch.zeros(3, dtype=torch.int64))
+    inputs = {"basis": bases, "energy": energies, "control": controls, "slot": slots}
     names = [f"{kind}_{index}" for kind, made in inputs.items() for index in range(len(made))]
-    fakes: list[torch.Tensor] = [mode.from_tensor(t, static_shapes=True) for t in (*bases, *energies, *slots)]
+    made = [*bases, *energies, *controls, *slots]
+    fakes: list[torch.Tensor] = [mode.from_tensor(t, static_shapes=True) for t in made]
     return fakes, names
 
 
@@ -296,6 +338,7 @@ def _call_with_runtime_inputs(compiled: Compiled, record: CompiledGraph, stats: 
     time must not be remembered here.
     """
     groups = record.groups
+    lending = _lending(groups, stats)
     names = [tuple(record.names[index] for index in group.weights) for group in groups]
     features = tuple(dims for group in groups for dims in group.features)
 
@@ -308,11 +351,17 @@ def _call_with_runtime_inputs(compiled: Compiled, record: CompiledGraph, stats: 
             subspaces.append(subspace)
             weights += members
             owners += [subspace] * len(members)
-        slots = coordinate_slots(weights, owners, features)
+        versions = Versions() if lending.control else None
+        slots = coordinate_slots(weights, owners, features, versions)
         if on_use is not None:
             for subspace, known_as in zip(subspaces, names, strict=True):
                 on_use(subspace, known_as)
-        energies = [subspace.energy for subspace in subspaces] if stats else []
-        return compiled(*args, *(subspace.basis for subspace in subspaces), *energies, *slots)
+        if versions is not None:
+            bases = [stand_in(subspace.shape, subspace.dtype, subspace.device) for subspace in subspaces]
+            others = [control_of(subspace, versions) for subspace in subspaces]
+        else:
+            bases = [subspace.basis for subspace in subspaces]
+            others = [subspace.energy for subspace in subspaces] if lending.energy else []
+        return compiled(*args, *bases, *others, *slots)
 
     return run

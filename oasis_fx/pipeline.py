@@ -5,6 +5,7 @@
     find_weight_gradients  (joint graph)      sites, and skipped weights with the reason
     project_activations    (joint graph)      P = X Q and C = X^T P next to X
     low_rank_gradients     (joint graph)      dW -> G; the dense contraction goes
+    project_gradients      (joint graph)      in place of these three, for bases of gradients: G = dW Q
     plan_saves             (joint graph)      under a budget: what to keep, what to compute again
     partition              (joint graph)      forward and backward, by torch's min-cut
     early_statistics       (backward graph)   C as soon as it can be, so that X can go
@@ -33,6 +34,7 @@ from oasis_fx.passes.early_statistics import early_statistics
 from oasis_fx.passes.find_weight_gradients import find_weight_gradients
 from oasis_fx.passes.low_rank_gradients import low_rank_gradients
 from oasis_fx.passes.project_activations import project_activations
+from oasis_fx.passes.project_gradients import find_dense_gradients, project_gradients
 from oasis_fx.torch_private import fx_graph_cse, is_whole_joint
 
 
@@ -144,6 +146,13 @@ def rewrite_joint(
         PassError: from a pass, or from the verifier behind it.
     """
     graph = gm.graph
+    of_gradients = [weight for weight in lifted if weight.of_gradient]
+    if of_gradients:
+        sites, skipped = find_dense_gradients(graph, of_gradients)
+        with _checked("project_gradients", graph):
+            project_gradients(graph, sites)
+        graph.eliminate_dead_code()
+        return sites, skipped
     sites, skipped = find_weight_gradients(graph, lifted)
     if not sites:
         return sites, skipped

@@ -81,8 +81,8 @@ def collect_stats(subspaces: Mapping[Subspace, tuple[str, ...]], model: torch.nn
     names = live if model is None else _names_in(model, live)
     kept = [subspace for subspace in live if subspace in names]
     values: dict[Subspace, list[float]] = {}
-    for device in dict.fromkeys(subspace.basis.device for subspace in kept):
-        here = [subspace for subspace in kept if subspace.basis.device == device]
+    for device in dict.fromkeys(subspace.device for subspace in kept):
+        here = [subspace for subspace in kept if subspace.device == device]
         scalars = [[getattr(s, q).double() for q in QUANTITIES] + [s.num_updates.double()] for s in here]
         read = torch.stack([scalar for row in scalars for scalar in row]).view(len(here), -1).tolist()
         values.update(zip(here, read, strict=True))
@@ -92,7 +92,7 @@ def collect_stats(subspaces: Mapping[Subspace, tuple[str, ...]], model: torch.nn
         seen[first] = seen.get(first, 0) + 1
         name = first if seen[first] == 1 else f"{first} ({seen[first]})"
         captured, drift, condition, updates = values[subspace]
-        n, rank = subspace.basis.shape
+        n, rank = subspace.shape
         rows.append(SubspaceStats(name, names[subspace], (n, rank), captured, drift, condition, int(updates)))
     return Stats(rows)
 

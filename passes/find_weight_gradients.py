@@ -90,6 +90,8 @@ def find_weight_gradients(
             rank = shape(placeholders[weight.slot])[1]
             for term in (term for block in blocks for term in block):
                 _check_worth(term, rank)
+                if weight.control is not None and term.kind is Kind.CONVOLUTION:
+                    raise _NoMatch("this rule goes by the rows of X, and a convolution's patches are never laid out")
             sites.append(WeightGradient(weight, position, tuple(blocks)))
         except _NoMatch as miss:
             skipped.append(Skipped(weight.weight, str(miss)))

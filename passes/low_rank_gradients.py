@@ -4,6 +4,8 @@
     after    G [m,r] = dY^T[m,N] @ P[N,r]     in the slot of S; None in the slot of W
                                               G == dW @ Q exactly, in real arithmetic
 
+A basis that is asked to leave nothing behind gives W's slot G Q^T in place of S's G.
+
 Rows of experts are stacked: m counts those of all of them. With P in place of what a convolution reads, the layer is
 one of kernel size 1, and G its weight gradient.
 
@@ -27,6 +29,7 @@ from oasis_fx.graph import (
     aten,
     insert_after,
     insert_before,
+    outputs,
     prims,
     set_output,
     shape,
@@ -57,9 +60,33 @@ def low_rank_gradients(
         total = blocks[0]
         if len(blocks) > 1:
             total = insert_after(graph, max(blocks), aten.cat.default, blocks)
+        if site.inputs.dense:
+            set_output(graph, site.position, _dense_again(graph, site, total, projections))
+            continue
         set_output(graph, positions[site.inputs.slot], total)
         set_output(graph, site.position, None)
     return len(sites)
+
+
+def _dense_again(graph: fx.Graph, site: WeightGradient, g: fx.Node, projections: Mapping[Hashable, fx.Node]) -> fx.Node:
+    """``G Q^T`` laid out as the weight is."""
+    old = outputs(graph)[site.position]
+    sizes, rows = shape(old), site.inputs.rows(len(shape(old)))
+    order = [*rows, *range(*site.inputs.features)]
+    basis = _basis_of(projections[projection_key(site.terms[0], site.inputs.basis)])
+    q_t = insert_after(graph, g, aten.permute.default, basis, [1, 0])
+    dense = insert_after(graph, q_t, aten.mm.default, g, q_t)
+    dense = insert_after(graph, dense, aten.view.default, dense, [sizes[dim] for dim in order])
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return insert_after(graph, dense, aten.permute.default, dense, inverse)
+
+
+def _basis_of(projection: fx.Node) -> fx.Node:
+    """What `batch_basis` gave to a projection, behind views of it."""
+    node = projection
+    while node.target is not torch.ops.oasis_fx.batch_basis.default:
+        node = node.all_input_nodes[-1]  # P = X Q: the basis is the second operand
+    return node
 
 
 def _sum(graph: fx.Graph, parts: Sequence[fx.Node]) -> fx.Node:

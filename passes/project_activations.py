@@ -3,8 +3,10 @@
     before   X [N,n]
     after    X [N,n]
              P [N,r] = X @ Q            what the backward pass may keep in place of X
-             C [n,r] = X^T @ P          goes to the gradient slot of Q
+             C [n,r] = X^T @ P          goes to the gradient slot of Q, where the basis goes by it
              ||X||^2                    goes to the gradient slot of Q's energy, where there is one
+
+Where the basis goes by the batch itself, Q is what `batch_basis` makes of X (oasis_fx/runtime/in_graph.py).
 
 The rows of X are the tokens of all experts, or the patches that a convolution reads; these are never laid out: P is
 then a convolution itself, with Q^T as its weight, and C its weight gradient.
@@ -25,6 +27,7 @@ from torch import fx
 from oasis_fx.graph import (
     Contraction,
     Kind,
+    LiftedWeight,
     PassError,
     WeightGradient,
     aten,
@@ -42,7 +45,10 @@ _FLOAT16_SCALE = 2.0**-10
 
 
 def project_activations(graph: fx.Graph, sites: Sequence[WeightGradient]) -> Mapping[Hashable, fx.Node]:
-    """Insert P and C next to each activation; return the P nodes by `projection_key`."""
+    """Insert P and C next to each activation; return the P nodes by `projection_key`.
+
+    Requires: a term whose basis goes by the batch is no convolution, whose patches are nowhere laid out.
+    """
     placeholders = input_placeholders(graph)
     positions = gradient_positions(graph)
     projections: dict[Hashable, fx.Node] = {}
@@ -52,7 +58,9 @@ def project_activations(graph: fx.Graph, sites: Sequence[WeightGradient]) -> Map
             key = projection_key(term, site.inputs.basis)
             if key not in projections:
                 project = {Kind.CONVOLUTION: _project_patches, Kind.BATCHED: _project_batch}.get(term.kind, _project)
-                projections[key], statistic = project(graph, term, basis)
+                projections[key], statistic = project(graph, term, basis, site.inputs)
+                if statistic is None:
+                    continue
                 if value(statistic).dtype != value(basis).dtype:
                     to_dtype = prims.convert_element_type.default
                     statistic = insert_after(graph, statistic, to_dtype, statistic, value(basis).dtype)
@@ -78,7 +86,9 @@ def convolution_arguments(term: Contraction) -> tuple[Any, ...]:
     return term.dense.all_input_nodes[0].args
 
 
-def _project(graph: fx.Graph, term: Contraction, basis: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _project(
+    graph: fx.Graph, term: Contraction, basis: fx.Node, inputs: LiftedWeight
+) -> tuple[fx.Node, fx.Node | None]:
     # Next to X, not next to the gradient: the partitioner must see P as a value of the forward pass.
     x = last = term.x
     if len(shape(x)) == 3:  # a batched matmul with a batch of one
@@ -86,34 +96,47 @@ def _project(graph: fx.Graph, term: Contraction, basis: fx.Node) -> tuple[fx.Nod
     swapped = last = insert_after(graph, last, aten.permute.default, x, [1, 0])
     x, x_t = (swapped, x) if term.x_transposed else (x, swapped)
     _check_features(term, shape(x)[1], basis)
-    q, last = _in_dtype_of(graph, x, basis, last)
+    q, last = _lent_basis(graph, x, basis, last, inputs)
     p = insert_after(graph, last, aten.mm.default, x, q)
+    if not inputs.statistic:
+        return p, None
     scaled = _scaled(graph, p)
     return p, insert_after(graph, scaled, aten.mm.default, x_t, scaled)
 
 
-def _project_batch(graph: fx.Graph, term: Contraction, basis: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _project_batch(
+    graph: fx.Graph, term: Contraction, basis: fx.Node, inputs: LiftedWeight
+) -> tuple[fx.Node, fx.Node | None]:
     x = last = term.x
     swapped = last = insert_after(graph, last, aten.permute.default, x, [0, 2, 1])
     x, x_t = (swapped, x) if term.x_transposed else (x, swapped)
     _check_features(term, shape(x)[2], basis)
-    q, last = _in_dtype_of(graph, x, basis, last)
+    rows = x
+    if inputs.control is not None:
+        rows = last = insert_after(graph, last, aten.reshape.default, x, [-1, shape(x)[2]])
+    q, last = _lent_basis(graph, rows, basis, last, inputs)
     q = last = insert_after(graph, last, aten.unsqueeze.default, q, 0)
     q = last = insert_after(graph, last, aten.expand.default, q, [int(shape(x)[0]), *shape(basis)])
     p = insert_after(graph, last, aten.bmm.default, x, q)
+    if not inputs.statistic:
+        return p, None
     scaled = _scaled(graph, p)
     c = insert_after(graph, scaled, aten.bmm.default, x_t, scaled)
     return p, insert_after(graph, c, aten.sum.dim_IntList, c, [0])
 
 
-def _project_patches(graph: fx.Graph, term: Contraction, basis: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _project_patches(
+    graph: fx.Graph, term: Contraction, basis: fx.Node, inputs: LiftedWeight
+) -> tuple[fx.Node, fx.Node | None]:
     _, x, weight, _, *geometry, _ = convolution_arguments(term)
     kernel, (n, rank), num_dims = shape(weight)[1:], shape(basis), len(shape(weight))
     _check_features(term, torch.Size(kernel).numel(), basis)
-    q, last = _in_dtype_of(graph, x, basis, x)
+    q, last = _lent_basis(graph, x, basis, x, inputs)
     q = last = insert_after(graph, last, aten.view.default, q, [*kernel, rank])
     q = last = insert_after(graph, last, aten.permute.default, q, [num_dims - 1, *range(num_dims - 1)])
     p = insert_after(graph, last, aten.convolution.default, x, q, None, *geometry)
+    if not inputs.statistic:
+        return p, None
     scaled = _scaled(graph, p)
     mask = [False, True, False]
     c = last = insert_after(graph, scaled, aten.convolution_backward.default, scaled, x, q, None, *geometry, mask)
@@ -150,8 +173,14 @@ def _check_features(term: Contraction, n: Any, basis: fx.Node) -> None:
         raise PassError("project_activations", term.x, f"X has {n} columns, the basis {shape(basis)[0]} rows")
 
 
-def _in_dtype_of(graph: fx.Graph, x: fx.Node, basis: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Q in X's dtype, and the node to insert behind: that or ``last``."""
+def _lent_basis(
+    graph: fx.Graph, x: fx.Node, basis: fx.Node, last: fx.Node, inputs: LiftedWeight
+) -> tuple[fx.Node, fx.Node]:
+    """Q in the dtype of X (rows by features), and the node to insert behind: that or ``last``."""
+    if inputs.control is not None:
+        control = input_placeholders(graph)[inputs.control]
+        q = insert_after(graph, last, torch.ops.oasis_fx.batch_basis.default, x, basis, control)
+        return q, q
     if value(basis).dtype == value(x).dtype:
         return basis, last
     cast = insert_after(graph, last, prims.convert_element_type.default, basis, value(x).dtype)

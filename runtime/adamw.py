@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
 
-from oasis_fx.runtime.layout import Features, add_product_
 from oasis_fx.runtime.stochastic_rounding import round_stochastically_
-
-State = dict[str, Any]
+from oasis_fx.runtime.subspace_optimizer import LowRankUpdate, State
+from oasis_fx.runtime.weight_step import step_weight, zeros_like
 
 
 def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
@@ -40,17 +38,6 @@ class Hyper:
     stochastic_rounding: bool
 
 
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """One weight's share of a step: its gradient in the coordinates of a basis, and its state."""
-
-    weight: torch.Tensor
-    factor: torch.Tensor
-    basis: torch.Tensor
-    features: Features
-    state: State
-
-
 def step_low_rank(
     updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
 ) -> None:
@@ -65,7 +52,7 @@ def step_low_rank(
     """
     states = [update.state for update in updates]
     means = [state["exp_avg"] for state in states]
-    directions = _zeros_like(means)
+    directions = zeros_like(means)
     step_fused(
         directions,
         [update.factor.to(mean.dtype) for update, mean in zip(updates, means, strict=True)],
@@ -74,7 +61,7 @@ def step_low_rank(
         gate,
     )
     for update, minus_u in zip(updates, directions, strict=True):
-        _step_weight(update, minus_u, hyper, gate, generator)
+        step_weight(update, minus_u, hyper, gate, generator)
 
 
 def step_fused(
@@ -102,44 +89,6 @@ def step_fused(
         eps=hyper.eps,
         maximize=False,
     )
-
-
-def _zeros_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Zeros of equal shapes and dtypes, in one allocation for each dtype."""
-    zeros: dict[int, torch.Tensor] = {}
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        places = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        sizes = [tensors[index].numel() for index in places]
-        buffer = torch.zeros(sum(sizes), dtype=dtype, device=tensors[0].device)
-        for index, part in zip(places, torch.split(buffer, sizes), strict=True):
-            zeros[index] = part.view(tensors[index].shape)
-    return [zeros[index] for index in range(len(tensors))]
-
-
-def _step_weight(
-    update: LowRankUpdate,
-    minus_u: torch.Tensor,
-    hyper: Hyper,
-    gate: torch.Tensor | None,
-    generator: torch.Generator,
-) -> None:
-    weight, basis = update.weight, update.basis
-    keep = 1 - hyper.lr * hyper.weight_decay
-    if weight.dtype == basis.dtype:
-        if gate is not None and keep != 1:
-            weight.mul_(torch.where(gate, keep, 1.0))
-            keep = 1.0
-        add_product_(weight, minus_u, basis, update.features, beta=keep, alpha=hyper.lr)
-        return
-    full = weight.to(basis.dtype)
-    if gate is not None and keep != 1:
-        full.mul_(torch.where(gate, keep, 1.0))
-        keep = 1.0
-    add_product_(full, minus_u, basis, update.features, beta=keep, alpha=hyper.lr)
-    if hyper.stochastic_rounding:
-        round_stochastically_(weight, full, generator)
-    else:
-        weight.copy_(full)
 
 
 def step_dense_bfloat16(

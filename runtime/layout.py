@@ -26,6 +26,13 @@ def num_rows(shape: Sequence[int], features: Features) -> int:
     return math.prod(shape[: features[0]]) * math.prod(shape[features[1] :])
 
 
+def smaller_side(shape: Sequence[int], features: Features) -> Features:
+    """The features of a weight, or its rows in their place where these are fewer and stand side by side."""
+    start, stop = features
+    others = (0, start) if stop == len(shape) else (stop, len(shape)) if start == 0 else features
+    return others if num_features(shape, others) < num_features(shape, features) else features
+
+
 def as_rows(tensor: torch.Tensor, features: Features) -> torch.Tensor:
     """A tensor of the weight's shape as [m, n]; a view where strides allow."""
     n = num_features(tensor.shape, features)

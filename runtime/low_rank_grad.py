@@ -21,11 +21,11 @@ class LowRankGradWarning(UserWarning):
 class LowRankGrad(torch.Tensor):
     """``G @ Q.T``, laid out as the weight is stored, and itself stored as G.
 
-    Norms, scaling, clipping, unscaling, accumulation and zeroing work on the factor; norms are exact since Q
-    is orthonormal. Every other operation makes the full-size matrix, warns once, and is right; every other
-    operation *in place* raises, since it would change a temporary. Where a dense gradient is added in place,
-    as when a weight is used outside of the compiled graph too, the gradient turns dense: ``basis`` is None and
-    ``factor`` has the weight's shape.
+    Norms, scaling, clipping, unscaling, accumulation and zeroing work on the factor; norms are exact, since Q
+    is orthonormal or else Q^T Q is reckoned with. Every other operation makes the full-size matrix, warns once, and
+    is right; every other operation *in place* raises, since it would change a temporary. Where a dense gradient is
+    added in place, as when a weight is used outside of the compiled graph too, the gradient turns dense: ``basis`` is
+    None and ``factor`` has the weight's shape.
 
     No ``__tensor_flatten__``: with it in ``.grad``, recompiles crash on torch up to 2.13.
 
@@ -72,6 +72,11 @@ class LowRankGrad(torch.Tensor):
         """Q [n, r], or None once the gradient has turned dense."""
         return None if self._dense else self.subspace.basis
 
+    @property
+    def is_low_rank(self) -> bool:
+        """False once the gradient has turned dense."""
+        return not self._dense
+
     def to_dense(self) -> torch.Tensor:  # type: ignore[override]
         """The gradient as a plain tensor of the weight's shape.
 
@@ -97,7 +102,8 @@ class LowRankGrad(torch.Tensor):
         return self._with(self.factor.clone())  # of the same subspace: it belongs to the weight, not to the gradient
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = (self.factor, self.subspace.basis.detach(), self.subspace.spec, self.shape, self.stride())
+        subspace = self.subspace
+        state = (self.factor, subspace.basis.detach(), subspace.code, subspace.spec, self.shape, self.stride())
         return _rebuild, (*state, self.features, self._dense)
 
     def _with(self, factor: torch.Tensor) -> LowRankGrad:
@@ -127,6 +133,7 @@ class LowRankGrad(torch.Tensor):
 def _rebuild(
     factor: torch.Tensor,
     basis: torch.Tensor,
+    code: torch.Tensor | None,
     spec: Any,
     shape: Any,
     stride: Any,
@@ -134,7 +141,7 @@ def _rebuild(
     dense: bool,
 ) -> LowRankGrad:
     like = torch.empty_strided(shape, stride, device="meta")
-    gradient = LowRankGrad(factor, Subspace(basis, spec), like, features=features)
+    gradient = LowRankGrad(factor, Subspace(basis, spec, code=code), like, features=features)
     gradient._dense = dense
     return gradient
 
@@ -187,6 +194,16 @@ def _is_scalar(value: object) -> bool:
 
 def _factors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [t.factor if isinstance(t, LowRankGrad) else t for t in tensors]
+
+
+def _isometric(gradient: torch.Tensor) -> torch.Tensor:
+    """A matrix with the norm of a gradient: its factor, times L with ``L L^T = Q^T Q`` where Q is not orthonormal."""
+    if not isinstance(gradient, LowRankGrad):
+        return gradient
+    if gradient._dense or gradient.subspace.spec.rule.orthonormal:
+        return gradient.factor
+    basis = gradient.subspace.basis.detach()
+    return gradient.factor.to(basis.dtype) @ torch.linalg.cholesky(basis.mT @ basis)
 
 
 # AccumulateGrad takes a gradient over by detach; clone and _to_copy serve .clone(), .to() and dtype changes.
@@ -283,12 +300,12 @@ def _vector_norm(
 ) -> Any:
     if order != 2 or dim is not None or keepdim:
         return NotImplemented
-    return func(self.factor, order, dim, keepdim, dtype=dtype)
+    return func(_isometric(self), order, dim, keepdim, dtype=dtype)
 
 
 @_handles(aten._foreach_norm.Scalar)
 def _foreach_norm(func: Any, tensors: Sequence[torch.Tensor], order: Any = 2, dtype: Any = None) -> Any:
-    return func(_factors(tensors), order, dtype) if order == 2 else NotImplemented
+    return func([_isometric(t) for t in tensors], order, dtype) if order == 2 else NotImplemented
 
 
 @_handles(aten._foreach_mul_.Scalar, aten._foreach_mul_.Tensor, aten._foreach_div_.Scalar, aten._foreach_div_.Tensor)

@@ -1,20 +1,32 @@
-"""What a checkpoint of `OasisAdamW` holds, and how it is checked and taken over.
+"""What a checkpoint of our optimizers holds, and how it is checked and taken over.
 
-A weight in a subspace has, beside torch's ``step``, ``exp_avg`` and ``exp_avg_sq``: ``basis`` [n, r],
-``basis_updates`` (how often it moved), ``basis_steps`` (steps since its last turn to move), ``features`` (which of
-its dimensions are n), and ``subspace``, a number that weights with one basis share. All plain tensors and numbers:
-`torch.load(weights_only=True)` reads them.
+A weight in a subspace has, beside ``step`` and the optimizer's own states:
+
+    basis [n, r], or basis_code    what the basis is, or is made from (`Rule.coded`)
+    basis_updates, basis_steps     how often it moved, and the steps since its last turn to
+    basis_seed, basis_error        of rules that draw at random, or feed errors back
+    basis_log_rate, basis_move     of a step size that is found during training
+    features                       which dimensions of the weight are n
+    exp_avg_scale, ...             where a state is eight-bit codes
+    full_rank                      True where the states have the weight's own shape all the same
+    subspace                       a number that weights with one basis share
+
+All plain tensors and numbers: `torch.load(weights_only=True)` reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from oasis_fx.runtime.layout import num_features, num_rows
-from oasis_fx.runtime.store import STORE
+from oasis_fx.runtime.store import STORE, Preloaded
+from oasis_fx.runtime.subspace import Momentum
+
+if TYPE_CHECKING:
+    from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
 
 
 def pack_state(packed: dict[str, Any]) -> dict[str, Any]:
@@ -22,27 +34,35 @@ def pack_state(packed: dict[str, Any]) -> dict[str, Any]:
     numbers: dict[int, int] = {}
     state = {}
     for key, entry in packed["state"].items():
-        if "basis" in entry:
-            number = numbers.setdefault(entry["basis"].data_ptr(), len(numbers))
+        if "features" in entry:
+            number = numbers.setdefault(entry["basis_updates"].data_ptr(), len(numbers))
             entry = {**entry, "subspace": number}
         state[key] = entry
     return {**packed, "state": state}
 
 
-def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+def check_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> None:
     """Raise ValueError where a saved state does not fit its parameter; change nothing."""
     for name, weight, saved in _saved_states(optimizer, state_dict):
-        moments, shape = tuple(saved["exp_avg"].shape), tuple(weight.shape)
-        if "basis" not in saved:
-            if moments != shape:
-                raise ValueError(f"parameter {name} has shape {shape}, its saved moments {moments}")
+        shape = tuple(weight.shape)
+        low_rank = "features" in saved and not saved.get("full_rank")
+        kinds = optimizer.states_of(low_rank)
+        missing = [kind for kind in kinds if kind not in saved]
+        if missing:
+            raise ValueError(f"parameter {name} has no saved {missing[0]!r}: {type(optimizer).__name__} needs one")
+        moments = {tuple(saved[kind].shape) for kind in kinds}
+        if not low_rank:
+            if moments - {shape}:
+                raise ValueError(f"parameter {name} has shape {shape}, its saved moments {(moments - {shape}).pop()}")
             continue
-        n, rank = saved["basis"].shape
+        n, rank = _basis_shape(weight, saved, optimizer.states)
         features = tuple(saved["features"])
         m, n_of_weight = num_rows(shape, features), num_features(shape, features)
-        if (n_of_weight, (m, rank)) != (n, moments):
+        misfits = moments - {(m, rank)}
+        if n_of_weight != n or misfits:
             raise ValueError(
-                f"parameter {name} has shape {shape}, its saved basis {(n, rank)} and moments {moments}: "
+                f"parameter {name} has shape {shape}, its saved basis {(n, rank)} and moments "
+                f"{(misfits or moments).pop()}: "
                 f"{(n_of_weight, rank)} and {(m, rank)} would fit"
             )
         live = STORE.ranks(weight)
@@ -53,26 +73,59 @@ def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
             )
 
 
-def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Take bases over, and low-rank moments in the dtype that they were saved in.
+def restore_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> None:
+    """Take bases over, and low-rank states in the dtype that they were saved in.
 
-    torch's loading, which came before, casts moments to the dtype of the parameter.
+    torch's loading, which came before, casts states to the dtype of the parameter.
     """
     load = object()  # one load's subspace numbers mean nothing to another
+    groups = {weight: group for group in optimizer.param_groups for weight in group["params"]}
     for _, weight, saved in _saved_states(optimizer, state_dict):
-        if "basis" not in saved:
-            continue
         state = optimizer.state[weight]
+        for key, value in saved.items():
+            if f"{key}_scale" in saved:  # codes, of which torch has made floating point numbers
+                state[key] = value.to(weight.device, copy=True)
+                state[f"{key}_scale"] = saved[f"{key}_scale"].to(weight.device, torch.float32, copy=True)
+        if "features" not in saved:
+            continue
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        for key in ("exp_avg", "exp_avg_sq", "basis"):
-            state[key] = saved[key].detach().to(device=weight.device, dtype=wide, copy=True)
-        updates = int(saved["basis_updates"])
-        steps = int(saved.get("basis_steps", 0))  # checkpoints from before `subspace_every` have none
-        STORE.preload(weight, state["basis"], updates, (load, saved["subspace"]), steps)
-        state["basis_steps"] = torch.tensor(steps)
-        state["basis_updates"] = torch.tensor(updates, device=weight.device)
+        low_rank = not saved.get("full_rank")
+        for key, value in saved.items():
+            of_ours = low_rank or key.startswith("basis")
+            if key.endswith("_scale"):
+                continue
+            if of_ours and key != "step" and isinstance(value, torch.Tensor) and value.is_floating_point():
+                state[key] = value.detach().to(device=weight.device, dtype=wide, copy=True)
+        momentum = None
+        if low_rank and optimizer.mean_state is not None:
+            momentum = Momentum(state[optimizer.mean_state], state["step"], optimizer.mean_decay(groups[weight]))
+        coded = "basis_code" in saved
+        if coded:  # torch's loading makes floating point numbers of it
+            state["basis_code"] = saved["basis_code"].to("cpu", copy=True)
+        preloaded = Preloaded(
+            state["basis_code"] if coded else state["basis"],
+            _basis_shape(weight, saved, optimizer.states),
+            (load, saved["subspace"]),
+            int(saved["basis_updates"]),
+            int(saved.get("basis_steps", 0)),  # checkpoints from before `subspace_every` have none
+            int(saved.get("basis_seed", 0)),
+            coded,
+            momentum,
+            state.get("basis_error"),
+            state.get("basis_log_rate"),
+            state.get("basis_move"),
+        )
+        STORE.preload(weight, preloaded)
+        state["basis_steps"] = torch.tensor(preloaded.num_steps)
+        state["basis_updates"] = torch.tensor(preloaded.num_updates, device=weight.device)
         state["features"] = tuple(saved["features"])  # a list, where the checkpoint went through JSON
         del state["subspace"]
+
+
+def _basis_shape(weight: torch.Tensor, saved: dict[str, Any], states: tuple[str, ...]) -> tuple[int, int]:
+    if "basis" in saved:
+        return saved["basis"].shape[0], saved["basis"].shape[1]
+    return num_features(weight.shape, tuple(saved["features"])), saved[states[0]].shape[1]
 
 
 def _saved_states(

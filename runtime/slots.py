@@ -15,14 +15,17 @@ import torch
 
 from oasis_fx.runtime.layout import Features, num_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
-from oasis_fx.runtime.subspace import Subspace
+from oasis_fx.runtime.subspace import Subspace, Versions
 
 # The storage behind every slot of one dtype and device. It never moves: CUDA graphs may keep its address.
 _zeros: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 
 def coordinate_slots(
-    weights: Sequence[torch.Tensor], subspaces: Sequence[Subspace], features: Sequence[Features]
+    weights: Sequence[torch.Tensor],
+    subspaces: Sequence[Subspace],
+    features: Sequence[Features],
+    versions: Versions | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Return a slot S [m, r] for each weight, without memory of its own.
 
@@ -30,21 +33,32 @@ def coordinate_slots(
         weights: trained parameters.
         subspaces: for each weight, the subspace whose basis the graph is called with.
         features: for each weight, which of its dimensions are n.
+        versions: of this call, where the graph itself notes which it uses. None: the present ones.
     """
-    slots: tuple[torch.Tensor, ...] = _Slots.apply(tuple(subspaces), tuple(features), *weights)  # type: ignore[no-untyped-call]
+    if versions is None:
+        versions = Versions()
+        for subspace in subspaces:
+            versions.note(subspace)
+    slots: tuple[torch.Tensor, ...] = _Slots.apply(  # type: ignore[no-untyped-call]
+        tuple(subspaces), tuple(features), versions, *weights
+    )
     return slots
 
 
 class _Slots(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, subspaces: tuple[Subspace, ...], features: tuple[Features, ...], *weights: torch.Tensor
+        ctx: Any,
+        subspaces: tuple[Subspace, ...],
+        features: tuple[Features, ...],
+        versions: Versions,
+        *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.subspaces, ctx.features, ctx.weights = subspaces, features, weights
-        ctx.versions = tuple(subspace.version for subspace in subspaces)
+        ctx.versions = versions
         return tuple(
-            _zero(weight).expand(num_rows(weight.shape, dims), subspace.basis.shape[1])
+            _zero(weight).expand(num_rows(weight.shape, dims), subspace.shape[1])
             for weight, subspace, dims in zip(weights, subspaces, features, strict=True)
         )
 
@@ -58,13 +72,11 @@ class _Slots(torch.autograd.Function):
             )
         gradients: list[torch.Tensor | None] = []
         seen: set[int] = set()
-        for factor, subspace, version, dims, weight in zip(
-            factors, ctx.subspaces, ctx.versions, ctx.features, ctx.weights, strict=True
-        ):
+        for factor, subspace, dims, weight in zip(factors, ctx.subspaces, ctx.features, ctx.weights, strict=True):
             if factor is None:
                 gradients.append(None)
                 continue
-            if subspace.version != version:
+            if not ctx.versions.hold(subspace):
                 raise RuntimeError(
                     "a basis moved between the forward and the backward pass (optimizer.step() in between?): "
                     "the gradient would be in coordinates that are gone"
@@ -73,7 +85,7 @@ class _Slots(torch.autograd.Function):
                 factor = factor.clone()  # autograd adds in place into what it takes over
             seen.add(factor.data_ptr())
             gradients.append(LowRankGrad(factor, subspace, weight, features=dims))
-        return (None, None, *gradients)
+        return (None, None, None, *gradients)
 
 
 def _zero(weight: torch.Tensor) -> torch.Tensor:

@@ -4,23 +4,57 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from oasis_fx.runtime.layout import Features, num_features
-from oasis_fx.runtime.subspace import Subspace, SubspaceSpec, initial_basis
+from oasis_fx.runtime.subspace import Momentum, Subspace, SubspaceSpec, initial_basis
 
 
 @dataclass(frozen=True)
 class Preloaded:
-    """A basis from a checkpoint; weights with an equal ``group`` share it."""
+    """A subspace from a checkpoint; weights with an equal ``group`` share it.
+
+    Attributes:
+        basis: [n, r], or the code of a coded rule.
+        shape: (n, r).
+        coded: whether ``basis`` is a code.
+        momentum, error, log_rate, last_move: as of `Subspace`.
+    """
 
     basis: torch.Tensor
-    num_updates: int
+    shape: tuple[int, int]
     group: object
+    num_updates: int
     num_steps: int = 0
+    seed: int = 0
+    coded: bool = False
+    momentum: Momentum | None = None
+    error: torch.Tensor | None = None
+    log_rate: torch.Tensor | None = None
+    last_move: torch.Tensor | None = None
+
+    def suits(self, shape: tuple[int, int], spec: SubspaceSpec) -> bool:
+        """Whether it can become a subspace of that shape.
+
+        Raises:
+            ValueError: the rule cannot go on with it.
+        """
+        if self.shape != shape:
+            return False
+        rule = spec.rule
+        if self.coded != rule.coded or (rule.coded and self.basis.shape != rule.first_code(spec.rank, 0).shape):
+            raise ValueError(f"the checkpoint has a basis of another rule than the backend's, {rule.name!r}")
+        return True
+
+    def pour_into(self, subspace: Subspace) -> None:
+        subspace.load(self.basis, self.num_updates, self.num_steps)
+        subspace.seed, subspace.momentum, subspace.error = self.seed, self.momentum, self.error
+        subspace.last_move = self.last_move
+        if self.log_rate is not None:
+            subspace.log_rate = self.log_rate
 
 
 class SubspaceStore:
@@ -51,6 +85,9 @@ class SubspaceStore:
         Weights of one group may come with different subspaces: a graph compiled for one layer is used for
         another whose weights got theirs from other graphs. They then take the first one's; the optimizer
         carries moments over between any two bases of one rank.
+
+        Raises:
+            ValueError: a checkpoint has given them a basis that the rule cannot go on with.
         """
         first = self.existing(weights[0], spec)
         if first is not None and _fits(first, weights[0]):
@@ -59,41 +96,57 @@ class SubspaceStore:
         with self._lock:
             known = [s for w in weights if (s := self.existing(w, spec)) is not None]
             subspace = known[0] if known else self._make(weights, spec, features)
-            if not _fits(subspace, weights[0]):  # the model was moved or cast since
-                basis = subspace.basis.detach().to(weights[0].device, _basis_dtype(weights[0]))
-                subspace = Subspace(basis, spec, int(subspace.num_updates), int(subspace.num_steps))
+            if not _fits(subspace, weights[0]):
+                subspace = _moved(subspace, weights[0])
             for weight in weights:
                 self._subspaces.setdefault(weight, {})[spec] = subspace
             return subspace
 
-    def preload(
-        self, weight: torch.Tensor, basis: torch.Tensor, num_updates: int, group: object, num_steps: int = 0
-    ) -> None:
-        """Give a weight a basis [n, r] from a checkpoint.
+    def preload(self, weight: torch.Tensor, saved: Preloaded) -> None:
+        """Give a weight a basis from a checkpoint.
 
         Its subspaces of that rank take it over in place; without one, it waits for the first graph that asks.
         """
         with self._lock:
-            live = [subspace for subspace in self.all_of(weight) if subspace.spec.rank == basis.shape[1]]
+            rank = saved.shape[1]
+            live = [s for s in self.all_of(weight) if s.spec.rank == rank and saved.suits(s.shape, s.spec)]
             for subspace in live:
-                subspace.load(basis, num_updates, num_steps)
+                saved.pour_into(subspace)
             if not live:
-                self._preloaded[weight] = Preloaded(basis.detach().clone(), num_updates, group, num_steps)
+                self._preloaded[weight] = replace(saved, basis=saved.basis.detach().clone())
 
     def _make(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, features: Sequence[Features]) -> Subspace:
         weight = weights[0]
-        n = num_features(weight.shape, features[0])
+        shape = num_features(weight.shape, features[0]), spec.rank
+        seed = int(torch.randint(1 << 31, ())) if spec.rule.draws else 0  # as parameters draw their first values
+        subspace = Subspace(initial_basis(*shape, _basis_dtype(weight), weight.device), spec, seed=seed)
         waiting: list[Preloaded] = [p for w in weights if (p := self._preloaded.get(w)) is not None]
         for saved in waiting:
-            if saved.basis.shape != (n, spec.rank):
+            if not saved.suits(shape, spec):
                 continue
-            basis = saved.basis.to(device=weight.device, dtype=_basis_dtype(weight), copy=True)
-            subspace = Subspace(basis, spec, saved.num_updates, saved.num_steps)
+            saved.pour_into(subspace)
             for other in [w for w, p in self._preloaded.items() if p.group == saved.group]:
                 self._preloaded.pop(other)
                 self._subspaces.setdefault(other, {})[spec] = subspace
-            return subspace
-        return Subspace(initial_basis(n, spec.rank, _basis_dtype(weight), weight.device), spec)
+            break
+        return subspace
+
+
+def _moved(subspace: Subspace, weight: torch.Tensor) -> Subspace:
+    """The subspace for a model that was moved or cast since."""
+    device, dtype = weight.device, _basis_dtype(weight)
+    moved = Subspace(
+        subspace.basis.detach().to(device, dtype),
+        subspace.spec,
+        int(subspace.num_updates),
+        int(subspace.num_steps),
+        seed=subspace.seed,
+        code=subspace.code,
+    )
+    moved.log_rate = subspace.log_rate.to(device, dtype)
+    moved.last_move = None if subspace.last_move is None else subspace.last_move.to(device, dtype)
+    moved.error = None if subspace.error is None else subspace.error.to(device, dtype)
+    return moved
 
 
 def _basis_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -101,7 +154,7 @@ def _basis_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def _fits(subspace: Subspace, weight: torch.Tensor) -> bool:
-    return subspace.basis.device == weight.device and subspace.basis.dtype == _basis_dtype(weight)
+    return subspace.device == weight.device and subspace.dtype == _basis_dtype(weight)
 
 
 STORE = SubspaceStore()

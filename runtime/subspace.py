@@ -1,13 +1,42 @@
-"""The subspace of one activation: its orthonormal basis, and the rule by which the basis moves."""
+"""The subspace of one activation or gradient: its basis, and what its rule goes by."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+from weakref import WeakValueDictionary
 
 import torch
 
-RULES = ("oja",)
+if TYPE_CHECKING:
+    from oasis_fx.runtime.rules import Rule
+
+# By number, since a compiled graph takes tensors alone: how an operator within one finds its subspace and its call.
+BY_HANDLE: WeakValueDictionary[int, Subspace] = WeakValueDictionary()
+BY_CALL: WeakValueDictionary[int, Versions] = WeakValueDictionary()
+_handles, _calls = itertools.count(1), itertools.count(1)
+
+
+class Versions:
+    """The versions of bases that one call of a compiled graph has used.
+
+    A basis that goes by the batch may move in the forward pass or, where the partitioner computes P there, in the
+    backward pass: its operator notes what it gave out.
+    """
+
+    def __init__(self) -> None:
+        self.call = next(_calls)
+        self._used: dict[Subspace, set[int]] = {}
+        BY_CALL[self.call] = self
+
+    def note(self, subspace: Subspace) -> None:
+        self._used.setdefault(subspace, set()).add(subspace.version)
+
+    def hold(self, subspace: Subspace) -> bool:
+        """Whether what was computed in its basis is still in its basis."""
+        return self._used.get(subspace, set()) <= {subspace.version}
 
 
 @dataclass(frozen=True)
@@ -16,88 +45,190 @@ class SubspaceSpec:
 
     Attributes:
         rank: columns of the basis, from 1.
-        rule: how the basis moves; one of `RULES`.
-        learning_rate: step of the rule, over 0; `math.inf` is power iteration.
-        every: the basis moves at each so many optimizer steps, from 1.
+        rule: how the basis is chosen and moves; a name stands for the rule that bears it.
+        learning_rate: step of the rule, over 0; `math.inf` is power iteration, ``"auto"`` is found during training (see
+            `oasis_fx.runtime.rate`). None: the rule's own.
+        every: the basis moves at each so many optimizer steps, from 1. None: the rule's own.
 
     Raises:
         ValueError: naming the value and what is allowed.
     """
 
     rank: int
-    rule: str = "oja"
-    learning_rate: float = 1.0
-    every: int = 1
+    rule: Rule = "oja"  # type: ignore[assignment]
+    learning_rate: float | Literal["auto"] = None  # type: ignore[assignment]
+    every: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        from oasis_fx.runtime.rules import rule_of  # they import this module
+
+        rule = rule_of(self.rule)
+        rate = rule.learning_rate if self.learning_rate is None else self.learning_rate
+        every = rule.every if self.every is None else self.every
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank!r}: it must be a whole number from 1")
-        if self.rule not in RULES:
-            raise ValueError(f"rule is {self.rule!r}: it must be one of {', '.join(map(repr, RULES))}")
-        if math.isnan(self.learning_rate) or not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate!r}: it must be a number over 0")
-        if self.every < 1:
-            raise ValueError(f"every is {self.every!r}: it must be a whole number from 1")
+        if rate != "auto" and (isinstance(rate, str) or math.isnan(rate) or not rate > 0):
+            raise ValueError(f"learning_rate is {rate!r}: it must be a number over 0, or 'auto'")
+        if every < 1:
+            raise ValueError(f"every is {every!r}: it must be a whole number from 1")
+        for name, value in (("rule", rule), ("learning_rate", rate), ("every", every)):
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """The first moment of the one weight of a subspace, as its optimizer keeps it.
+
+    Attributes:
+        mean: m [rows, r], in the basis' present coordinates, not bias-corrected; changes with the optimizer's.
+        step: the optimizer's count of steps.
+        beta: its decay a step.
+    """
+
+    mean: torch.Tensor
+    step: torch.Tensor
+    beta: float
+
+    def corrected(self) -> torch.Tensor:
+        """m^, or zeros before the first step."""
+        bias = 1 - self.beta ** self.step.double()
+        return self.mean / torch.where(bias > 0, bias, 1.0).to(self.mean)
 
 
 class Subspace:
-    """The basis Q [n, r] that the weights which read one activation share.
+    """The basis Q [n, r] that the weights which read one activation share, or the one of a weight's gradient.
 
     Attributes:
-        basis: leaf tensor [n, r], float32 (float64 for float64 weights), orthonormal columns. Allocated once
-            and changed in place only, so that CUDA graphs may keep its address.
         spec: what was asked for; its rank is the basis' number of columns.
-        energy: leaf scalar that graphs take and do not read; its gradient is ||X||^2, summed like the statistic.
+        shape: (n, r).
+        code: where the rule is coded: int64 on the CPU, what the basis is made from at each use; else None.
+        energy: leaf scalar that graphs take and do not read; its gradient is ||A||^2, summed like the statistic.
         num_updates: int64 scalar on the basis' device: how often the basis has moved.
         num_steps: int64 scalar on the CPU: optimizer steps since the basis last had its turn to move (``spec.every``).
+        overlap: R = Q^T Q+ [r, r] of the moves within backward passes since the last optimizer step; None for none.
+        momentum: for rules that use it: set by the optimizer.
+        error: for rules with error feedback: E [rows, n].
+        log_rate: scalar: the logarithm of the step size under ``learning_rate="auto"``; 0 at first.
+        last_move: what is remembered of the last move, for that.
         captured_energy, drift, condition: scalars of the last move, on the basis' device; NaN before. What they are:
             `oasis_fx.stats.SubspaceStats`.
+
+    A stored basis is a leaf tensor [n, r], float32 (float64 for float64 weights), allocated once and changed in place
+    only, so that CUDA graphs may keep its address.
     """
 
     def __init__(
-        self, basis: torch.Tensor, spec: SubspaceSpec, num_updates: int = 0, num_steps: int | None = None
+        self,
+        basis: torch.Tensor,
+        spec: SubspaceSpec,
+        num_updates: int = 0,
+        num_steps: int | None = None,
+        *,
+        seed: int = 0,
+        code: torch.Tensor | None = None,
     ) -> None:
-        self.basis = basis.detach().contiguous().requires_grad_()
-        self.spec = spec
+        """Args:
+        basis: the basis to start from; of a coded rule, for its shape, dtype and device.
+        seed: tells subspaces of one shape apart where a rule draws at random.
+        """
+        rule = spec.rule
+        self.spec, self.seed = spec, seed
+        self.shape = (basis.shape[0], basis.shape[1])
+        self.dtype, self.device = basis.dtype, basis.device
+        self.code = code if code is not None or not rule.coded else rule.first_code(basis.shape[1], seed)
+        self._stored = None if rule.coded else basis.detach().contiguous().requires_grad_()
+        self._num_recoded = 0
         self.energy = torch.zeros((), dtype=basis.dtype, device=basis.device, requires_grad=True)
         self.num_updates = torch.tensor(num_updates, device=basis.device)
-        # A new basis is random: its turn is the first step, not the k-th.
-        self.num_steps = torch.tensor(spec.every - 1 if num_steps is None else num_steps, device="cpu")
+        # A basis that waits for data is random: its turn is the first step, not the k-th.
+        self.num_steps = torch.tensor(_first_count(spec) if num_steps is None else num_steps, device="cpu")
+        self.overlap: torch.Tensor | None = None
+        self.momentum: Momentum | None = None
+        self.error: torch.Tensor | None = None
+        self.log_rate = torch.zeros((), dtype=basis.dtype, device=basis.device)
+        self.last_move: torch.Tensor | None = None
         unknown = torch.full((), torch.nan, dtype=basis.dtype, device=basis.device)
         self.captured_energy = self.drift = self.condition = unknown
+        self.handle = next(_handles)
+        BY_HANDLE[self.handle] = self
 
     def __repr__(self) -> str:
-        n, r = self.basis.shape
-        return f"Subspace(n={n}, rank={r}, rule={self.spec.rule!r}, dtype={self.basis.dtype})"
+        n, r = self.shape
+        return f"Subspace(n={n}, rank={r}, rule={self.spec.rule.name!r}, dtype={self.dtype})"
+
+    @property
+    def basis(self) -> torch.Tensor:
+        """Q [n, r]; of a coded rule, made anew."""
+        if self._stored is not None:
+            return self._stored
+        assert self.code is not None
+        return self.spec.rule.expand(self.code, *self.shape, self.dtype, self.device)
 
     @property
     def statistic(self) -> torch.Tensor | None:
-        """C [n, r] = X^T X Q, summed over the backward passes of this step; None before the first."""
-        return self.basis.grad
+        """C [n, r] = A^T A Q, summed over the backward passes of this step; None before the first."""
+        return None if self._stored is None else self._stored.grad
 
     def drop_statistic(self) -> None:
-        self.basis.grad = self.energy.grad = None
+        if self._stored is not None:
+            self._stored.grad = None
+        self.energy.grad = None
 
     def count_step(self) -> bool:
-        """Count an optimizer step; return whether the basis moves in it."""
+        """Count an optimizer step; return whether the basis' turn has come, and begin to count anew."""
         self.num_steps += 1
-        due = int(self.num_steps) >= self.spec.every  # over it, where a checkpoint was made under a longer period
+        due = self.is_due
         if due:
             self.num_steps.zero_()
         return due
 
     @property
+    def is_due(self) -> bool:
+        return int(self.num_steps) >= self.spec.every  # over it, where a checkpoint was made under a longer period
+
+    @property
     def version(self) -> int:
         """Changes whenever the basis does."""
-        return self.basis._version
+        return self._num_recoded + (0 if self._stored is None else self._stored._version)
 
     @torch.no_grad()
-    def load(self, basis: torch.Tensor, num_updates: int, num_steps: int = 0) -> None:
-        """Take over a basis from a checkpoint, in place."""
-        self.basis.copy_(basis)
+    def replace(self, new: torch.Tensor) -> None:
+        """Take over a basis [n, r] (or a code) that lies in the middle of a step, and note the overlap."""
+        old = self.basis.detach().clone()
+        if self._stored is not None:
+            self._stored.copy_(new)
+        else:
+            self.code, self._num_recoded = new, self._num_recoded + 1
+        overlap = old.mT @ self.basis.detach()
+        self.drift = (1 - overlap.square().sum() / self.shape[1]).clamp_min(0).sqrt()
+        self.overlap = overlap if self.overlap is None else self.overlap @ overlap
+        self.num_updates += 1
+
+    @torch.no_grad()
+    def recode(self, code: torch.Tensor) -> None:
+        """Take over a code between steps."""
+        self.code, self._num_recoded = code, self._num_recoded + 1
+        self.num_updates += 1
+
+    @torch.no_grad()
+    def load(self, basis_or_code: torch.Tensor, num_updates: int, num_steps: int = 0) -> None:
+        """Take over a basis, or a coded rule's code, from a checkpoint, in place."""
+        if self._stored is not None:
+            self._stored.copy_(basis_or_code)
+        else:
+            self.code, self._num_recoded = basis_or_code.to("cpu", copy=True), self._num_recoded + 1
         self.num_updates.fill_(num_updates)
         self.num_steps.fill_(num_steps)
+        self.overlap = None
         self.drop_statistic()
+
+
+def _first_count(spec: SubspaceSpec) -> int:
+    from oasis_fx.runtime.rules import BatchRule, DrawnRule
+
+    if isinstance(spec.rule, DrawnRule):
+        return 0
+    return spec.every if isinstance(spec.rule, BatchRule) else spec.every - 1
 
 
 def initial_basis(n: int, r: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:

@@ -29,7 +29,7 @@ from oasis_fx.config import Settings
         ({"inner": "eager"}, "inner is 'eager': it must be one of 'inductor', 'aot_eager'"),
         ({"subspace_lr": 0}, "subspace_lr is 0: it must be a number over 0"),
         ({"subspace_lr": math.nan}, "subspace_lr is nan"),
-        ({"subspace_lr": "auto"}, "subspace_lr is 'auto'"),
+        ({"subspace_lr": "fast"}, "subspace_lr is 'fast'.*or 'auto'"),
         ({"subspace_every": 0}, "subspace_every is 0: it must be a whole number from 1"),
         ({"subspace_every": 2.0}, r"subspace_every is 2\.0"),
         ({"subspace_every": True}, "subspace_every is True"),

@@ -144,7 +144,7 @@ def trace_of(record: CompiledGraph) -> Trace | None:
 def _graph_set(record: CompiledGraph, trace: Trace) -> GraphSet:
     placeholders = input_placeholders(trace.before.graph)
     labels = {placeholders[at].name: name for at, name in sorted(record.names.items()) if at in placeholders}
-    for kind in ("basis", "energy", "slot"):
+    for kind in ("basis", "energy", "control", "slot"):
         for index, position in enumerate(sorted({getattr(weight, kind) for weight in record.lifted} - {None})):
             labels[placeholders[position].name] = f"{kind}_{index}"
     modules = trace.before, trace.after, trace.forward, trace.backward

@@ -183,7 +183,8 @@ def input_kinds(trace: Trace, names: Mapping[int, str], lifted: Sequence[LiftedW
 
 
 def _runtime_inputs(weight: LiftedWeight) -> list[int]:
-    return [position for position in (weight.basis, weight.energy, weight.slot) if position is not None]
+    positions = weight.basis, weight.energy, weight.control, weight.slot
+    return [position for position in positions if position is not None]
 
 
 def _gradients(joint: fx.Graph) -> dict[int, fx.Node]:

@@ -13,7 +13,7 @@ import torch
 from oasis_fx.runtime import low_rank_grad as module
 from oasis_fx.runtime.layout import LINEAR
 from oasis_fx.runtime.low_rank_grad import LowRankGrad, LowRankGradWarning
-from oasis_fx.runtime.oja import move_bases
+from oasis_fx.runtime.moving import move_bases
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import SubspaceSpec
 

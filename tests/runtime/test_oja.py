@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from oasis_fx.runtime.oja import POWER_STEP, advance_subspaces, move_bases
+from oasis_fx.runtime.moving import POWER_STEP, advance_subspaces, move_bases
 from oasis_fx.runtime.subspace import Subspace, SubspaceSpec, initial_basis
 
 
@@ -122,11 +122,64 @@ def test_advance_subspaces_for_other_optimizers(products, make_weight) -> None:
     ("arguments", "message"),
     [
         ({"rank": 0}, "rank is 0"),
-        ({"rank": 4, "rule": "pca"}, "rule is 'pca'.*'oja'"),
+        ({"rank": 4, "rule": "pace"}, "subspace is 'pace'.*'oja'"),
         ({"rank": 4, "learning_rate": 0.0}, r"learning_rate is 0\.0"),
         ({"rank": 4, "learning_rate": math.nan}, "learning_rate is nan"),
+        ({"rank": 4, "learning_rate": "fast"}, "learning_rate is 'fast'.*'auto'"),
     ],
 )
 def test_bad_specifications(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         SubspaceSpec(**arguments)
+
+
+def auto(n: int, tokens: int, steps: int, drift: float, seed: int = 0) -> tuple[float, list[float]]:
+    """The step size found for activations whose subspace turns by ``drift`` a step, and captured energies."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = SubspaceSpec(4, learning_rate="auto")
+    subspace = Subspace(initial_basis(n, 4, torch.float64, torch.device("cpu")), spec)
+    scale = torch.cat([torch.full((4,), 2.0), torch.full((n - 4,), 1.0)]).double()
+    turn = torch.eye(n).double()
+    skew = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    step = torch.linalg.matrix_exp(drift * (skew - skew.T) / n**0.5)
+    captured = []
+    for _ in range(steps):
+        turn = turn @ step
+        x = torch.randn(tokens, n, generator=generator, dtype=torch.float64) * scale @ turn
+        best = turn[:4]
+        captured.append(float((subspace.basis.detach().T @ best.T).square().sum() / 4))
+        subspace.basis.grad = x.T @ (x @ subspace.basis.detach())
+        subspace.energy.grad = x.square().sum()
+        move_bases([subspace])
+    return math.exp(float(subspace.log_rate)), captured
+
+
+def test_an_automatic_rate_is_small_among_noise_and_large_where_the_subspace_turns() -> None:
+    still, _ = auto(n=24, tokens=16, steps=300, drift=0.0)
+    turning, _ = auto(n=24, tokens=2000, steps=300, drift=0.02)
+    assert still < 0.2 < 1.0 < turning
+
+
+def test_an_automatic_rate_follows_about_as_well_as_the_best_fixed_one() -> None:
+    def captured(rate) -> float:
+        total = []
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            spec = SubspaceSpec(4, learning_rate=rate)
+            subspace = Subspace(initial_basis(24, 4, torch.float64, torch.device("cpu")), spec)
+            scale = torch.cat([torch.full((4,), 2.0), torch.full((20,), 1.0)]).double()
+            skew = torch.randn(24, 24, generator=generator, dtype=torch.float64)
+            step, turn = torch.linalg.matrix_exp(0.005 * (skew - skew.T) / 24**0.5), torch.eye(24).double()
+            for number in range(300):
+                turn = turn @ step
+                x = torch.randn(64, 24, generator=generator, dtype=torch.float64) * scale @ turn
+                if number >= 100:
+                    total.append(float((subspace.basis.detach().T @ turn[:4].T).square().sum() / 4))
+                subspace.basis.grad = x.T @ (x @ subspace.basis.detach())
+                move_bases([subspace])
+        return sum(total) / len(total)
+
+    fixed = {rate: captured(rate) for rate in (0.001, 0.01, 0.1, 1.0, 10.0)}
+    best = max(fixed.values())
+    assert min(fixed.values()) < best - 0.1  # the choice matters here
+    assert captured("auto") > best - 0.03

@@ -10,7 +10,7 @@ import weakref
 import torch
 
 from oasis_fx.runtime.layout import LINEAR
-from oasis_fx.runtime.store import SubspaceStore
+from oasis_fx.runtime.store import Preloaded, SubspaceStore
 from oasis_fx.runtime.subspace import SubspaceSpec, initial_basis
 
 SPEC = SubspaceSpec(3)
@@ -52,7 +52,7 @@ def test_equal_values_do_not_make_equal_keys() -> None:
 def test_a_deleted_parameter_frees_its_basis() -> None:
     store, (w,) = SubspaceStore(), weights(1)
     basis = weakref.ref(store.resolve([w], SPEC, [LINEAR]).basis)
-    store.preload(w, torch.zeros(8, 2), 1, "group")
+    store.preload(w, Preloaded(torch.zeros(8, 2), (8, 2), "group", 1))
     assert basis() is not None
     del w
     gc.collect()
@@ -62,8 +62,9 @@ def test_a_deleted_parameter_frees_its_basis() -> None:
 def test_a_preloaded_basis_is_taken_over_and_shared_by_its_group() -> None:
     store, (q, k, v) = SubspaceStore(), weights(3)
     saved = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
-    store.preload(q, saved, 4, "a"), store.preload(k, saved, 4, "a")
-    store.preload(v, torch.zeros(8, 3), 1, "b")
+    for weight in (q, k):
+        store.preload(weight, Preloaded(saved, (8, 3), "a", 4))
+    store.preload(v, Preloaded(torch.zeros(8, 3), (8, 3), "b", 1))
     subspace = store.resolve([q], SPEC, [LINEAR])
     assert torch.equal(subspace.basis, saved) and int(subspace.num_updates) == 4
     assert store.resolve([k], SPEC, [LINEAR]) is subspace
@@ -76,7 +77,8 @@ def test_a_preloaded_basis_goes_into_a_live_one_in_place() -> None:
     store, (w,) = SubspaceStore(), weights(1)
     subspace = store.resolve([w], SPEC, [LINEAR])
     address, version = subspace.basis.data_ptr(), subspace.version
-    store.preload(w, initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7), 4, "a")
+    saved = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
+    store.preload(w, Preloaded(saved, (8, 3), "a", 4))
     assert store.resolve([w], SPEC, [LINEAR]) is subspace
     assert subspace.basis.data_ptr() == address and subspace.version != version and int(subspace.num_updates) == 4
 

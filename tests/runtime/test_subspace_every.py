@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 
-from oasis_fx.runtime.oja import advance_subspaces
+from oasis_fx.runtime.moving import advance_subspaces
 from oasis_fx.runtime.optimizer import OasisAdamW
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import SubspaceSpec

@@ -1,0 +1,479 @@
+"""What all our optimizers share: they gather gradients, bind states to bases, and take them along when bases move."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from oasis_fx.runtime.layout import Features, as_rows
+from oasis_fx.runtime.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.moving import count_steps, move_bases
+from oasis_fx.runtime.optimizer_state import check_state, pack_state, restore_state
+from oasis_fx.runtime.subspace import Momentum, Subspace
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """One weight's share of a step: its gradient in the coordinates of a basis, and its state."""
+
+    weight: torch.Tensor
+    factor: torch.Tensor
+    basis: torch.Tensor
+    features: Features
+    state: State
+
+
+@dataclass(frozen=True)
+class DenseUpdate:
+    """The same for a weight whose states have its own shape."""
+
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    state: State
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """In which coordinates the states of a weight are: a subspace, and its version after the last step."""
+
+    subspace: Subspace
+    version: int
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A parameter that takes part in a step, with what the step will use."""
+
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    hyper: Hashable
+    low_rank: bool
+
+
+class SubspaceOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers for models compiled with `oasis_backend`.
+
+    A weight whose gradient is a `LowRankGrad` has states of m x r, float32 (float64 for float64 weights), which go over
+    to the new basis whenever the basis moves, if its rule wants that; every other parameter has states of its own
+    shape. A step in which any gradient is not finite is left out whole, as `GradScaler` would.
+
+    A subclass names its states and gives `hyper_of`, `step_low_rank`, `step_dense` and, where it has states that are
+    not means of gradients, `transport`.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ()
+    dense_states: ClassVar[tuple[str, ...] | None] = None  # of weights not in a basis, where they differ
+    mean_state: ClassVar[str | None] = None  # the state that is the mean of gradients, for rules that go by it
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._bindings: dict[torch.Tensor, _Binding] = {}
+        self._skipped: torch.Tensor | None = None
+        super().__init__(params, {**defaults, "rounding_seed": 0})
+
+    # For subclasses
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the value, where a group's settings are not allowed."""
+
+    def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hashable:
+        """The settings of one parameter at this step; parameters of equal ones are stepped together."""
+        raise NotImplementedError
+
+    def step_low_rank(
+        self, updates: Sequence[LowRankUpdate], hyper: Any, gate: torch.Tensor | None, generator: torch.Generator
+    ) -> None:
+        """Update states and weights of one device; where ``gate`` is false, leave everything as it is."""
+        raise NotImplementedError
+
+    def step_dense(
+        self, updates: Sequence[DenseUpdate], hyper: Any, gate: torch.Tensor | None, generator: torch.Generator
+    ) -> None:
+        """The same for weights with states of their own shape."""
+        raise NotImplementedError
+
+    def transport(self, states: Sequence[State], overlap: torch.Tensor, group: Mapping[str, Any]) -> None:
+        """Carry the states of weights of equal m and r over to a new basis, in place; R = Q^T Q+ [L, r, r].
+
+        As it stands: every state is a mean of gradients, ``m+ = m R``.
+        """
+        for name in self.states:
+            moved = torch.stack([state[name] for state in states]) @ overlap
+            torch._foreach_copy_([state[name] for state in states], list(moved))
+
+    @classmethod
+    def states_of(cls, low_rank: bool) -> tuple[str, ...]:
+        """Names of the states that have the shape of the gradient, or of its factor."""
+        return cls.states if low_rank or cls.dense_states is None else cls.dense_states
+
+    def new_state(self, name: str, like: torch.Tensor, group: Mapping[str, Any]) -> State:
+        """A state that begins at zero, under its name; ``like`` has its shape, dtype and device."""
+        return {name: torch.zeros_like(like, memory_format=torch.preserve_format)}
+
+    # As torch's
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_bindings", {})
+        self.__dict__.setdefault("_skipped", None)
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps left out since a gradient was not finite. Reading it waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. The statistics behind the gradients go too: a batch thrown away moves no basis by one."""
+        for weight in self._weights():
+            if isinstance(weight.grad, LowRankGrad):
+                weight.grad.subspace.drop_statistic()
+            if weight in self._bindings:
+                self._bindings[weight].subspace.drop_statistic()
+        super().zero_grad(set_to_none)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled training step calls it as it is
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Raises:
+            ValueError: a gradient has another rank than the states of its weight.
+            RuntimeError: a basis moved since the gradient was computed, or another optimizer moved it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        items = list(self._items())
+        if not items:
+            return loss
+        finite = _all_finite([item.gradient for item in items])
+        gate: torch.Tensor | None = finite
+        if finite.device.type == "cpu":  # reading it costs nothing there
+            gate = None
+            if not bool(finite):
+                self._count_skipped(finite)
+                self._drop_statistics(items)
+                warnings.warn("a gradient is not finite: this step is left out", RuntimeWarning, stacklevel=3)
+                return loss
+        else:
+            self._count_skipped(finite)
+        self._catch_up()
+        for item in items:
+            self._prepare_state(item)
+        generators = self._generators()
+        self._step_low_rank([item for item in items if item.low_rank], gate, generators)
+        self._step_dense([item for item in items if not item.low_rank], gate, generators)
+        self._move_bases(gate)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, in plain tensors and numbers; the bases are in it, as ``basis`` of each weight in one."""
+        self._catch_up()
+        return pack_state(super().state_dict())
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, before or after the first compiled step.
+
+        Raises:
+            ValueError: naming the parameter and both shapes, where one does not fit; nothing is loaded then.
+        """
+        check_state(self, state_dict)
+        super().load_state_dict(state_dict)
+        self._bindings.clear()
+        restore_state(self, state_dict)
+
+    # Gathering
+
+    def _weights(self) -> Iterable[torch.Tensor]:
+        return (weight for group in self.param_groups for weight in group["params"])
+
+    def _group_of(self) -> dict[torch.Tensor, dict[str, Any]]:
+        return {weight: group for group in self.param_groups for weight in group["params"]}
+
+    def _items(self) -> Iterable[_Item]:
+        """Everything that this step updates. Raises before anything has changed."""
+        for index, group in enumerate(self.param_groups):
+            for number, weight in enumerate(group["params"]):
+                if weight.grad is None:
+                    continue
+                if weight.grad.is_sparse:
+                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+                name = group["param_names"][number] if "param_names" in group else f"{number} of group {index}"
+                yield self._item(weight, self.hyper_of(group, weight), bool(group.get("full_rank")), name)
+
+    def _item(self, weight: torch.Tensor, hyper: Hashable, full_rank: bool, name: str) -> _Item:
+        gradient, state = weight.grad, self.state.get(weight, {})
+        assert gradient is not None
+        if isinstance(gradient, LowRankGrad) and gradient.is_low_rank:
+            if gradient.basis_version != gradient.subspace.version:
+                raise RuntimeError(
+                    f"the basis of parameter {name} moved since its gradient was computed: call zero_grad() before "
+                    "the next backward(), and give weights that share a basis to one optimizer"
+                )
+            if (state and not is_low_rank(state)) or (full_rank and not state):
+                return _Item(weight, gradient, hyper, False)  # it began with states of its own shape
+            shapes = {name: tuple(state[name].shape) for name in self.states if name in state}
+            for kind, shape in shapes.items():
+                if shape != tuple(gradient.factor.shape):
+                    raise ValueError(
+                        f"parameter {name} has {_SPOKEN.get(kind, kind)} of shape {shape} and a gradient of shape "
+                        f"{tuple(gradient.factor.shape)}: its rank has changed since they began"
+                    )
+            return _Item(weight, gradient, hyper, True)
+        dense = gradient.factor if isinstance(gradient, LowRankGrad) else gradient
+        return _Item(weight, dense, hyper, is_low_rank(state))
+
+    def _prepare_state(self, item: _Item) -> None:
+        state = self.state[item.weight]
+        self._follow(item.weight, state)
+        gradient = item.gradient
+        if not state:
+            like = item.weight
+            if item.low_rank and isinstance(gradient, LowRankGrad):
+                like = torch.empty(gradient.factor.shape, dtype=gradient.subspace.dtype, device=item.weight.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=item.weight.device)
+            for name in self.states_of(item.low_rank):
+                state.update(self.new_state(name, like, self._group_of()[item.weight]))
+        if isinstance(gradient, LowRankGrad):
+            if item.low_rank:
+                self._bring_along(item.weight, state, gradient.subspace)
+            else:
+                state["full_rank"] = True
+            self._note_basis(state, gradient.subspace)
+            state["features"] = gradient.features
+            self._remember(item.weight, gradient.subspace)
+
+    def _bring_along(self, weight: torch.Tensor, state: State, subspace: Subspace) -> None:
+        """Bring the states of a weight into the coordinates of its gradient."""
+        if "features" in state:
+            binding = self._bindings.get(weight)
+            if binding is not None and binding.subspace is subspace and binding.version != subspace.version:
+                raise RuntimeError(
+                    "a basis was moved by another optimizer: weights that share one belong to one optimizer"
+                )
+            if (binding is None or binding.subspace is not subspace) and "basis" in state:
+                # Loaded from a checkpoint, or taken over from another graph or backend. Equal bases are not
+                # multiplied: a resumed run is bitwise the uninterrupted one.
+                basis = subspace.basis.detach()
+                if state["basis"].shape == basis.shape and not torch.equal(state["basis"], basis):
+                    self._transport([(weight, state["basis"].to(basis).mT @ basis)])
+
+    def _note_basis(self, state: State, subspace: Subspace) -> None:
+        """Show in a state what a checkpoint needs of the subspace: shared, and changing with it."""
+        state["basis_updates"], state["basis_steps"] = subspace.num_updates, subspace.num_steps
+        kept = {"basis_code": subspace.code, "basis_error": subspace.error, "basis_move": subspace.last_move}
+        if subspace.spec.learning_rate == "auto":
+            kept["basis_log_rate"] = subspace.log_rate
+        for key, value in kept.items():
+            if value is not None:
+                state[key] = value
+        if not subspace.spec.rule.coded:
+            state["basis"] = subspace.basis.detach()
+        if subspace.spec.rule.draws:
+            state["basis_seed"] = subspace.seed
+
+    def _remember(self, weight: torch.Tensor, subspace: Subspace) -> None:
+        self._bindings[weight] = _Binding(subspace, subspace.version)
+
+    # Updating
+
+    def _step_low_rank(
+        self, items: list[_Item], gate: torch.Tensor | None, generators: dict[torch.device, torch.Generator]
+    ) -> None:
+        batches: dict[Any, list[LowRankUpdate]] = {}
+        bases: dict[Subspace, torch.Tensor] = {}  # a coded one is made once
+        for item in items:
+            state = self.state[item.weight]
+            if item.weight in self._bindings:
+                subspace = self._bindings[item.weight].subspace
+                if subspace not in bases:
+                    bases[subspace] = subspace.basis.detach()
+                basis = bases[subspace]
+            elif "basis" in state:  # loaded from a checkpoint, and not compiled since
+                basis = state["basis"]
+            else:
+                raise RuntimeError(
+                    "a weight with moments in a drawn basis got a dense gradient before any low-rank one"
+                )
+            if isinstance(item.gradient, LowRankGrad):
+                factor = item.gradient.factor
+            else:  # a dense gradient of a weight with low-rank states: what the pass would have computed
+                factor = as_rows(item.gradient, state["features"]).to(basis.dtype) @ basis
+            update = LowRankUpdate(item.weight, factor, basis, state["features"], state)
+            batches.setdefault((item.weight.device, item.hyper), []).append(update)
+        for (device, hyper), updates in batches.items():
+            self.step_low_rank(updates, hyper, _on(gate, device), generators[device])
+
+    def _step_dense(
+        self, items: list[_Item], gate: torch.Tensor | None, generators: dict[torch.device, torch.Generator]
+    ) -> None:
+        batches: dict[Any, list[DenseUpdate]] = {}
+        for item in items:
+            device, state = item.weight.device, self.state[item.weight]
+            if isinstance(item.gradient, LowRankGrad):  # one full-size gradient at a time
+                update = DenseUpdate(item.weight, item.gradient.to_dense(), state)
+                self.step_dense([update], item.hyper, _on(gate, device), generators[device])
+            else:
+                update = DenseUpdate(item.weight, item.gradient, state)
+                batches.setdefault((item.hyper, device), []).append(update)
+        for (hyper, device), updates in batches.items():
+            self.step_dense(updates, hyper, _on(gate, device), generators[device])
+
+    def _members(self) -> dict[Subspace, list[torch.Tensor]]:
+        members: dict[Subspace, list[torch.Tensor]] = {}
+        for weight, binding in self._bindings.items():
+            members.setdefault(binding.subspace, []).append(weight)
+        return members
+
+    def _catch_up(self) -> None:
+        """Take states along where a basis has moved within a backward pass since the last step."""
+        for subspace, weights in self._members().items():
+            if subspace.overlap is not None:
+                self._transport([(weight, subspace.overlap) for weight in weights])
+                subspace.overlap = None
+                for weight in weights:
+                    self._remember(weight, subspace)
+
+    def _move_bases(self, gate: torch.Tensor | None) -> None:
+        """Move the bases, and take the states of every weight that is in one along, those without a gradient too."""
+        members = self._members()
+        by_device: dict[torch.device, list[Subspace]] = {}
+        for subspace in members:
+            by_device.setdefault(subspace.device, []).append(subspace)
+        for device, subspaces in by_device.items():
+            overlaps = move_bases(subspaces, _on(gate, device))
+            self._transport([(weight, overlap) for s, overlap in overlaps.items() for weight in members[s]])
+        for subspace, weights in members.items():
+            # What moved before the first step of its weights moved from a random start: nothing is to follow.
+            subspace.overlap = None
+            for weight in weights:
+                self._remember(weight, subspace)
+                self._note_basis(self.state[weight], subspace)
+                self._lend_momentum(weight, subspace)
+
+    def _lend_momentum(self, weight: torch.Tensor, subspace: Subspace) -> None:
+        state = self.state[weight]
+        if self.mean_state is not None and getattr(subspace.spec.rule, "uses_momentum", False) and is_low_rank(state):
+            beta = self.mean_decay(self._group_of()[weight])
+            subspace.momentum = Momentum(state[self.mean_state], state["step"], beta)
+
+    def mean_decay(self, group: Mapping[str, Any]) -> float:
+        """The decay a step of ``mean_state``."""
+        raise NotImplementedError
+
+    def _transport(self, moves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Carry states over, batched over weights of equal m and r in one group."""
+        groups = self._group_of()
+        batches: dict[Any, list[tuple[State, torch.Tensor]]] = {}
+        for weight, overlap in moves:
+            state = self.state[weight]
+            binding = self._bindings.get(weight)
+            stays = binding is not None and not binding.subspace.spec.rule.transports
+            if not self.states or not is_low_rank(state) or stays:
+                continue
+            shape = state[self.states[0]].shape
+            batches.setdefault((id(groups[weight]), shape, overlap.dtype, overlap.device), []).append((state, overlap))
+        by_id = {id(group): group for group in self.param_groups}
+        for (group, *_), batch in batches.items():
+            overlaps = torch.stack([overlap for _, overlap in batch])
+            self.transport([state for state, _ in batch], overlaps, by_id[group])
+
+    def _generators(self) -> dict[torch.device, torch.Generator]:
+        """One generator a device, seeded by the number of steps: equal on all ranks and after a resume."""
+        seed = self.param_groups[0]["rounding_seed"]
+        self.param_groups[0]["rounding_seed"] = seed + 1
+        return {d: torch.Generator(d).manual_seed(seed) for d in dict.fromkeys(w.device for w in self._weights())}
+
+    def _count_skipped(self, finite: torch.Tensor) -> None:
+        missed = (~finite).long()
+        self._skipped = missed if self._skipped is None else self._skipped + missed.to(self._skipped.device)
+
+    def _drop_statistics(self, items: list[_Item]) -> None:
+        """Of a step that is left out. It counts under `subspace_every`: a GPU's host does not know that it was one."""
+        subspaces: dict[Subspace, None] = {}
+        for item in items:
+            if isinstance(item.gradient, LowRankGrad):
+                subspaces[item.gradient.subspace] = None
+                state = self.state.get(item.weight, {})
+                if "features" in state:
+                    state["basis_steps"] = item.gradient.subspace.num_steps  # a checkpoint may follow, before any step
+        for subspace in count_steps(subspaces):
+            subspace.drop_statistic()
+
+    def _follow(self, weight: torch.Tensor, state: State) -> None:
+        """Take a state along where `model.to()` has moved or cast its weight since the last step."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        for key in (*self.states_of(is_low_rank(state)), "basis"):
+            if key in state:
+                if not state[key].is_floating_point():  # codes of numbers
+                    state[key] = state[key].to(weight.device)
+                    state[f"{key}_scale"] = state[f"{key}_scale"].to(weight.device)
+                    continue
+                dtype = wide if key == "basis" or is_low_rank(state) else weight.dtype
+                state[key] = state[key].to(weight.device, dtype)
+        if "step" in state:
+            state["step"] = state["step"].to(weight.device)
+
+
+def is_low_rank(state: State) -> bool:
+    """Whether the states of a weight are in the coordinates of a basis."""
+    return "features" in state and not state.get("full_rank", False)
+
+
+_SPOKEN = {"exp_avg": "moments", "exp_avg_sq": "moments", "momentum_buffer": "a momentum"}
+
+
+def _all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Whether every gradient is finite, as a bool scalar on the first one's device; nothing waits for it."""
+    by_kind: dict[Any, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        values = gradient.factor if isinstance(gradient, LowRankGrad) else gradient
+        by_kind.setdefault((values.device, values.dtype), []).append(values)
+    verdicts: list[torch.Tensor] = []
+    for (_, dtype), batch in by_kind.items():
+        wide = torch.float64 if dtype == torch.float64 else torch.float32  # a float16 norm could overflow
+        verdicts.append(torch.stack(list(torch._foreach_norm(batch, 2, dtype=wide))).isfinite().all())
+    return torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all()
+
+
+def _on(gate: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if gate is None else gate.to(device)
+
+
+def check_numbers(group: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError for a setting that is not a number from 0; ``lr`` may be a one-element tensor."""
+    for name in names:
+        value = group[name]
+        if isinstance(value, torch.Tensor) and (name != "lr" or value.numel() != 1):
+            raise ValueError(f"{name} is {value!r}: it must be a number from 0 (lr may be a one-element tensor)")
+        if not float(value) >= 0:  # false for NaN too
+            raise ValueError(f"{name} is {value!r}: it must be a number from 0")
+
+
+def check_decays(group: Mapping[str, Any]) -> None:
+    """Raise ValueError where ``betas`` are not two numbers in [0, 1)."""
+    betas = group["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= float(b) < 1 for b in betas):
+        raise ValueError(f"betas is {betas!r}: it must be two numbers in [0, 1)")
+
+
+def check_rounding(group: Mapping[str, Any]) -> None:
+    if group["stochastic_rounding"] not in (None, True, False):
+        raise ValueError(f"stochastic_rounding is {group['stochastic_rounding']!r}: it must be None, True or False")
+
+
+def rounds_stochastically(group: Mapping[str, Any], weight: torch.Tensor) -> bool:
+    """Whether a weight's updates are rounded at random: bfloat16 ones are, unless the group says no."""
+    return weight.dtype == torch.bfloat16 and group["stochastic_rounding"] is not False
