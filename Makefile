@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torchao==0.18.0
 
-.PHONY: setup demo test coverage contenders bench bench-large bench-models bench-growth bench-gpu lint typecheck clean
+.PHONY: setup demo test coverage contenders bench bench-large bench-models bench-growth bench-gpu experiments lint typecheck clean
 
 setup: $(VENV)/.installed
 
@@ -56,6 +56,10 @@ bench-models: setup  ## other models, and bfloat16
 bench-growth: setup  ## one size at a time
 	$(BENCH) --model 512x4 --batch 4 --seq 512 --steps 3 --contenders stock,oasis,oasis-budget0.3 --label growth \
 		--grow seq=128,512,2048 --grow width=256,512,1024 --grow depth=2,4,8 --grow rank=16,64,128
+
+experiments: setup  ## learning quality of every method; runs are kept in runs/experiments, stop and go on at any time
+	$(BIN)/python benchmarks/experiments/run.py scratch $(EXPERIMENT)
+	$(BIN)/python benchmarks/experiments/run.py sweep $(EXPERIMENT)
 
 bench-gpu: contenders  ## the same on a GPU
 	$(BENCH) --device cuda --dtype bfloat16 --model llama-1b --batch 2 --seq 4096 --together 1 \

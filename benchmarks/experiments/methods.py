@@ -1,0 +1,72 @@
+"""What is compared: for each name, the optimizer, the backend, and the learning rates to try."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Method:
+    """``backend`` are arguments of `oasis_backend`; None for stock `torch.compile`."""
+
+    optimizer: str
+    rates: tuple[float, ...]
+    backend: dict[str, Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+LOW = (1e-3, 3e-3, 6e-3, 1.2e-2)
+METHODS = {
+    "adamw": Method("AdamW", (3e-4, 1e-3, 2e-3, 4e-3)),
+    "oja": Method("OasisAdamW", LOW, {"subspace": "oja"}),
+    "oja-auto": Method("OasisAdamW", LOW, {"subspace": "oja", "subspace_lr": "auto"}),
+    "pca": Method("OasisAdamW", LOW, {"subspace": "pca", "subspace_every": 50}),
+    "random": Method("OasisAdamW", LOW, {"subspace": "random"}),
+    "principal_random": Method("OasisAdamW", LOW, {"subspace": "principal_random", "subspace_every": 50}),
+    "principal_random-full": Method(
+        "OasisAdamW",
+        (3e-4, 1e-3, 2e-3, 4e-3),
+        {"subspace": "principal_random", "subspace_every": 50},
+        {"full_rank": True},
+    ),
+    "sampled": Method("OasisAdamW", (3e-4, 1e-3, 2e-3, 4e-3), {"subspace": "sampled"}),
+    "gradient_svd": Method("OasisAdamW", LOW, {"subspace": "gradient_svd", "subspace_every": 50}),
+    "gradient_oja": Method("OasisAdamW", LOW, {"subspace": "gradient_oja"}),
+    "gradient_power": Method("OasisAdamW", LOW, {"subspace": "gradient_power"}),
+    "dct": Method("OasisAdamW", LOW, {"subspace": "dct"}),
+    "oja-sgd": Method("OasisSGD", (0.1, 0.3, 1.0, 3.0), {"subspace": "oja"}),
+    "oja-lion": Method("OasisLion", (1e-4, 3e-4, 1e-3, 3e-3), {"subspace": "oja"}),
+    "oja-muon": Method("OasisMuon", LOW, {"subspace": "oja"}),
+}
+
+
+def build(
+    method: Method, model: torch.nn.Module, *, rank: int, lr: float, weight_decay: float, inner: str, **overrides: Any
+) -> torch.optim.Optimizer:
+    """Compile ``model`` in place and return its optimizer. ``overrides`` go to the backend."""
+    import oasis_fx
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if method.backend is None:
+        model.compile(backend=inner)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    settings = {**method.backend, **overrides}
+    model.compile(backend=oasis_fx.oasis_backend(rank, inner=inner, **settings))
+    optimizer = getattr(oasis_fx, method.optimizer)
+    return optimizer(parameters, lr=lr, weight_decay=weight_decay, **method.options)
+
+
+def known(names: Iterable[str]) -> list[str]:
+    """``names``, all of which must be methods.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    for name in (names := list(names)):
+        if name not in METHODS:
+            raise ValueError(f"--methods names {name!r}: it must be of {', '.join(METHODS)}")
+    return names

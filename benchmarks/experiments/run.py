@@ -1,0 +1,101 @@
+"""The experiments on learning quality; each run is kept, so that one may stop at any time and go on.
+
+    python benchmarks/experiments/run.py scratch                          # every method, from scratch, on bytes
+    python benchmarks/experiments/run.py scratch --methods adamw,oja --steps 200 --seeds 1 --limit-hours 0.5
+    python benchmarks/experiments/run.py sweep                            # subspace_lr, rank, period
+
+Runs lie in runs/experiments; the end of each part writes benchmarks/results/experiments-PART.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import corpus
+import methods
+import scratch
+import sweep
+import training
+from runs import Runs, Settings
+from tabulate import tabulate
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[2]
+
+
+FIXED = ("model", "data", "rank", "steps", "batch", "length", "device", "inner")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    runs = Runs(args.runs, training.train)
+    fixed = {key: getattr(args, key) for key in FIXED}
+    if args.part == "sweep":
+        _do(runs, lambda: sweep.plan(args.lrs, args.seeds, **fixed), args.limit_hours)
+        _report(args, fixed, sweep.table(runs.known, args.lrs, args.seeds, **fixed), sweep.HEADERS)
+        return
+    chosen = runs.known, args.methods
+    _do(runs, lambda: scratch.plan(*chosen, args.seeds, args.lrs, **fixed), args.limit_hours)
+    if args.longer > 1:
+        _do(runs, lambda: scratch.longer(*chosen, args.lrs, args.longer, **fixed), args.limit_hours)
+    _report(args, fixed, scratch.table(*chosen, args.seeds, args.lrs, **fixed), scratch.HEADERS)
+
+
+def _do(runs: Runs, plan: Any, limit_hours: float) -> None:
+    """Do what a plan asks for and is not there; a plan is asked again after each run, since it goes by results."""
+    end = time.monotonic() + limit_hours * 3600
+    bar = tqdm(unit="run")
+    while time.monotonic() < end:
+        waiting = _waiting(runs, plan())
+        bar.total = bar.n + len(waiting)
+        if not waiting:
+            break
+        s = waiting[0]
+        bar.set_description(f"{s['method']} lr {s['lr']:g} seed {s['seed']}")
+        bar.set_postfix(loss=f"{runs.result(s)['loss']:.4f}")
+        bar.update()
+    bar.close()
+
+
+def _waiting(runs: Runs, plan: Iterable[Settings]) -> list[Settings]:
+    return [s for s in plan if runs.known(s) is None]
+
+
+def _report(args: argparse.Namespace, fixed: dict[str, Any], rows: list[Any], headers: list[str]) -> None:
+    name = f"experiments-{args.part}-{args.model}-{args.data}-{args.steps}-r{args.rank}"
+    text = f"{json.dumps(fixed)}\n\n{tabulate(rows, headers, tablefmt='github', floatfmt='.3g')}\n"
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{name}.json").write_text(json.dumps({"settings": fixed, "headers": headers, "rows": rows}) + "\n")
+        (args.out / f"{name}.md").write_text(text)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("scratch", "sweep"))
+    parser.add_argument("--methods", type=lambda text: methods.known(text.split(",")), default=list(methods.METHODS))
+    parser.add_argument("--model", choices=("small", "10m"), default="small")
+    parser.add_argument("--data", choices=corpus.NAMES, default="shakespeare")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=3, help="at the best learning rate; the grid has one")
+    parser.add_argument("--lrs", type=lambda text: [float(x) for x in text.split(",")], help="in place of the methods'")
+    parser.add_argument("--longer", type=int, default=1, help="then the best three and adamw so many times longer")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor")
+    parser.add_argument("--limit-hours", type=float, default=2.0, help="start no run after this")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

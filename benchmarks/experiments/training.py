@@ -1,0 +1,111 @@
+"""One run: a model, a method, a schedule; the loss on fixed validation windows as it goes, and what it occupies."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import byte_lm
+import corpus
+import methods
+import torch
+from runs import Checkpoint, Settings
+
+VALIDATION = 32  # windows
+
+
+def settings(method: str, lr: float, seed: int, **others: Any) -> Settings:
+    """The settings of a run, all of them: what is not given has its default written out."""
+    fixed = {"model": "small", "data": "shakespeare", "rank": 64, "steps": 500, "batch": 8, "length": 128}
+    rest = {"weight_decay": 0.1, "inner": "inductor", "device": "cpu", "backend": {}}
+    return {"method": method, "lr": lr, "seed": seed} | fixed | rest | others
+
+
+def train(s: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Do a run. Losses are in nats a byte, bytes those of gradients, optimizer and saved activations."""
+    torch._dynamo.reset()
+    data, heldout = corpus.load(s["data"])
+    model = byte_lm.byte_lm(s["model"], s["seed"]).to(s["device"])
+    method = methods.METHODS[s["method"]]
+    optimizer = methods.build(
+        method,
+        model,
+        rank=s["rank"],
+        lr=s["lr"],
+        weight_decay=s["weight_decay"],
+        inner=s["inner"],
+        **(s["backend"] if method.backend is not None else {}),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _scale(step, s["steps"]))
+    state = checkpoint.load()
+    done: dict[str, Any] = {"losses": [], "validation": [], "seconds": []}
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        done = state["done"]
+    every = max(1, s["steps"] // 10)
+    for step in range(len(done["losses"]), s["steps"]):
+        start = time.perf_counter()
+        tokens, targets = corpus.batch(data, s["batch"], s["length"], s["seed"] * 1_000_003 + step)
+        loss = model(tokens.to(s["device"]), targets.to(s["device"]))
+        loss.backward()
+        if step == s["steps"] - 1:
+            sizes = _sizes(model, optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        done["losses"].append(float(loss))
+        done["seconds"].append(time.perf_counter() - start)
+        if (step + 1) % every == 0 or step == s["steps"] - 1:
+            done["validation"].append((step + 1, validation_loss(model, heldout, s["length"], s["device"])))
+            if not math.isfinite(done["losses"][-1]):
+                break
+        checkpoint.offer(
+            lambda: {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "random": torch.get_rng_state(),
+                "done": done,
+            }
+        )
+    seconds = sorted(done["seconds"])
+    return {
+        "validation": done["validation"],
+        "loss": done["validation"][-1][1] if math.isfinite(done["losses"][-1]) else math.inf,
+        "median_seconds": seconds[len(seconds) // 2],
+        "sizes": sizes if math.isfinite(done["losses"][-1]) else {},
+        "torch": torch.__version__,
+    }
+
+
+@torch.no_grad()
+def validation_loss(model: torch.nn.Module, heldout: torch.Tensor, length: int, device: str) -> float:
+    """By the uncompiled forward pass, on the same windows whatever the run."""
+    tokens, targets = corpus.batch(heldout, VALIDATION, length, 0)
+    parts = zip(tokens.split(8), targets.split(8), strict=True)
+    losses = [float(model.forward(x.to(device), y.to(device))) for x, y in parts]
+    return sum(losses) / len(losses)
+
+
+def _sizes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    from oasis_fx.measure import gradient_bytes, optimizer_bytes
+
+    return {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": gradient_bytes(model.parameters()),
+        "optimizer": optimizer_bytes(optimizer),
+    }
+
+
+def _scale(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth, then cosine to a tenth."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    progress = min(1.0, (step - warm) / max(1, steps - warm))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))

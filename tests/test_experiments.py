@@ -1,0 +1,108 @@
+"""The harness of the experiments: what is run, kept, taken up again, and how it is summed up."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parents[1] / "benchmarks" / "experiments"
+MODULES = ("byte_lm", "corpus", "methods", "runs", "training", "scratch", "sweep")
+
+
+@pytest.fixture(scope="module")
+def kit():
+    """Its modules, which import each other by their bare names, as a program does."""
+    sys.path.insert(0, str(HERE))
+    try:
+        yield {name: __import__(name) for name in MODULES}
+    finally:
+        sys.path.remove(str(HERE))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def small(kit, monkeypatch):
+    text = torch.tensor(list(b"to be or not to be, that is the question. " * 60), dtype=torch.uint8)
+    monkeypatch.setattr(kit["corpus"], "load", lambda name: (text[:2000], text[2000:]))
+    monkeypatch.setitem(kit["byte_lm"].SIZES, "small", (32, 1, 2))
+    monkeypatch.setattr(kit["training"], "VALIDATION", 4)
+
+
+FIXED = {"model": "small", "data": "any", "rank": 4, "steps": 3, "batch": 2, "length": 16, "device": "cpu",
+         "inner": "aot_eager"}  # fmt: skip
+
+
+def test_interval_by_hand(kit) -> None:
+    mean, half = kit["runs"].mean_and_interval([1.0, 2.0, 4.0])
+    # Variance (16 + 1 + 25) / 9 / 2 = 7 / 3; t(2) = 4.303.
+    assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.303 * math.sqrt(7 / 3 / 3))
+    assert math.isnan(kit["runs"].mean_and_interval([1.0])[1])
+
+
+def test_every_method_trains(kit, tmp_path) -> None:
+    runs = kit["runs"].Runs(tmp_path, kit["training"].train)
+    for name, method in kit["methods"].METHODS.items():
+        result = runs.result(kit["training"].settings(name, method.rates[0], 0, **FIXED))
+        assert math.isfinite(result["loss"]) and len(result["validation"]) == 3, name
+        assert result["sizes"]["optimizer"] > 0
+
+
+def test_seeds_run_at_the_best_rate_and_nothing_runs_twice(kit, tmp_path) -> None:
+    done = []
+
+    def train(s, checkpoint):
+        done.append((s["lr"], s["seed"], s["steps"]))
+        return {"loss": abs(s["lr"] - 0.2) + 0.01 * s["seed"], "median_seconds": 1.0, "sizes": {}}
+
+    runs, scratch = kit["runs"].Runs(tmp_path, train), kit["scratch"]
+    rates = [0.1, 0.2, 0.4]
+
+    def do(plan) -> None:
+        while waiting := [s for s in plan() if runs.known(s) is None]:
+            runs.result(waiting[0])
+
+    do(lambda: scratch.plan(runs.known, ["oja"], 3, rates, **FIXED))
+    assert done == [(0.1, 0, 3), (0.2, 0, 3), (0.4, 0, 3), (0.2, 1, 3), (0.2, 2, 3)]
+    do(lambda: scratch.plan(runs.known, ["oja"], 3, rates, **FIXED))
+    assert len(done) == 5
+    do(lambda: scratch.longer(runs.known, ["oja", "adamw"], rates, 10, **FIXED))
+    assert done[5:] == [(0.2, 0, 30)]  # adamw has no result yet
+    (row, missing) = scratch.table(runs.known, ["oja", "adamw"], 3, rates, **FIXED)
+    assert row[2] == "0.2" and row[3].startswith("0.0100 ± ") and row[4] == 3
+    assert missing == ["adamw", "not run"]
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_losses(kit, tmp_path) -> None:
+    training, runs = kit["training"], kit["runs"]
+    s = training.settings("oja", 3e-3, 0, **{**FIXED, "steps": 6})
+    whole = training.train(s, runs.Checkpoint(tmp_path / "none.pt"))
+
+    class Cut(runs.Checkpoint):
+        def offer(self, state) -> None:
+            torch.save(state(), self.file)
+            if len(state()["done"]["losses"]) == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(s, Cut(tmp_path / "half.pt"))
+    resumed = training.train(s, runs.Checkpoint(tmp_path / "half.pt"))
+    assert resumed["validation"][1:] == whole["validation"][1:] and resumed["loss"] == whole["loss"]
+
+
+def test_a_sweep_has_each_of_its_points_in_its_table(kit) -> None:
+    sweep = kit["sweep"]
+    rows = sweep.table(lambda s: {"loss": 1.0}, None, 2, **FIXED)
+    assert len(rows) == len(sweep.RATES) + 2 * len(sweep.RANKS)
+    assert [row[1] for row in rows[: len(sweep.RATES)]] == ["0.001", "0.01", "0.1", "1.0", "10.0", "auto"]
+    planned = list(sweep.plan(None, 2, **FIXED))
+    assert len({str(s) for s in planned}) == len(planned) == 2 * len(rows)
+
+
+def test_unknown_methods_are_named(kit) -> None:
+    with pytest.raises(ValueError, match=r"--methods names 'ojja': it must be of adamw, oja"):
+        kit["methods"].known(["oja", "ojja"])
