@@ -45,8 +45,12 @@ class Run:
         """The lines in which the methods differ."""
         lr = self.args.lr or LEARNING_RATES[self.method]
         if self.method == "oasis":
-            every = self.args.subspace_every
-            backend = oasis_backend(rank=self.args.rank, subspace_every=every, inner=self.args.inner)
+            backend = oasis_backend(
+                rank=self.args.rank,
+                subspace=self.args.subspace,
+                subspace_every=self.args.subspace_every,
+                inner=self.args.inner,
+            )
             self.model.compile(backend=backend)
             return OasisAdamW(self.model.parameters(), lr=lr, weight_decay=0.0)
         parameters = [p for p in self.model.parameters() if p.requires_grad]

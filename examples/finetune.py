@@ -33,7 +33,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default="gsm_symbolic", help="gsm_symbolic, a jsonl file or a text file")
     parser.add_argument("--layers", type=int, help="keep the first N blocks")
     parser.add_argument("--rank", type=int, default=32, help="columns of each basis, or of each adapter")
-    parser.add_argument("--subspace-every", type=int, default=1, help="a basis moves at each so many steps (oasis)")
+    parser.add_argument("--subspace", default="oja", help="rule of the bases, see docs/subspaces.md (oasis)")
+    parser.add_argument("--subspace-every", type=int, help="a basis moves at each so many steps (oasis)")
     parser.add_argument("--lr", type=float, help="default: the method's own, see _training.py")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--stop-after", type=int, help="stop at this step of the schedule's --steps (with --method)")
@@ -51,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", type=Path, help="go on from a checkpoint folder (with --method)")
     args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "seq_len", "rank", "num_heldout", "subspace_every"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
     args.methods = args.compare.split(",")
     unknown = [method for method in args.methods if method not in METHODS]
