@@ -17,7 +17,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from oasis_fx.runtime.stochastic_rounding import round_stochastically_
-from oasis_fx.runtime.subspace_optimizer import LowRankUpdate, State
+from oasis_fx.runtime.updates import LowRankUpdate, State
 from oasis_fx.runtime.weight_step import step_weight, zeros_like
 
 

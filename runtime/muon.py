@@ -23,16 +23,9 @@ import torch
 
 from oasis_fx.runtime.adamw import Hyper as AdamHyper
 from oasis_fx.runtime.adamw import step_dense_bfloat16, step_fused
-from oasis_fx.runtime.subspace_optimizer import (
-    DenseUpdate,
-    LowRankUpdate,
-    State,
-    SubspaceOptimizer,
-    check_decays,
-    check_numbers,
-    check_rounding,
-    rounds_stochastically,
-)
+from oasis_fx.runtime.group_settings import check_decays, check_numbers, check_rounding, rounds_stochastically
+from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
+from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, State
 from oasis_fx.runtime.weight_step import step_weight, where
 
 

@@ -10,17 +10,10 @@ import torch
 
 from oasis_fx.runtime.adamw import Hyper, bias_correction, step_dense_bfloat16, step_fused, step_low_rank
 from oasis_fx.runtime.eight_bit import in_float32, new_codes, quantizes, require_torchao
-from oasis_fx.runtime.subspace_optimizer import (
-    DenseUpdate,
-    LowRankUpdate,
-    State,
-    SubspaceOptimizer,
-    check_decays,
-    check_numbers,
-    check_rounding,
-    rounds_stochastically,
-)
+from oasis_fx.runtime.group_settings import check_decays, check_numbers, check_rounding, rounds_stochastically
+from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
 from oasis_fx.runtime.transport import transport_mean, transport_second_moment
+from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, State
 from oasis_fx.runtime.weight_step import store_weight
 
 

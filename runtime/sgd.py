@@ -14,14 +14,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from oasis_fx.runtime.subspace_optimizer import (
-    DenseUpdate,
-    LowRankUpdate,
-    SubspaceOptimizer,
-    check_numbers,
-    check_rounding,
-    rounds_stochastically,
-)
+from oasis_fx.runtime.group_settings import check_numbers, check_rounding, rounds_stochastically
+from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
+from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate
 from oasis_fx.runtime.weight_step import step_dense_weight, step_weight, where
 
 

@@ -9,33 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from oasis_fx.runtime.layout import Features, as_rows
+from oasis_fx.runtime.layout import as_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.moving import count_steps, move_bases
 from oasis_fx.runtime.optimizer_state import check_state, pack_state, restore_state
 from oasis_fx.runtime.subspace import Momentum, Subspace
-
-State = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """One weight's share of a step: its gradient in the coordinates of a basis, and its state."""
-
-    weight: torch.Tensor
-    factor: torch.Tensor
-    basis: torch.Tensor
-    features: Features
-    state: State
-
-
-@dataclass(frozen=True)
-class DenseUpdate:
-    """The same for a weight whose states have its own shape."""
-
-    weight: torch.Tensor
-    gradient: torch.Tensor
-    state: State
+from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, State, all_finite, is_low_rank
 
 
 @dataclass(frozen=True)
@@ -157,7 +136,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         items = list(self._items())
         if not items:
             return loss
-        finite = _all_finite([item.gradient for item in items])
+        finite = all_finite([item.gradient for item in items])
         gate: torch.Tensor | None = finite
         if finite.device.type == "cpu":  # reading it costs nothing there
             gate = None
@@ -427,53 +406,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             state["step"] = state["step"].to(weight.device)
 
 
-def is_low_rank(state: State) -> bool:
-    """Whether the states of a weight are in the coordinates of a basis."""
-    return "features" in state and not state.get("full_rank", False)
-
-
 _SPOKEN = {"exp_avg": "moments", "exp_avg_sq": "moments", "momentum_buffer": "a momentum"}
-
-
-def _all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Whether every gradient is finite, as a bool scalar on the first one's device; nothing waits for it."""
-    by_kind: dict[Any, list[torch.Tensor]] = {}
-    for gradient in gradients:
-        values = gradient.factor if isinstance(gradient, LowRankGrad) else gradient
-        by_kind.setdefault((values.device, values.dtype), []).append(values)
-    verdicts: list[torch.Tensor] = []
-    for (_, dtype), batch in by_kind.items():
-        wide = torch.float64 if dtype == torch.float64 else torch.float32  # a float16 norm could overflow
-        verdicts.append(torch.stack(list(torch._foreach_norm(batch, 2, dtype=wide))).isfinite().all())
-    return torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all()
 
 
 def _on(gate: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     return None if gate is None else gate.to(device)
-
-
-def check_numbers(group: Mapping[str, Any], *names: str) -> None:
-    """Raise ValueError for a setting that is not a number from 0; ``lr`` may be a one-element tensor."""
-    for name in names:
-        value = group[name]
-        if isinstance(value, torch.Tensor) and (name != "lr" or value.numel() != 1):
-            raise ValueError(f"{name} is {value!r}: it must be a number from 0 (lr may be a one-element tensor)")
-        if not float(value) >= 0:  # false for NaN too
-            raise ValueError(f"{name} is {value!r}: it must be a number from 0")
-
-
-def check_decays(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where ``betas`` are not two numbers in [0, 1)."""
-    betas = group["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= float(b) < 1 for b in betas):
-        raise ValueError(f"betas is {betas!r}: it must be two numbers in [0, 1)")
-
-
-def check_rounding(group: Mapping[str, Any]) -> None:
-    if group["stochastic_rounding"] not in (None, True, False):
-        raise ValueError(f"stochastic_rounding is {group['stochastic_rounding']!r}: it must be None, True or False")
-
-
-def rounds_stochastically(group: Mapping[str, Any], weight: torch.Tensor) -> bool:
-    """Whether a weight's updates are rounded at random: bfloat16 ones are, unless the group says no."""
-    return weight.dtype == torch.bfloat16 and group["stochastic_rounding"] is not False

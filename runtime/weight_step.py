@@ -9,7 +9,7 @@ import torch
 
 from oasis_fx.runtime.layout import add_product_
 from oasis_fx.runtime.stochastic_rounding import round_stochastically_
-from oasis_fx.runtime.subspace_optimizer import LowRankUpdate
+from oasis_fx.runtime.updates import LowRankUpdate
 
 
 class WeightHyper(Protocol):
