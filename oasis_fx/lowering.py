@@ -323,7 +323,7 @@ def _fake_runtime_inputs(
         if lending.energy:
             energies.append(torch.zeros((), dtype=dtype, device=w.device).requires_grad_())
         if lending.control:
-            controls.append(torch.zeros(3, dtype=torch.int64))
+            controls.append(torch.zeros(3, dtype=torch.int64, device="cpu"))
     inputs = {"basis": bases, "energy": energies, "control": controls, "slot": slots}
     names = [f"{kind}_{index}" for kind, made in inputs.items() for index in range(len(made))]
     made = [*bases, *energies, *controls, *slots]

@@ -20,8 +20,8 @@ from oasis_fx.runtime.subspace import BY_CALL, BY_HANDLE, Subspace, Versions
 def control_of(subspace: Subspace, versions: Versions) -> torch.Tensor:
     """What an operator of a graph is told: its subspace, its call and, for rules that draw anew for each batch, a
     seed from torch's generator, as dropout takes one."""
-    seed = int(torch.randint(1 << 62, ())) if subspace.spec.rule.dense else 0
-    return torch.tensor([subspace.handle, versions.call, seed])
+    seed = int(torch.randint(1 << 62, (), device="cpu")) if subspace.spec.rule.dense else 0
+    return torch.tensor([subspace.handle, versions.call, seed], device="cpu")
 
 
 def stand_in(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -35,7 +35,7 @@ def batch_basis(x: torch.Tensor, stand_in: torch.Tensor, control: torch.Tensor) 
     subspace, versions = BY_HANDLE[handle], BY_CALL.get(call)
     with torch.autocast(x.device.type, enabled=False):
         if _rule(subspace).dense:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator("cpu").manual_seed(seed)
             basis = _rule(subspace).choose(x.to(subspace.dtype), subspace, generator)
         else:
             _move_if_due(subspace, x)
@@ -84,7 +84,7 @@ def _move_if_due(subspace: Subspace, batch: torch.Tensor) -> torch.Tensor | None
         return None
     old = subspace.basis.detach().clone()
     seed = subspace.seed * 1_000_003 + int(subspace.num_updates)
-    subspace.replace(_rule(subspace).choose(wide, subspace, torch.Generator().manual_seed(seed)))
+    subspace.replace(_rule(subspace).choose(wide, subspace, torch.Generator("cpu").manual_seed(seed)))
     subspace.num_steps.zero_()
     subspace.captured_energy = ((wide @ subspace.basis.detach()).norm() / wide.norm()).square()
     return old

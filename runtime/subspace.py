@@ -233,6 +233,6 @@ def _first_count(spec: SubspaceSpec) -> int:
 
 def initial_basis(n: int, r: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
     """A random orthonormal n x r matrix: a function of its arguments only, so the same on every run and rank."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + n) * 1_000_003 + r)
-    gaussian = torch.randn(n, r, dtype=torch.float64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + n) * 1_000_003 + r)
+    gaussian = torch.randn(n, r, dtype=torch.float64, generator=generator, device="cpu")
     return torch.linalg.qr(gaussian).Q.to(device=device, dtype=dtype).contiguous()

@@ -47,10 +47,10 @@ class DCT(BatchRule):
         return self.side
 
     def first_code(self, r: int, seed: int) -> torch.Tensor:
-        return torch.arange(r)
+        return torch.arange(r, device="cpu")
 
     def expand(self, code: torch.Tensor, n: int, r: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        rows = torch.arange(n, dtype=torch.float64)[:, None] * 2 + 1
+        rows = torch.arange(n, dtype=torch.float64, device="cpu")[:, None] * 2 + 1
         columns = torch.cos(math.pi / (2 * n) * rows * code) * math.sqrt(2 / n)
         columns[:, code == 0] *= math.sqrt(0.5)
         return columns.to(device=device, dtype=dtype)

@@ -52,11 +52,11 @@ class PrincipalRandom(BatchRule):
         n, r = subspace.shape
         r1, r2 = self.parts(n, r)
         q1 = top_right_singular_vectors(batch, r1) if r1 else batch.new_empty(n, 0)
-        drawn = torch.randn(n, r2, generator=generator, dtype=torch.float32).to(batch)
+        drawn = torch.randn(n, r2, generator=generator, dtype=torch.float32, device="cpu").to(batch)
         # Twice: what rounding leaves of Q1 in the first remainder is taken out of the second.
         rest = drawn - q1 @ (q1.mT @ drawn)
         return torch.cat([q1, torch.linalg.qr(rest - q1 @ (q1.mT @ rest)).Q], dim=1)
 
     def weights(self, n: int, r: int) -> torch.Tensor | None:
         r1, r2 = self.parts(n, r)
-        return torch.tensor([1.0] * r1 + [(n - r1) / max(r2, 1)] * r2)
+        return torch.tensor([1.0] * r1 + [(n - r1) / max(r2, 1)] * r2, device="cpu")

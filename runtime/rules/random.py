@@ -29,14 +29,14 @@ class Random(DrawnRule):
     draws: ClassVar[bool] = True
 
     def first_code(self, r: int, seed: int) -> torch.Tensor:
-        return torch.tensor([seed, 0])
+        return torch.tensor([seed, 0], device="cpu")
 
     def next_code(self, code: torch.Tensor) -> torch.Tensor:
-        return code + torch.tensor([0, 1])
+        return code + torch.tensor([0, 1], device="cpu")
 
     def expand(self, code: torch.Tensor, n: int, r: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         seed, drawing = code.tolist()
         # On the CPU whatever the device: equal on all ranks, and after a move of the model.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + drawing)
-        drawn = torch.randn(n, r, generator=generator, dtype=torch.float32) / r**0.5
+        generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + drawing)
+        drawn = torch.randn(n, r, generator=generator, dtype=torch.float32, device="cpu") / r**0.5
         return drawn.to(device=device, dtype=dtype)

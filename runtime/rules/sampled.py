@@ -31,5 +31,5 @@ class Sampled(BatchRule):
 
     def choose(self, batch: torch.Tensor, subspace: Subspace, generator: torch.Generator) -> torch.Tensor:
         n, r = subspace.shape
-        columns = torch.randperm(n, generator=generator)[:r].to(batch.device)
+        columns = torch.randperm(n, generator=generator, device="cpu")[:r].to(batch.device)
         return torch.linalg.qr(batch.mT @ batch[:, columns]).Q

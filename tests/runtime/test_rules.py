@@ -397,3 +397,20 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(rule, tmp_path) -> None:
     run(compiled, optimizer, range(4, 9))
     for found, expected in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rule", ALL, ids=name_of)
+def test_a_default_device_of_the_user_s_is_not_ours(rule) -> None:
+    """Under `torch.set_default_device("cuda")` what we make on the CPU must stay there; meta stands in for it."""
+    torch._dynamo.reset()
+    model = Net()
+    backend = oasis_backend(RANK, subspace=rule, subspace_lr="auto", inner="aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    optimizer = OasisAdamW(model.parameters(), lr=LR)
+    batches = [batch(step) for step in range(3)]
+    with torch.device("meta"):
+        for x, y in batches:
+            (compiled(x) - y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
