@@ -12,6 +12,16 @@ def round_stochastically_(target: torch.Tensor, source: torch.Tensor, generator:
     """
     # bfloat16 is the upper half of float32: add noise below the cut, then cut.
     bits = source.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, source.shape, dtype=torch.int32, device=source.device, generator=generator)
+    noise = _sixteen_bits(source.numel(), source.device, generator).view(source.shape)
     rounded = (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
-    target.copy_(torch.where(source.isfinite(), rounded, source))
+    nan = source.isnan()  # its bits may carry over into another number; infinities cannot
+    if source.device.type != "cpu" or bool(nan.any()):
+        rounded = torch.where(nan, source, rounded)
+    target.copy_(rounded)
+
+
+def _sixteen_bits(count: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
+    """``count`` random numbers from 0 to 65535, int32; four from each word that the generator makes."""
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+    words.random_(-(1 << 63), None, generator=generator)
+    return words.view(torch.int16)[:count].to(torch.int32).bitwise_and_(0xFFFF)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from oasis_fx.runtime.stochastic_rounding import round_stochastically_
+from oasis_fx.runtime.stochastic_rounding import _sixteen_bits, round_stochastically_
 
 
 def test_unbiased_and_to_a_neighbour() -> None:
@@ -35,3 +35,22 @@ def test_non_contiguous() -> None:
     target = torch.empty(6, 8, dtype=torch.bfloat16).T
     round_stochastically_(target, source)
     assert torch.equal(target.float(), source)
+
+
+def test_not_a_number_stays_whatever_its_bits() -> None:
+    bits = torch.tensor([0x7FFFFFFF, 0x7FFF8001, 0x7F800001, 0x7FC00000, -1], dtype=torch.int32)
+    target = torch.zeros(5, dtype=torch.bfloat16)
+    for seed in range(20):
+        round_stochastically_(target, bits.view(torch.float32), torch.Generator().manual_seed(seed))
+        assert bool(target.isnan().all())
+
+
+def test_the_noise_is_uniform_and_each_number_of_its_own() -> None:
+    """Sixteen bits, each set half of the time (within 5 standard errors), and no two neighbours alike."""
+    noise = _sixteen_bits(100_003, torch.device("cpu"), torch.Generator().manual_seed(0))
+    assert noise.shape == (100_003,) and int(noise.min()) >= 0 and int(noise.max()) <= 0xFFFF
+    shares = torch.stack([(noise >> bit & 1).double().mean() for bit in range(16)])
+    assert bool(((shares - 0.5).abs() < 5 * 0.5 / 100_003**0.5).all())
+    for lag in range(1, 5):
+        pairs = torch.stack([noise[:-lag], noise[lag:]]).double()
+        assert abs(float(torch.corrcoef(pairs)[0, 1])) < 5 / 100_003**0.5
