@@ -118,7 +118,8 @@ class SubspaceStore:
     def _make(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, features: Sequence[Features]) -> Subspace:
         weight = weights[0]
         shape = num_features(weight.shape, features[0]), spec.rank
-        seed = int(torch.randint(1 << 31, (), device="cpu")) if spec.rule.draws else 0  # as parameters draw their first values
+        # From torch's generator, as parameters draw their first values.
+        seed = int(torch.randint(1 << 31, (), device="cpu")) if spec.rule.draws else 0
         subspace = Subspace(initial_basis(*shape, _basis_dtype(weight), weight.device), spec, seed=seed)
         waiting: list[Preloaded] = [p for w in weights if (p := self._preloaded.get(w)) is not None]
         for saved in waiting:

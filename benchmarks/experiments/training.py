@@ -58,7 +58,7 @@ def train(s: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        done["losses"].append(float(loss))
+        done["losses"].append(loss.item())
         done["seconds"].append(time.perf_counter() - start)
         if (step + 1) % every == 0 or step == s["steps"] - 1:
             done["validation"].append((step + 1, validation_loss(model, heldout, s["length"], s["device"])))
