@@ -268,3 +268,29 @@ def test_a_batch_that_is_not_finite_moves_no_basis() -> None:
 def test_bad_settings(make, message) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_report_counts_what_each_rule_leaves() -> None:
+    found = {}
+    for rule in ("oja", "pca", "dct", "sampled", "gradient_svd", "gradient_oja"):
+        torch._dynamo.reset()
+        backend = oasis_backend(4, subspace=rule, inner="aot_eager")
+        torch.compile(Block(), backend=backend)(inputs(0)).sum().backward()
+        (found[rule],) = backend.report()
+    totals = {rule: report.totals for rule, report in found.items()}
+    dense = (3 * 16 * 16 + 2 * 16 * 32) * 4
+    factors = (3 * 16 + 16 + 32) * 4 * 4  # of q, k, v: m = 16; of down: 16; of mix: 32
+    bases = (16 + 16 + 32) * 4 * 4
+    assert all(t.gradient_bytes_before == dense and t.adam_bytes_before == 2 * dense for t in totals.values())
+    assert totals["oja"].gradient_bytes_after == factors + bases  # G and C
+    assert totals["pca"].gradient_bytes_after == factors
+    assert totals["oja"].adam_bytes_after == totals["pca"].adam_bytes_after == 2 * factors + bases
+    assert totals["dct"].adam_bytes_after == 2 * factors  # its basis is a few integers
+    assert totals["sampled"].gradient_bytes_after == dense and totals["sampled"].adam_bytes_after == 2 * dense
+    on_smaller_side = (3 * 16 + 2 * 32) * 4 * 4
+    assert totals["gradient_svd"].gradient_bytes_after == on_smaller_side
+    assert totals["gradient_oja"].gradient_bytes_after == on_smaller_side + 5 * 16 * 4 * 4
+    rows = {row.weight if hasattr(row, "weight") else row.name: row for row in found["gradient_svd"].rows}
+    assert all(row.note == "dW projected" for row in rows.values()) and "dW is computed at full size" in str(
+        found["gradient_svd"]
+    )

@@ -67,7 +67,7 @@ class Totals:
         matmul_flops_before, matmul_flops_after: forward and backward, recomputed work included.
         gradient_bytes_before, gradient_bytes_after: of the weights with low-rank gradients: dW; G and C.
         adam_bytes_before, adam_bytes_after: of the same weights: two moments in the weight's dtype; two of m x r,
-            and the bases, in float32 (float64 for float64 weights).
+            and the bases that are stored, in float32 (float64 for float64 weights).
     """
 
     saved_bytes_before: int
@@ -131,7 +131,7 @@ def _report_graph(record: CompiledGraph, trace: Trace | None) -> GraphReport:
         sum(matmul_flops(gm.graph) for gm in stock),
         matmul_flops(trace.forward.graph) + matmul_flops(trace.backward.graph),
         *_gradient_bytes(trace, placeholders),
-        *_adam_bytes(trace, placeholders),
+        *_adam_bytes(record, trace, placeholders),
     )
     rows = _rows(record, trace, placeholders, saved_before, saved_after)
     return GraphReport(tuple(rows), tuple(skipped), totals, decisions(trace))
@@ -155,7 +155,8 @@ def _rows(
         counted |= fresh
         before = sum(saved_before.get(name, 0) for name in fresh)
         after = sum(saved_after.get(name, 0) for name in (own | fresh))
-        note = _note(bases, bool(own), saved_before, saved_after)
+        of_gradient = sites[0].inputs.of_gradient
+        note = "dW projected" if of_gradient else _note(bases, bool(own), saved_before, saved_after)
         rows_of_x = {term.x: num_rows(term, n) for site in sites for term in site.terms}
         share = sum(4 * count * n * rank for count in rows_of_x.values()) / len(sites)
         names = [record.names[site.inputs.weight] for site in sites]
@@ -164,6 +165,8 @@ def _rows(
             elements = sum(math.prod(_known_shape(term.dy)) for term in site.terms)  # N m each
             others = tuple(other for other in names if other != name)
             flops = 2 * elements * n, 2 * elements * rank + share
+            if of_gradient:  # the contraction itself is as it was
+                flops = 0, 2 * math.prod(size) * rank * (2 if site.inputs.statistic else 1)
             rows.append(WeightRow(name, size, rank, others, before, after, *flops, note))
             before = after = 0  # the group's bytes stand in its first row
     return rows
@@ -206,17 +209,25 @@ def _known_shape(node: fx.Node) -> tuple[int, ...]:
 
 def _gradient_bytes(trace: Trace, placeholders: Mapping[int, fx.Node]) -> tuple[int, int]:
     dense = sum(_placed(placeholders, site.inputs.weight) for site in trace.sites)
-    low_rank = sum(_placed(placeholders, site.inputs.slot) for site in trace.sites)
-    return dense, low_rank + sum(_placed(placeholders, basis) for basis in _by_basis(trace))
+    after = 0
+    for basis, sites in _by_basis(trace).items():
+        made = [site.inputs.weight if site.inputs.dense else site.inputs.slot for site in sites]
+        statistic = _placed(placeholders, basis) if sites[0].inputs.statistic else 0
+        after += statistic + sum(_placed(placeholders, position) for position in made)
+    return dense, after
 
 
-def _adam_bytes(trace: Trace, placeholders: Mapping[int, fx.Node]) -> tuple[int, int]:
+def _adam_bytes(record: CompiledGraph, trace: Trace, placeholders: Mapping[int, fx.Node]) -> tuple[int, int]:
     dense = sum(2 * _placed(placeholders, site.inputs.weight) for site in trace.sites)
+    stored = not record.groups[0].spec.rule.coded if record.groups else True
     low_rank = 0
     for basis, sites in _by_basis(trace).items():
+        if sites[0].inputs.dense:
+            low_rank += sum(2 * _placed(placeholders, site.inputs.weight) for site in sites)
+            continue
         element: Any = value(placeholders[basis]).element_size()
         rows = [_known_shape(placeholders[site.inputs.slot]) for site in sites]
-        low_rank += _placed(placeholders, basis) + sum(2 * m * rank * element for m, rank in rows)
+        low_rank += stored * _placed(placeholders, basis) + sum(2 * m * rank * element for m, rank in rows)
     return dense, low_rank
 
 

@@ -33,6 +33,7 @@ _NOTES = {
     "X was recomputed": "without the passes the backward pass would compute X again from what it keeps anyway",
     "X also kept": "another operation of the backward pass reads X, so it is not freed",
     "P recomputed": "the backward pass computes P again from an X that is kept anyway",
+    "dW projected": "X is kept, dW is computed at full size in the backward pass; FLOPs are of its projection",
 }
 
 
