@@ -148,8 +148,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         else:
             self._count_skipped(finite)
         self._catch_up()
+        groups = self._group_of()
         for item in items:
-            self._prepare_state(item)
+            self._prepare_state(item, groups[item.weight])
         generators = self._generators()
         self._step_low_rank([item for item in items if item.low_rank], gate, generators)
         self._step_dense([item for item in items if not item.low_rank], gate, generators)
@@ -214,7 +215,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         dense = gradient.factor if isinstance(gradient, LowRankGrad) else gradient
         return _Item(weight, dense, hyper, is_low_rank(state))
 
-    def _prepare_state(self, item: _Item) -> None:
+    def _prepare_state(self, item: _Item, group: Mapping[str, Any]) -> None:
         state = self.state[item.weight]
         self._follow(item.weight, state)
         gradient = item.gradient
@@ -224,7 +225,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 like = torch.empty(gradient.factor.shape, dtype=gradient.subspace.dtype, device=item.weight.device)
             state["step"] = torch.zeros((), dtype=torch.float32, device=item.weight.device)
             for name in self.states_of(item.low_rank):
-                state.update(self.new_state(name, like, self._group_of()[item.weight]))
+                state.update(self.new_state(name, like, group))
         if isinstance(gradient, LowRankGrad):
             if item.low_rank:
                 self._bring_along(item.weight, state, gradient.subspace)
@@ -334,19 +335,19 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for device, subspaces in by_device.items():
             overlaps = move_bases(subspaces, _on(gate, device))
             self._transport([(weight, overlap) for s, overlap in overlaps.items() for weight in members[s]])
+        groups = self._group_of()
         for subspace, weights in members.items():
             # What moved before the first step of its weights moved from a random start: nothing is to follow.
             subspace.overlap = None
             for weight in weights:
                 self._remember(weight, subspace)
                 self._note_basis(self.state[weight], subspace)
-                self._lend_momentum(weight, subspace)
+                self._lend_momentum(weight, subspace, groups[weight])
 
-    def _lend_momentum(self, weight: torch.Tensor, subspace: Subspace) -> None:
+    def _lend_momentum(self, weight: torch.Tensor, subspace: Subspace, group: Mapping[str, Any]) -> None:
         state = self.state[weight]
         if self.mean_state is not None and getattr(subspace.spec.rule, "uses_momentum", False) and is_low_rank(state):
-            beta = self.mean_decay(self._group_of()[weight])
-            subspace.momentum = Momentum(state[self.mean_state], state["step"], beta)
+            subspace.momentum = Momentum(state[self.mean_state], state["step"], self.mean_decay(group))
 
     def mean_decay(self, group: Mapping[str, Any]) -> float:
         """The decay a step of ``mean_state``."""

@@ -82,7 +82,7 @@ class _Chain(torch.nn.Module):
         self.weights = torch.nn.ParameterList(weights)
 
     def forward(self, x):
-        return self.function(x, *self.weights)
+        return self.function(x, *list(self.weights))
 
 
 def test_the_partition_keeps_what_the_plan_says(capture_joint) -> None:

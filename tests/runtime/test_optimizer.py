@@ -260,7 +260,7 @@ def test_the_gate_for_devices_that_are_not_waited_for(products, make_weight, mon
             items = list(gated._items())
             with torch.no_grad():
                 for item in items:
-                    gated._prepare_state(item)
+                    gated._prepare_state(item, gated.param_groups[0])
                 gated._step_low_rank([i for i in items if i.low_rank], gate, gated._generators())
                 gated._step_dense([i for i in items if not i.low_rank], gate, gated._generators())
                 gated._move_bases(gate)

@@ -59,7 +59,7 @@ def test_moments_go_over_to_another_subspace(products, make_weight) -> None:
     y.sum().backward()
     g, new = w.grad.factor.clone(), w.grad.basis.detach().clone()
     with torch.no_grad():
-        optimizer._prepare_state(next(iter(optimizer._items())))
+        optimizer._prepare_state(next(iter(optimizer._items())), optimizer.param_groups[0])
         torch.testing.assert_close(optimizer.state[w]["exp_avg"], old_mean @ (old_basis.T @ new))
         optimizer._step_low_rank(list(optimizer._items()), None, optimizer._generators())
     expected = BETAS[0] * old_mean @ (old_basis.T @ new) + (1 - BETAS[0]) * g

@@ -184,7 +184,7 @@ def test_a_gate_that_is_shut_leaves_everything_as_it_is(kind, dtype) -> None:
     states = [{k: v.clone() for k, v in s.items() if isinstance(v, torch.Tensor)} for s in optimizer.state.values()]
     items = list(optimizer._items())
     for item in items:
-        optimizer._prepare_state(item)
+        optimizer._prepare_state(item, optimizer.param_groups[0])
     for flag, changes in ((False, False), (True, True)):
         gate, generators = torch.tensor(flag), optimizer._generators()
         with torch.no_grad():
