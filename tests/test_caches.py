@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import copy, json, sys, torch
 from oasis_fx import LowRankGrad, oasis_backend
+from oasis_fx.runtime.layout import as_rows
 arguments = json.loads(sys.argv[1])
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 7)).double()
@@ -28,7 +29,7 @@ torch.compile(model, backend=backend)(x).square().sum().backward()
 factors = {}
 for (name, weight), dense in zip(model.named_parameters(), reference.parameters()):
     if isinstance(weight.grad, LowRankGrad):
-        ratio = weight.grad.factor / (dense.grad @ weight.grad.basis.detach())
+        ratio = weight.grad.factor / (as_rows(dense.grad, weight.grad.features) @ weight.grad.basis.detach())
         factors[name] = [weight.grad.factor.shape[1], float(ratio.min()), float(ratio.max())]
 trace = record.trace or record.retrace()
 print(json.dumps({"hit": record.trace is None, "factors": factors, "rewritten": len(trace.sites)}))
@@ -69,6 +70,16 @@ def assert_exact(result: dict, rank: int, names: set[str], scale: float = 1.0) -
     for columns, low, high in result["factors"].values():
         assert columns == rank
         assert abs(low - scale) < 1e-6 and abs(high - scale) < 1e-6
+
+
+@pytest.mark.parametrize("subspace", ["pca", "gradient_svd"])
+def test_a_basis_that_goes_by_the_batch_is_found_from_a_warm_cache(site: Path, cache: Path, subspace: str) -> None:
+    """Its operator is told a handle, which means another subspace in each process."""
+    results = [run(site, cache, rank=4, subspace=subspace) for _ in range(2)]
+    assert [result["hit"] for result in results] == [False, True]
+    for result in results:
+        assert_exact(result, 4, {"0.weight", "2.weight"})
+    assert results[0]["factors"] == results[1]["factors"]
 
 
 def test_caches(site: Path, cache: Path) -> None:
