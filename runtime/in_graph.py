@@ -75,12 +75,17 @@ def _rule(subspace: Subspace) -> BatchRule:
 
 
 def _move_if_due(subspace: Subspace, batch: torch.Tensor) -> torch.Tensor | None:
-    """Move the basis where its turn has come and the batch is finite and not zero; return the old one then."""
+    """Move the basis where its turn has come; return the old one then.
+
+    A batch that is zero or not finite moves nothing, and neither do the later ones of its step: gradients of one step
+    are in one basis. The turn comes again at the next.
+    """
     if not subspace.is_due:
         return None
     wide = batch.to(subspace.dtype)
     peak = wide.abs().amax()
     if not (bool(peak.isfinite()) and bool(peak > 0)):
+        subspace.num_steps.fill_(subspace.spec.every - 1)
         return None
     old = subspace.basis.detach().clone()
     seed = subspace.seed * 1_000_003 + int(subspace.num_updates)

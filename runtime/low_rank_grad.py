@@ -316,6 +316,11 @@ def _foreach_scale(func: Any, tensors: Sequence[torch.Tensor], scalar: Any) -> A
 # GradScaler.unscale_.
 @_handles(aten._amp_foreach_non_finite_check_and_unscale_.default)
 def _unscale(func: Any, tensors: Sequence[torch.Tensor], found_inf: torch.Tensor, inverse_scale: torch.Tensor) -> None:
+    if any(isinstance(t, LowRankGrad) and t.subspace.error is not None for t in tensors):
+        raise RuntimeError(
+            "error feedback does not go with a scaled loss: what it keeps is in the units of the scale of its step. "
+            "Train in bfloat16, or without error_feedback"
+        )
     func(_factors(tensors), found_inf, inverse_scale)
 
 

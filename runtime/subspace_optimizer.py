@@ -243,26 +243,29 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(
                     "a basis was moved by another optimizer: weights that share one belong to one optimizer"
                 )
-            if (binding is None or binding.subspace is not subspace) and "basis" in state:
+            if (binding is None or binding.subspace is not subspace) and subspace.spec.rule.transports:
                 # Loaded from a checkpoint, or taken over from another graph or backend. Equal bases are not
                 # multiplied: a resumed run is bitwise the uninterrupted one.
-                basis = subspace.basis.detach()
-                if state["basis"].shape == basis.shape and not torch.equal(state["basis"], basis):
-                    self._transport([(weight, state["basis"].to(basis).mT @ basis)])
+                old, basis = _basis_before(state, binding, subspace), subspace.basis.detach()
+                if old is not None and old.shape == basis.shape and not torch.equal(old, basis):
+                    self._transport([(weight, old.mT @ basis)])
 
     def _note_basis(self, state: State, subspace: Subspace) -> None:
         """Show in a state what a checkpoint needs of the subspace: shared, and changing with it."""
         state["basis_updates"], state["basis_steps"] = subspace.num_updates, subspace.num_steps
-        kept = {"basis_code": subspace.code, "basis_error": subspace.error, "basis_move": subspace.last_move}
-        if subspace.spec.learning_rate == "auto":
-            kept["basis_log_rate"] = subspace.log_rate
+        kept = {
+            "basis": None if subspace.spec.rule.coded else subspace.basis.detach(),
+            "basis_code": subspace.code,
+            "basis_seed": subspace.seed if subspace.spec.rule.draws else None,
+            "basis_error": subspace.error,
+            "basis_move": subspace.last_move,
+            "basis_log_rate": subspace.log_rate if subspace.spec.learning_rate == "auto" else None,
+        }
         for key, value in kept.items():
             if value is not None:
                 state[key] = value
-        if not subspace.spec.rule.coded:
-            state["basis"] = subspace.basis.detach()
-        if subspace.spec.rule.draws:
-            state["basis_seed"] = subspace.seed
+            else:
+                state.pop(key, None)  # of a subspace under another rule, before
 
     def _remember(self, weight: torch.Tensor, subspace: Subspace) -> None:
         self._bindings[weight] = _Binding(subspace, subspace.version)
@@ -321,7 +324,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Take states along where a basis has moved within a backward pass since the last step."""
         for subspace, weights in self._members().items():
             if subspace.overlap is not None:
-                self._transport([(weight, subspace.overlap) for weight in weights])
+                if subspace.spec.rule.transports:
+                    self._transport([(weight, subspace.overlap) for weight in weights])
                 subspace.overlap = None
                 for weight in weights:
                     self._remember(weight, subspace)
@@ -334,6 +338,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             by_device.setdefault(subspace.device, []).append(subspace)
         for device, subspaces in by_device.items():
             overlaps = move_bases(subspaces, _on(gate, device))
+            overlaps = {s: overlap for s, overlap in overlaps.items() if s.spec.rule.transports}
             self._transport([(weight, overlap) for s, overlap in overlaps.items() for weight in members[s]])
         groups = self._group_of()
         for subspace, weights in members.items():
@@ -359,9 +364,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         batches: dict[Any, list[tuple[State, torch.Tensor]]] = {}
         for weight, overlap in moves:
             state = self.state[weight]
-            binding = self._bindings.get(weight)
-            stays = binding is not None and not binding.subspace.spec.rule.transports
-            if not self.states or not is_low_rank(state) or stays:
+            if not self.states or not is_low_rank(state):
                 continue
             shape = state[self.states[0]].shape
             batches.setdefault((id(groups[weight]), shape, overlap.dtype, overlap.device), []).append((state, overlap))
@@ -405,6 +408,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 state[key] = state[key].to(weight.device, dtype)
         if "step" in state:
             state["step"] = state["step"].to(weight.device)
+
+
+def _basis_before(state: State, binding: _Binding | None, subspace: Subspace) -> torch.Tensor | None:
+    """The basis that the states of a weight are in, which comes under ``subspace`` now; None where it is unknown."""
+    if binding is not None:
+        return binding.subspace.basis.detach().to(subspace.device, subspace.dtype)
+    if "basis" in state:
+        return state["basis"].to(subspace.device, subspace.dtype)
+    code, rule = state.get("basis_code"), subspace.spec.rule
+    if code is None or not rule.coded:
+        return None
+    return rule.expand(code, *subspace.shape, subspace.dtype, subspace.device)
 
 
 _SPOKEN = {"exp_avg": "moments", "exp_avg_sq": "moments", "momentum_buffer": "a momentum"}

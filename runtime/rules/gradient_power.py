@@ -10,7 +10,8 @@ what the projections of gradient and moment have lost:
 E costs as much as a gradient of full size, float32, for each weight. Without it E = 0.
 
 Source: LDAdam, arXiv 2410.16103, its equations in the right-hand form; rho = b1 = 0.908 there. Over several backward
-passes of a step the first one's gradient chooses the basis.
+passes of a step the first one's gradient chooses the basis. An optimizer without a mean of gradients (SGD, Muon) has no
+m^ to give: B = A then. A batch that is thrown away takes the error that it took up with it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class GradientPower(BatchRule):
 
     def project_gradient(self, gradient: torch.Tensor, subspace: Subspace, old: torch.Tensor | None) -> torch.Tensor:
         q = subspace.basis.detach()
-        if not self.error_feedback:
+        if not self.error_feedback or not bool(gradient.isfinite().all()):  # E would never be finite again
             return gradient @ q
         kept = torch.zeros_like(gradient) if subspace.error is None else subspace.error
         if old is not None:  # the first backward pass of the step takes up what is left of the one before
