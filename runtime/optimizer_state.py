@@ -23,10 +23,43 @@ import torch
 
 from oasis_fx.runtime.layout import num_features, num_rows
 from oasis_fx.runtime.store import STORE, Preloaded
-from oasis_fx.runtime.subspace import Momentum
+from oasis_fx.runtime.subspace import Momentum, Subspace
 
 if TYPE_CHECKING:
     from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
+
+
+def note_basis(state: dict[str, Any], subspace: Subspace) -> None:
+    """Show in a state what a checkpoint needs of the subspace: shared, and changing with it."""
+    state["basis_updates"], state["basis_steps"] = subspace.num_updates, subspace.num_steps
+    kept = {
+        "basis": None if subspace.spec.rule.coded else subspace.basis.detach(),
+        "basis_code": subspace.code,
+        "basis_seed": subspace.seed if subspace.spec.rule.draws else None,
+        "basis_error": subspace.error,
+        "basis_move": subspace.last_move,
+        "basis_log_rate": subspace.log_rate if subspace.spec.learning_rate == "auto" else None,
+    }
+    for key, value in kept.items():
+        if value is not None:
+            state[key] = value
+        else:
+            state.pop(key, None)  # of a subspace under another rule, before
+
+
+def basis_before(state: dict[str, Any], held: Subspace | None, subspace: Subspace) -> torch.Tensor | None:
+    """The basis that the states of a weight are in, which comes under ``subspace`` now; None where it is unknown.
+
+    ``held`` is the subspace that it was in so far; None where a checkpoint was loaded since.
+    """
+    if held is not None:
+        return held.basis.detach().to(subspace.device, subspace.dtype)
+    if "basis" in state:
+        return state["basis"].to(subspace.device, subspace.dtype)  # type: ignore[no-any-return]
+    code, rule = state.get("basis_code"), subspace.spec.rule
+    if code is None or not rule.coded:
+        return None
+    return rule.expand(code, *subspace.shape, subspace.dtype, subspace.device)
 
 
 def pack_state(packed: dict[str, Any]) -> dict[str, Any]:

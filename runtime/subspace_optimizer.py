@@ -12,7 +12,7 @@ import torch
 from oasis_fx.runtime.layout import as_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.moving import count_steps, move_bases
-from oasis_fx.runtime.optimizer_state import check_state, pack_state, restore_state
+from oasis_fx.runtime.optimizer_state import basis_before, check_state, note_basis, pack_state, restore_state
 from oasis_fx.runtime.subspace import Momentum, Subspace
 from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, State, all_finite, is_low_rank
 
@@ -231,7 +231,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 self._bring_along(item.weight, state, gradient.subspace)
             else:
                 state["full_rank"] = True
-            self._note_basis(state, gradient.subspace)
+            note_basis(state, gradient.subspace)
             state["features"] = gradient.features
             self._remember(item.weight, gradient.subspace)
 
@@ -246,26 +246,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if (binding is None or binding.subspace is not subspace) and subspace.spec.rule.transports:
                 # Loaded from a checkpoint, or taken over from another graph or backend. Equal bases are not
                 # multiplied: a resumed run is bitwise the uninterrupted one.
-                old, basis = _basis_before(state, binding, subspace), subspace.basis.detach()
+                held = None if binding is None else binding.subspace
+                old, basis = basis_before(state, held, subspace), subspace.basis.detach()
                 if old is not None and old.shape == basis.shape and not torch.equal(old, basis):
                     self._transport([(weight, old.mT @ basis)])
-
-    def _note_basis(self, state: State, subspace: Subspace) -> None:
-        """Show in a state what a checkpoint needs of the subspace: shared, and changing with it."""
-        state["basis_updates"], state["basis_steps"] = subspace.num_updates, subspace.num_steps
-        kept = {
-            "basis": None if subspace.spec.rule.coded else subspace.basis.detach(),
-            "basis_code": subspace.code,
-            "basis_seed": subspace.seed if subspace.spec.rule.draws else None,
-            "basis_error": subspace.error,
-            "basis_move": subspace.last_move,
-            "basis_log_rate": subspace.log_rate if subspace.spec.learning_rate == "auto" else None,
-        }
-        for key, value in kept.items():
-            if value is not None:
-                state[key] = value
-            else:
-                state.pop(key, None)  # of a subspace under another rule, before
 
     def _remember(self, weight: torch.Tensor, subspace: Subspace) -> None:
         self._bindings[weight] = _Binding(subspace, subspace.version)
@@ -346,7 +330,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             subspace.overlap = None
             for weight in weights:
                 self._remember(weight, subspace)
-                self._note_basis(self.state[weight], subspace)
+                note_basis(self.state[weight], subspace)
                 self._lend_momentum(weight, subspace, groups[weight])
 
     def _lend_momentum(self, weight: torch.Tensor, subspace: Subspace, group: Mapping[str, Any]) -> None:
@@ -408,18 +392,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 state[key] = state[key].to(weight.device, dtype)
         if "step" in state:
             state["step"] = state["step"].to(weight.device)
-
-
-def _basis_before(state: State, binding: _Binding | None, subspace: Subspace) -> torch.Tensor | None:
-    """The basis that the states of a weight are in, which comes under ``subspace`` now; None where it is unknown."""
-    if binding is not None:
-        return binding.subspace.basis.detach().to(subspace.device, subspace.dtype)
-    if "basis" in state:
-        return state["basis"].to(subspace.device, subspace.dtype)
-    code, rule = state.get("basis_code"), subspace.spec.rule
-    if code is None or not rule.coded:
-        return None
-    return rule.expand(code, *subspace.shape, subspace.dtype, subspace.device)
 
 
 _SPOKEN = {"exp_avg": "moments", "exp_avg_sq": "moments", "momentum_buffer": "a momentum"}
