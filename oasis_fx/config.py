@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
-from oasis_fx.runtime.rules import Rule, rule_of
+from oasis_fx.ranks import check_rank, columns_of, parse_budget
+from oasis_fx.runtime.rules import Rule, StatisticRule, rule_of
 from oasis_fx.sizes import parse_bytes
 
 INNER_COMPILERS = ("inductor", "aot_eager")
@@ -29,7 +30,7 @@ DEFAULT_EXCLUDE = (
     "*.output_projection.*",
 )
 
-Rank = int | float | Mapping[str, int | float]
+Rank = int | float | str | Mapping[str, int | float]
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,20 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key, rank in self.rank.items() if isinstance(self.rank, Mapping) else [("", self.rank)]:
-            _check_rank(rank, f"rank[{key!r}]" if key else "rank")
+        rule = rule_of(self.subspace)  # raises where it is neither a name nor a rule
         if isinstance(self.rank, Mapping):
+            for key, rank in self.rank.items():
+                check_rank(rank, f"rank[{key!r}]")
             if not self.rank:
                 raise ValueError("rank is {}: give at least one glob, such as {'*': 32}")
             object.__setattr__(self, "rank", MappingProxyType(dict(self.rank)))
-        rule_of(self.subspace)  # raises where it is neither a name nor a rule
+        elif self.share is None:
+            check_rank(self.rank, "rank", ", 'auto:' and such a fraction, or a dict of globs over weight names to ranks")
+        elif not isinstance(rule, StatisticRule):
+            raise ValueError(
+                f"rank is {self.rank!r}: it goes by the statistic of a rule, and subspace={rule.name!r} has none; "
+                "'oja' and 'gradient_oja' have"
+            )
         _check_choice("inner", self.inner, INNER_COMPILERS)
         rate = self.subspace_lr
         if rate not in (None, "auto") and not (_is_number(rate) and rate > 0):  # type: ignore[operator]
@@ -78,6 +86,11 @@ class Settings:
         return rule_of(self.subspace)
 
     @property
+    def share(self) -> float | None:
+        """Of ``rank="auto:SHARE"``, else None."""
+        return parse_budget(self.rank) if isinstance(self.rank, str) else None
+
+    @property
     def budget(self) -> int | float | None:
         """The memory budget in bytes (int), as a share (float), or None where none was set."""
         if isinstance(self.memory_budget, str):
@@ -85,16 +98,11 @@ class Settings:
         return None if self.memory_budget == 1.0 else float(self.memory_budget)
 
     def rank_of(self, name: str, in_features: int) -> int | None:
-        """Columns of the basis for a weight, at most ``in_features``; None where no glob of ``rank`` names it."""
-        rank: int | float | None
-        if isinstance(self.rank, Mapping):
-            rank = next((r for glob, r in self.rank.items() if fnmatchcase(name, glob)), None)
-        else:
-            rank = self.rank
-        if rank is None:
-            return None
-        columns = rank if isinstance(rank, int) else max(1, round(rank * in_features))
-        return min(columns, in_features)
+        """Columns of the basis for a weight, at first; at most ``in_features``. None where no glob of ``rank`` names it."""
+        rank: Any = self.rank if self.share is None else self.share
+        if isinstance(rank, Mapping):
+            rank = next((r for glob, r in rank.items() if fnmatchcase(name, glob)), None)
+        return None if rank is None else columns_of(rank, in_features)
 
     def reason_to_skip(self, name: str) -> str | None:
         """Why the settings leave the weight ``name`` alone, or None."""
@@ -114,17 +122,6 @@ class Settings:
         """Every glob that the user gave."""
         ranks = tuple(self.rank) if isinstance(self.rank, Mapping) else ()
         return (*(self.include or ()), *(self.exclude or ()), *ranks)
-
-
-def _check_rank(rank: object, name: str) -> None:
-    allowed = "it must be a whole number from 1, or a fraction of in_features between 0 and 1"
-    if isinstance(rank, bool) or not isinstance(rank, int | float):
-        raise ValueError(f"{name} is {rank!r}: {allowed}, or a dict of globs over weight names to either")
-    if isinstance(rank, int):
-        if rank < 1:
-            raise ValueError(f"{name} is {rank!r}: {allowed}")
-    elif not 0 < rank < 1:  # false for NaN too
-        raise ValueError(f"{name} is {rank!r}: {allowed}")
 
 
 def _check_choice(name: str, given: object, allowed: Iterable[str]) -> None:

@@ -138,9 +138,13 @@ def _split(
             rule=settings.rule,
             learning_rate=settings.subspace_lr,  # type: ignore[arg-type]
             every=settings.subspace_every,  # type: ignore[arg-type]
+            budget=settings.share,
         )
         # Under DDP the example inputs are fake: what the real weights have is seen at run time alone.
-        present = None if isinstance(weight, FakeTensor) else STORE.existing(weight, spec)
+        present = None
+        if not isinstance(weight, FakeTensor):
+            spec = STORE.current_spec(weight, spec)
+            present = STORE.existing(weight, spec)
         alone = index if of_gradient else None  # each gradient has a basis of its own
         parts.setdefault((spec, n, weight.dtype, weight.device, id(present), alone), []).append(use)
     return [
@@ -269,8 +273,8 @@ class _Lending:
 
 
 def _lending(groups: Sequence[WeightGroup], stats: bool) -> _Lending:
-    rule = groups[0].spec.rule  # of one backend, so of all groups
-    energy = isinstance(rule, StatisticRule) and (stats or rule.needs_energy)
+    spec, rule = groups[0].spec, groups[0].spec.rule  # of one backend, so of all groups
+    energy = isinstance(rule, StatisticRule) and (stats or rule.needs_energy or spec.budget is not None)
     return _Lending(energy, isinstance(rule, BatchRule))
 
 

@@ -3,7 +3,11 @@
 In the coordinates of Q [n, r], with G [m, r] the low-rank gradient and hats bias-corrected at step t:
 
     m = b1 m + (1 - b1) G;   v = b2 v + (1 - b2) G^2;   U = m^ / (sqrt(v^) + eps)
-    W = (1 - lr wd) W - lr U Q^T
+    W = (1 - lr wd) W - lr sqrt(n / r) U Q^T
+
+The entries of U are about 1, whatever the gradient: U Q^T is shorter than a step in all n coordinates by sqrt(r / n),
+and the factor makes up for it, so that a learning rate that suits AdamW suits every rank. It is ours (docs/results.md
+has what it is worth); ``rank_scaling=False`` leaves it out.
 
 Source: AdamW, arXiv 1711.05101; in a subspace, GaLore, arXiv 2403.03507, and OASIS, arXiv 2604.09406.
 """
@@ -16,9 +20,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.optim.adamw import adamw
 
+from oasis_fx.runtime.layout import as_rows, from_rows
 from oasis_fx.runtime.stochastic_rounding import round_stochastically_
 from oasis_fx.runtime.updates import LowRankUpdate, State
-from oasis_fx.runtime.weight_step import step_weight, zeros_like
+from oasis_fx.runtime.weight_step import step_weight, store_weight, zeros_like
 
 
 def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
@@ -36,6 +41,8 @@ class Hyper:
     eps: float
     weight_decay: float
     stochastic_rounding: bool
+    rank_scaling: bool = False
+    residual: bool = False
 
 
 def step_low_rank(
@@ -61,7 +68,26 @@ def step_low_rank(
         gate,
     )
     for update, minus_u in zip(updates, directions, strict=True):
-        step_weight(update, minus_u, hyper, gate, generator)
+        step_weight(update, minus_u, hyper, gate, generator, update.rank_scale if hyper.rank_scaling else 1.0)
+        if hyper.residual and update.dense is not None:
+            _step_outside(update, minus_u, hyper, generator)
+
+
+def _step_outside(update: LowRankUpdate, minus_u: torch.Tensor, hyper: Hyper, generator: torch.Generator) -> None:
+    """Step a weight by what a dense gradient has outside of the subspace, as long in each row as AdamW made what is inside:
+
+        W = W - lr phi (dW - G Q^T),   phi = ||U|| / ||G|| of each row
+
+    Source: Fira, arXiv 2410.01623, its norm-based scaling, for gradients projected from the right.
+    """
+    weight, basis, factor = update.weight, update.basis, update.factor
+    norms = torch.linalg.vector_norm(factor, dim=1, keepdim=True)
+    tiny = torch.finfo(factor.dtype).tiny
+    minus_phi = -torch.linalg.vector_norm(minus_u, dim=1, keepdim=True) / norms.clamp_min(tiny)
+    outside = as_rows(update.dense, update.features).to(basis.dtype) - factor @ basis.mT
+    full = weight if weight.dtype == basis.dtype else weight.to(basis.dtype)
+    full.add_(from_rows(minus_phi.to(outside) * outside, weight.shape, update.features), alpha=hyper.lr)
+    store_weight(weight, full, hyper, generator)
 
 
 def step_fused(

@@ -31,6 +31,13 @@ def check_rounding(group: Mapping[str, Any]) -> None:
         raise ValueError(f"stochastic_rounding is {group['stochastic_rounding']!r}: it must be None, True or False")
 
 
+def check_flags(group: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError for a setting that is given and no bool."""
+    for name in names:
+        if not isinstance(group.get(name, False), bool):
+            raise ValueError(f"{name} is {group[name]!r}: it must be True or False")
+
+
 def rounds_stochastically(group: Mapping[str, Any], weight: torch.Tensor) -> bool:
     """Whether a weight's updates are rounded at random: bfloat16 ones are, unless the group says no."""
     return weight.dtype == torch.bfloat16 and group["stochastic_rounding"] is not False

@@ -1,9 +1,9 @@
 """OasisLion: Lion, its momentum in the subspaces of the weights.
 
-    U = sign(b1 m + (1 - b1) G);   m = b2 m + (1 - b2) G;   W = (1 - lr wd) W - lr U Q^T
+    U = sign(b1 m + (1 - b1) G);   m = b2 m + (1 - b2) G;   W = (1 - lr wd) W - lr sqrt(n / r) U Q^T
 
 Signs are taken of coordinates in the basis, so the update's size depends on the basis: ||U Q^T||_F = sqrt(m r) for
-any orthonormal one.
+any orthonormal one. The factor makes it that of a dense step, as for `OasisAdamW`.
 
 Source: Lion, arXiv 2302.06675; in a subspace, Online Subspace Descent, arXiv 2408.12857.
 """
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from oasis_fx.runtime.group_settings import check_decays, check_numbers, check_rounding, rounds_stochastically
+from oasis_fx.runtime.group_settings import check_decays, check_flags, check_numbers, check_rounding, rounds_stochastically
 from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
 from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate
 from oasis_fx.runtime.weight_step import step_dense_weight, step_weight, where
@@ -29,6 +29,7 @@ class Hyper:
     beta2: float
     weight_decay: float
     stochastic_rounding: bool
+    rank_scaling: bool
 
 
 class OasisLion(SubspaceOptimizer):
@@ -39,7 +40,7 @@ class OasisLion(SubspaceOptimizer):
         lr: learning rate, from 0; a float or a one-element tensor. A third to a tenth of AdamW's is usual.
         betas: weights of the momentum in the update, and its decay a step; each in [0, 1).
         weight_decay: decoupled, from 0.
-        stochastic_rounding: as for `OasisAdamW`.
+        stochastic_rounding, rank_scaling: as for `OasisAdamW`.
 
     Raises:
         ValueError: naming the value and what is allowed.
@@ -56,12 +57,14 @@ class OasisLion(SubspaceOptimizer):
         weight_decay: float = 0.0,
         *,
         stochastic_rounding: bool | None = None,
+        rank_scaling: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
             "betas": betas,
             "weight_decay": weight_decay,
             "stochastic_rounding": stochastic_rounding,
+            "rank_scaling": rank_scaling,
         }
         super().__init__(params, defaults)
 
@@ -69,11 +72,13 @@ class OasisLion(SubspaceOptimizer):
         check_numbers(group, "lr", "weight_decay")
         check_decays(group)
         check_rounding(group)
+        check_flags(group, "rank_scaling")
 
     def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hyper:
         beta1, beta2 = (float(beta) for beta in group["betas"])
         rounding = rounds_stochastically(group, weight)
-        return Hyper(float(group["lr"]), beta1, beta2, float(group["weight_decay"]), rounding)
+        decay, scaling = float(group["weight_decay"]), bool(group.get("rank_scaling", False))
+        return Hyper(float(group["lr"]), beta1, beta2, decay, rounding, scaling)
 
     def mean_decay(self, group: Mapping[str, Any]) -> float:
         return float(group["betas"][1])
@@ -83,7 +88,7 @@ class OasisLion(SubspaceOptimizer):
     ) -> None:
         for update in updates:
             minus_u = _advance(update.state["exp_avg"], update.factor, hyper, gate)
-            step_weight(update, minus_u, hyper, gate, generator)
+            step_weight(update, minus_u, hyper, gate, generator, update.rank_scale if hyper.rank_scaling else 1.0)
             update.state["step"] += where(gate, torch.ones_like(update.state["step"]))
 
     def step_dense(

@@ -10,7 +10,8 @@ import torch
 
 from oasis_fx.runtime.adamw import Hyper, bias_correction, step_dense_bfloat16, step_fused, step_low_rank
 from oasis_fx.runtime.eight_bit import in_float32, new_codes, quantizes, require_torchao
-from oasis_fx.runtime.group_settings import check_decays, check_numbers, check_rounding, rounds_stochastically
+from oasis_fx.runtime.group_settings import check_decays, check_flags, check_numbers, check_rounding, rounds_stochastically
+from oasis_fx.runtime.resizing import fit_columns
 from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
 from oasis_fx.runtime.transport import transport_mean, transport_second_moment
 from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, State
@@ -35,6 +36,11 @@ class OasisAdamW(SubspaceOptimizer):
         weight_decay: decoupled: each step multiplies weights by ``1 - lr * weight_decay``; from 0.
         stochastic_rounding: round bfloat16 weights at random, so that updates below half a step are not lost.
             None: on for bfloat16. Rounding repeats itself: it is seeded by the number of steps.
+        rank_scaling: multiply the learning rate of a weight in a subspace by ``sqrt(n / r)``, so that its step is as long
+            as AdamW's and a learning rate for AdamW holds at every rank. A setting of a group.
+        residual: where a weight in a subspace has a dense gradient, step outside of its subspace as well (Fira's way); False
+            leaves that part out. For a full-rank step now and then, run some steps by a model compiled otherwise:
+            ``exact = torch.compile(model.forward)``. A setting of a group.
         full_rank: keep moments of the weights' own shape, and make each low-rank gradient a full-size matrix, one at a
             time, to update them: what PRAC does. A setting of a group; for weights whose moments have not begun.
         state_bits: 32, or 8: all moments of 4096 numbers and more as eight-bit codes in blocks of 256, by torchao. A
@@ -58,6 +64,8 @@ class OasisAdamW(SubspaceOptimizer):
         weight_decay: float = 1e-2,
         *,
         stochastic_rounding: bool | None = None,
+        rank_scaling: bool = True,
+        residual: bool = False,
         full_rank: bool = False,
         state_bits: int = 32,
     ) -> None:
@@ -67,6 +75,8 @@ class OasisAdamW(SubspaceOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "stochastic_rounding": stochastic_rounding,
+            "rank_scaling": rank_scaling,
+            "residual": residual,
             "full_rank": full_rank,
             "state_bits": state_bits,
         }
@@ -76,8 +86,7 @@ class OasisAdamW(SubspaceOptimizer):
         check_numbers(group, "lr", "eps", "weight_decay")
         check_decays(group)
         check_rounding(group)
-        if not isinstance(group.get("full_rank", False), bool):
-            raise ValueError(f"full_rank is {group['full_rank']!r}: it must be True or False")
+        check_flags(group, "rank_scaling", "residual", "full_rank")
         if group.get("state_bits", 32) not in (8, 32):
             raise ValueError(f"state_bits is {group['state_bits']!r}: it must be 8 or 32")
         if group.get("state_bits", 32) == 8:
@@ -89,6 +98,26 @@ class OasisAdamW(SubspaceOptimizer):
         codes, scale = new_codes(like)
         return {name: codes, f"{name}_scale": scale}
 
+    def decoded(self, state: State) -> State:
+        if not _in_codes(state):
+            return state
+        with in_float32(state, self.states) as plain:
+            return plain
+
+    def resize_state(self, state: State, columns: int, group: Mapping[str, Any]) -> None:
+        plain, fitted = self.decoded(state), dict[str, torch.Tensor]()
+        for name in self.states:
+            fill = plain[name].amin(dim=1, keepdim=True) if name == "exp_avg_sq" else None
+            fitted[name] = fit_columns(plain[name], columns, fill)
+            state.pop(f"{name}_scale", None)
+            state.update(self.new_state(name, fitted[name], group))
+        if not _in_codes(state):
+            state.update(fitted)
+            return
+        with in_float32(state, self.states) as plain:
+            for name, value in fitted.items():
+                plain[name].copy_(value)
+
     def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hyper:
         beta1, beta2 = (float(beta) for beta in group["betas"])
         return Hyper(
@@ -98,6 +127,8 @@ class OasisAdamW(SubspaceOptimizer):
             float(group["eps"]),
             float(group["weight_decay"]),
             rounds_stochastically(group, weight),
+            bool(group.get("rank_scaling", False)),
+            bool(group.get("residual", False)),
         )
 
     def mean_decay(self, group: Mapping[str, Any]) -> float:

@@ -74,9 +74,9 @@ def pack_state(packed: dict[str, Any]) -> dict[str, Any]:
     return {**packed, "state": state}
 
 
-def check_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError where a saved state does not fit its parameter; change nothing."""
-    for name, weight, saved in _saved_states(optimizer, state_dict):
+def check_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any], *, live: bool = True) -> None:
+    """Raise ValueError where a saved state does not fit its parameter, or with ``live`` its subspace; change nothing."""
+    for name, weight, saved, _ in saved_states(optimizer, state_dict):
         shape = tuple(weight.shape)
         low_rank = "features" in saved and not saved.get("full_rank")
         kinds = optimizer.states_of(low_rank)
@@ -98,11 +98,12 @@ def check_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> Non
                 f"{(misfits or moments).pop()}: "
                 f"{(n_of_weight, rank)} and {(m, rank)} would fit"
             )
-        live = STORE.ranks(weight)
-        if live and rank not in live:
+        present = STORE.all_of(weight) if live else ()
+        if present and all(s.spec.rank != rank and s.spec.budget is None for s in present):
             raise ValueError(
-                f"parameter {name} trains with a basis of shape {(n, live[0])}, the saved one has shape {(n, rank)}: "
-                f"make the backend with rank={rank}"
+                f"parameter {name} trains with a basis of shape {present[0].shape}, the saved one has shape "
+                f"{(n, rank)}: make the backend with rank={rank}, or load what resize_checkpoint(state_dict, "
+                f"{present[0].spec.rank}) makes of it"
             )
 
 
@@ -111,9 +112,10 @@ def restore_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> N
 
     torch's loading, which came before, casts states to the dtype of the parameter.
     """
+    outgrown = False
     load = object()  # one load's subspace numbers mean nothing to another
     groups = {weight: group for group in optimizer.param_groups for weight in group["params"]}
-    for _, weight, saved in _saved_states(optimizer, state_dict):
+    for _, weight, saved, _ in saved_states(optimizer, state_dict):
         state = optimizer.state[weight]
         for key, value in saved.items():
             if f"{key}_scale" in saved:  # codes, of which torch has made floating point numbers
@@ -148,11 +150,13 @@ def restore_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> N
             state.get("basis_log_rate"),
             state.get("basis_move"),
         )
-        STORE.preload(weight, preloaded)
+        outgrown |= STORE.preload(weight, preloaded)
         state["basis_steps"] = torch.tensor(preloaded.num_steps)
         state["basis_updates"] = torch.tensor(preloaded.num_updates, device=weight.device)
         state["features"] = tuple(saved["features"])  # a list, where the checkpoint went through JSON
         del state["subspace"]
+    if outgrown:
+        torch.compiler.reset()
 
 
 def _basis_shape(weight: torch.Tensor, saved: dict[str, Any], states: tuple[str, ...]) -> tuple[int, int]:
@@ -161,12 +165,12 @@ def _basis_shape(weight: torch.Tensor, saved: dict[str, Any], states: tuple[str,
     return num_features(weight.shape, tuple(saved["features"])), saved[states[0]].shape[1]
 
 
-def _saved_states(
+def saved_states(
     optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
-) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
-    """(name, parameter, saved state) for each parameter that has one; torch checks the groups itself."""
+) -> Iterator[tuple[str, torch.Tensor, dict[str, Any], dict[str, Any]]]:
+    """(name, parameter, saved state, saved group) for each parameter that has one; torch checks the groups itself."""
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=False)):
         for number, (weight, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
             if key in state_dict["state"]:
                 name = group["param_names"][number] if "param_names" in group else f"{number} of group {index}"
-                yield name, weight, state_dict["state"][key]
+                yield name, weight, state_dict["state"][key], saved

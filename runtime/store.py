@@ -64,11 +64,33 @@ class SubspaceStore:
         self._lock = threading.RLock()
         self._subspaces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._preloaded: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._resized: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def existing(self, weight: torch.Tensor, spec: SubspaceSpec) -> Subspace | None:
         """The subspace of a weight, or None before its first use."""
         entry: dict[SubspaceSpec, Subspace] | None = self._subspaces.get(weight)
         return None if entry is None else entry.get(spec)
+
+    def current_spec(self, weight: torch.Tensor, asked: SubspaceSpec) -> SubspaceSpec:
+        """What the weight is in by now, where the settings ask for ``asked``: its rank may have changed since."""
+        with self._lock:
+            entry: dict[SubspaceSpec, SubspaceSpec] = self._resized.setdefault(weight, {})
+            saved: Preloaded | None = self._preloaded.get(weight)
+            if asked.budget is not None and saved is not None:
+                entry[asked] = replace(asked, rank=saved.shape[1])
+            return entry.get(asked, asked)
+
+    def exchange(self, old: Subspace, new: Subspace) -> None:
+        """Put ``new``, of another rank, in the place of ``old`` for all its weights."""
+        with self._lock:
+            for weight, entry in self._subspaces.items():
+                if entry.get(old.spec) is not old:
+                    continue
+                del entry[old.spec]
+                entry[new.spec] = new
+                resized = self._resized.setdefault(weight, {})
+                asked = [key for key, present in resized.items() if present == old.spec] or [old.spec]
+                resized.update(dict.fromkeys(asked, new.spec))
 
     def all_of(self, weight: torch.Tensor) -> tuple[Subspace, ...]:
         """The subspaces of a weight, one for each specification that a graph has asked for."""
@@ -102,18 +124,25 @@ class SubspaceStore:
                 self._subspaces.setdefault(weight, {})[spec] = subspace
             return subspace
 
-    def preload(self, weight: torch.Tensor, saved: Preloaded) -> None:
+    def preload(self, weight: torch.Tensor, saved: Preloaded) -> bool:
         """Give a weight a basis from a checkpoint.
 
         Its subspaces of that rank take it over in place; without one, it waits for the first graph that asks.
+
+        Returns:
+            Whether graphs are to be compiled anew: the rank is one that is shared out, and was another here.
         """
         with self._lock:
             rank = saved.shape[1]
+            outgrown = [s for s in self.all_of(weight) if s.spec.budget is not None and s.spec.rank != rank]
+            for subspace in outgrown:
+                del self._subspaces[weight][subspace.spec]
             live = [s for s in self.all_of(weight) if s.spec.rank == rank and saved.suits(s.shape, s.spec)]
             for subspace in live:
                 saved.pour_into(subspace)
             if not live:
                 self._preloaded[weight] = replace(saved, basis=saved.basis.detach().clone())
+            return bool(outgrown)
 
     def _make(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, features: Sequence[Features]) -> Subspace:
         weight = weights[0]

@@ -49,6 +49,7 @@ class SubspaceSpec:
         learning_rate: step of the rule, over 0; `math.inf` is power iteration, ``"auto"`` is found during training (see
             `oasis_fx.runtime.rate`). None: the rule's own.
         every: the basis moves at each so many optimizer steps, from 1. None: the rule's own.
+        budget: share of n to begin with, where ``rank`` is shared out during training (`oasis_fx.runtime.rank_budget`).
 
     Raises:
         ValueError: naming the value and what is allowed.
@@ -58,6 +59,7 @@ class SubspaceSpec:
     rule: Rule = "oja"  # type: ignore[assignment]
     learning_rate: float | Literal["auto"] = None  # type: ignore[assignment]
     every: int = None  # type: ignore[assignment]
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         from oasis_fx.runtime.rules import rule_of  # they import this module

@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from oasis_fx.ranks import check_rank
 from oasis_fx.runtime.layout import as_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.moving import count_steps, move_bases
 from oasis_fx.runtime.optimizer_state import basis_before, check_state, note_basis, pack_state, restore_state
+from oasis_fx.runtime.resizing import fit_columns, resize_checkpoint, resize_live, spend_budget
 from oasis_fx.runtime.subspace import Momentum, Subspace
 from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, State, all_finite, is_low_rank
 
@@ -35,6 +37,11 @@ class _Item:
     low_rank: bool
 
 
+# Optimizer steps at which a budget of ranks is shared out: when bases have found their spaces, and once more when the
+# first fast phase of training is over. Each time graphs are compiled anew.
+RANK_STEPS = (20, 200)
+
+
 class SubspaceOptimizer(torch.optim.Optimizer):
     """Base of the optimizers for models compiled with `oasis_backend`.
 
@@ -53,7 +60,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._bindings: dict[torch.Tensor, _Binding] = {}
         self._skipped: torch.Tensor | None = None
-        super().__init__(params, {**defaults, "rounding_seed": 0})
+        super().__init__(params, {**defaults, "rounding_seed": 0, "rank_plans": 0})
 
     # For subclasses
 
@@ -90,6 +97,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Names of the states that have the shape of the gradient, or of its factor."""
         return cls.states if low_rank or cls.dense_states is None else cls.dense_states
 
+    def decoded(self, state: State) -> State:
+        """The states of a weight as floating point numbers: themselves, or copies."""
+        return state
+
+    def resize_state(self, state: State, columns: int, group: Mapping[str, Any]) -> None:
+        """Cut the states [m, r] of a weight to their first columns, or add some, which the new basis has.
+
+        As it stands: every state is a mean of gradients, and new columns are zero.
+        """
+        for name in self.states:
+            state[name] = fit_columns(state[name], columns)
+
     def new_state(self, name: str, like: torch.Tensor, group: Mapping[str, Any]) -> State:
         """A state that begins at zero, under its name; ``like`` has its shape, dtype and device."""
         return {name: torch.zeros_like(like, memory_format=torch.preserve_format)}
@@ -118,6 +137,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 weight.grad.subspace.drop_statistic()
             if weight in self._bindings:
                 self._bindings[weight].subspace.drop_statistic()
+                if isinstance(weight.grad, LowRankGrad) and weight.grad.subspace is not self._bindings[weight].subspace:
+                    weight.grad = None  # of a rank that has changed: nothing of the next one can be added to it
         super().zero_grad(set_to_none)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled training step calls it as it is
@@ -148,14 +169,43 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         else:
             self._count_skipped(finite)
         self._catch_up()
-        groups = self._group_of()
+        groups = self.groups_by_weight()
         for item in items:
             self._prepare_state(item, groups[item.weight])
         generators = self._generators()
         self._step_low_rank([item for item in items if item.low_rank], gate, generators)
         self._step_dense([item for item in items if not item.low_rank], gate, generators)
+        self._share_ranks_out(gate)
         self._move_bases(gate)
         return loss
+
+    @torch.no_grad()
+    def resize_rank(self, rank: int | float) -> None:
+        """Change the rank of every subspace, between two steps: a rank schedule.
+
+        States go over (`oasis_fx.runtime.resizing`). A smaller rank keeps the directions in which the first state of the
+        weights is largest. Graphs are compiled anew (`torch.compiler.reset`), whatever rank their backend names.
+
+        Args:
+            rank: columns from 1, at most all; or a fraction of in_features between 0 and 1.
+
+        Raises:
+            ValueError: it is neither; or the rule of a subspace has bases that cannot change their rank: coded ones,
+                and those of ``"principal_random"``.
+        """
+        check_rank(rank, "rank")
+        self._catch_up()
+        resize_live(self, rank)
+
+    @torch.no_grad()
+    def resize_checkpoint(self, state_dict: dict[str, Any], rank: int | float) -> dict[str, Any]:
+        """What `load_state_dict` takes under a backend of another rank than the checkpoint's; changes nothing.
+
+        Args and raises as for `resize_rank`.
+        """
+        check_rank(rank, "rank")
+        check_state(self, state_dict, live=False)
+        return resize_checkpoint(self, state_dict, rank)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, in plain tensors and numbers; the bases are in it, as ``basis`` of each weight in one."""
@@ -179,7 +229,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _weights(self) -> Iterable[torch.Tensor]:
         return (weight for group in self.param_groups for weight in group["params"])
 
-    def _group_of(self) -> dict[torch.Tensor, dict[str, Any]]:
+    def groups_by_weight(self) -> dict[torch.Tensor, dict[str, Any]]:
         return {weight: group for group in self.param_groups for weight in group["params"]}
 
     def _items(self) -> Iterable[_Item]:
@@ -233,7 +283,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 state["full_rank"] = True
             note_basis(state, gradient.subspace)
             state["features"] = gradient.features
-            self._remember(item.weight, gradient.subspace)
+            self.bind(item.weight, gradient.subspace)
 
     def _bring_along(self, weight: torch.Tensor, state: State, subspace: Subspace) -> None:
         """Bring the states of a weight into the coordinates of its gradient."""
@@ -251,7 +301,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 if old is not None and old.shape == basis.shape and not torch.equal(old, basis):
                     self._transport([(weight, old.mT @ basis)])
 
-    def _remember(self, weight: torch.Tensor, subspace: Subspace) -> None:
+    def bind(self, weight: torch.Tensor, subspace: Subspace) -> None:
+        """Note that the states of a weight are in the present coordinates of ``subspace``."""
         self._bindings[weight] = _Binding(subspace, subspace.version)
 
     # Updating
@@ -267,18 +318,19 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 subspace = self._bindings[item.weight].subspace
                 if subspace not in bases:
                     bases[subspace] = subspace.basis.detach()
-                basis = bases[subspace]
+                basis, orthonormal = bases[subspace], subspace.spec.rule.orthonormal
             elif "basis" in state:  # loaded from a checkpoint, and not compiled since
-                basis = state["basis"]
+                basis, orthonormal = state["basis"], True  # others are coded
             else:
                 raise RuntimeError(
                     "a weight with moments in a drawn basis got a dense gradient before any low-rank one"
                 )
             if isinstance(item.gradient, LowRankGrad):
-                factor = item.gradient.factor
+                factor, dense = item.gradient.factor, None
             else:  # a dense gradient of a weight with low-rank states: what the pass would have computed
-                factor = as_rows(item.gradient, state["features"]).to(basis.dtype) @ basis
-            update = LowRankUpdate(item.weight, factor, basis, state["features"], state)
+                dense = item.gradient
+                factor = as_rows(dense, state["features"]).to(basis.dtype) @ basis
+            update = LowRankUpdate(item.weight, factor, basis, state["features"], state, orthonormal, dense)
             batches.setdefault((item.weight.device, item.hyper), []).append(update)
         for (device, hyper), updates in batches.items():
             self.step_low_rank(updates, hyper, _on(gate, device), generators[device])
@@ -298,7 +350,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for (hyper, device), updates in batches.items():
             self.step_dense(updates, hyper, _on(gate, device), generators[device])
 
-    def _members(self) -> dict[Subspace, list[torch.Tensor]]:
+    def subspaces(self) -> dict[Subspace, list[torch.Tensor]]:
+        """The subspaces that states are in, each with its weights."""
         members: dict[Subspace, list[torch.Tensor]] = {}
         for weight, binding in self._bindings.items():
             members.setdefault(binding.subspace, []).append(weight)
@@ -306,17 +359,27 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _catch_up(self) -> None:
         """Take states along where a basis has moved within a backward pass since the last step."""
-        for subspace, weights in self._members().items():
+        for subspace, weights in self.subspaces().items():
             if subspace.overlap is not None:
                 if subspace.spec.rule.transports:
                     self._transport([(weight, subspace.overlap) for weight in weights])
                 subspace.overlap = None
                 for weight in weights:
-                    self._remember(weight, subspace)
+                    self.bind(weight, subspace)
+
+    def _share_ranks_out(self, gate: torch.Tensor | None) -> None:
+        """Under ``rank="auto:..."``: at the first step from each of `RANK_STEPS` on that counts."""
+        if all(subspace.spec.budget is None for subspace in self.subspaces()):
+            return
+        group = self.param_groups[0]
+        plans, steps = group.get("rank_plans", 0), group["rounding_seed"]
+        if plans < len(RANK_STEPS) and steps >= RANK_STEPS[plans] and (gate is None or bool(gate)):
+            group["rank_plans"] = plans + 1
+            spend_budget(self)
 
     def _move_bases(self, gate: torch.Tensor | None) -> None:
         """Move the bases, and take the states of every weight that is in one along, those without a gradient too."""
-        members = self._members()
+        members = self.subspaces()
         by_device: dict[torch.device, list[Subspace]] = {}
         for subspace in members:
             by_device.setdefault(subspace.device, []).append(subspace)
@@ -324,12 +387,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             overlaps = move_bases(subspaces, _on(gate, device))
             overlaps = {s: overlap for s, overlap in overlaps.items() if s.spec.rule.transports}
             self._transport([(weight, overlap) for s, overlap in overlaps.items() for weight in members[s]])
-        groups = self._group_of()
+        groups = self.groups_by_weight()
         for subspace, weights in members.items():
             # What moved before the first step of its weights moved from a random start: nothing is to follow.
             subspace.overlap = None
             for weight in weights:
-                self._remember(weight, subspace)
+                self.bind(weight, subspace)
                 note_basis(self.state[weight], subspace)
                 self._lend_momentum(weight, subspace, groups[weight])
 
@@ -344,7 +407,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _transport(self, moves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Carry states over, batched over weights of equal m and r in one group."""
-        groups = self._group_of()
+        groups = self.groups_by_weight()
         batches: dict[Any, list[tuple[State, torch.Tensor]]] = {}
         for weight, overlap in moves:
             state = self.state[weight]

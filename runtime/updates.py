@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,28 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """One weight's share of a step: its gradient in the coordinates of a basis, and its state."""
+    """One weight's share of a step: its gradient in the coordinates of a basis, and its state.
+
+    Attributes:
+        factor: G [m, r].
+        basis: Q [n, r], ``orthonormal`` or not.
+        dense: dW, in the weight's shape, of which the factor was made here; None where the gradient came as one.
+    """
 
     weight: torch.Tensor
     factor: torch.Tensor
     basis: torch.Tensor
     features: Features
     state: State
+    orthonormal: bool = True
+    dense: torch.Tensor | None = None
+
+    @property
+    def rank_scale(self) -> float:
+        """What makes a step as long as one of all n coordinates: ``||U Q^T||_F`` is ``sqrt(r)`` entries of U a row for an
+        orthonormal basis; `random`'s, of norm sqrt(n), has the factor in it."""
+        n, r = self.basis.shape
+        return math.sqrt(n / r) if self.orthonormal else 1.0
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,16 @@ def step_weight(
     hyper: WeightHyper,
     gate: torch.Tensor | None,
     generator: torch.Generator,
+    lr_factor: float = 1.0,
 ) -> None:
-    """Step one weight by -U [m, r], which is zero where ``gate`` is false; weight decay looks at ``gate`` itself."""
+    """Step one weight by -U [m, r], which is zero where ``gate`` is false; weight decay looks at ``gate`` itself.
+
+    ``lr_factor`` multiplies the learning rate, but not in weight decay.
+    """
     weight, basis = update.weight, update.basis
     full = weight if weight.dtype == basis.dtype else weight.to(basis.dtype)
     keep = _decay(full, hyper, gate)
-    add_product_(full, minus_u, basis, update.features, beta=keep, alpha=hyper.lr)
+    add_product_(full, minus_u, basis, update.features, beta=keep, alpha=hyper.lr * lr_factor)
     store_weight(weight, full, hyper, generator)
 
 

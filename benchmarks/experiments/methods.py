@@ -44,8 +44,19 @@ METHODS = {
 }
 
 
+FINETUNED = ("adamw", "lora", "galore", "oasis")
+
+
 def build(
-    method: Method, model: torch.nn.Module, *, rank: int, lr: float, weight_decay: float, inner: str, **overrides: Any
+    method: Method,
+    model: torch.nn.Module,
+    *,
+    rank: int | str,
+    lr: float,
+    weight_decay: float,
+    inner: str,
+    rank_scaling: bool,
+    **overrides: Any,
 ) -> torch.optim.Optimizer:
     """Compile ``model`` in place and return its optimizer. ``overrides`` go to the backend."""
     import oasis_fx
@@ -57,7 +68,10 @@ def build(
     settings = {**method.backend, **overrides}
     model.compile(backend=oasis_fx.oasis_backend(rank, inner=inner, **settings))
     optimizer = getattr(oasis_fx, method.optimizer)
-    return optimizer(parameters, lr=lr, weight_decay=weight_decay, **method.options)
+    options = dict(method.options)
+    if method.optimizer in ("OasisAdamW", "OasisLion"):
+        options["rank_scaling"] = rank_scaling
+    return optimizer(parameters, lr=lr, weight_decay=weight_decay, **options)
 
 
 def known(names: Iterable[str]) -> list[str]:
@@ -67,6 +81,6 @@ def known(names: Iterable[str]) -> list[str]:
         ValueError: naming one that is not.
     """
     for name in (names := list(names)):
-        if name not in METHODS:
-            raise ValueError(f"--methods names {name!r}: it must be of {', '.join(METHODS)}")
+        if name not in (*METHODS, *FINETUNED):
+            raise ValueError(f"--methods names {name!r}: it must be of {', '.join((*METHODS, *FINETUNED))}")
     return names

@@ -3,6 +3,7 @@
     python benchmarks/experiments/run.py scratch                          # every method, from scratch, on bytes
     python benchmarks/experiments/run.py scratch --methods adamw,oja --steps 200 --seeds 1 --limit-hours 0.5
     python benchmarks/experiments/run.py sweep                            # subspace_lr, rank, period
+    python benchmarks/experiments/run.py finetune                         # SmolLM2-135M on grade-school maths
 
 Runs lie in runs/experiments; the end of each part writes benchmarks/results/experiments-PART.json and .md.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import corpus
+import finetuning
 import methods
 import scratch
 import sweep
@@ -33,8 +35,11 @@ FIXED = ("model", "data", "rank", "steps", "batch", "length", "device", "inner")
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
+    if args.part == "finetune":
+        _finetune(args)
+        return
     runs = Runs(args.runs, training.train)
-    fixed = {key: getattr(args, key) for key in FIXED}
+    fixed = {key: getattr(args, key) for key in FIXED} | ({"rank_scaling": True} if args.rank_scaling else {})
     if args.part == "sweep":
         _do(runs, lambda: sweep.plan(args.lrs, args.seeds, **fixed), args.limit_hours)
         _report(args, fixed, sweep.table(runs.known, args.lrs, args.seeds, **fixed), sweep.HEADERS)
@@ -44,6 +49,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.longer > 1:
         _do(runs, lambda: scratch.longer(*chosen, args.lrs, args.longer, **fixed), args.limit_hours)
     _report(args, fixed, scratch.table(*chosen, args.seeds, args.lrs, **fixed), scratch.HEADERS)
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    runs = Runs(args.runs, finetuning.train)
+    given = {"steps": args.steps, "device": args.device, "inner": args.inner}
+    chosen = tuple(p for p in finetuning.POINTS if args.methods == list(methods.METHODS) or p[0] in args.methods)
+    _do(runs, lambda: finetuning.plan(args.seeds, chosen, **given), args.limit_hours)
+    _report(args, given, finetuning.table(runs.known, args.seeds, chosen, **given), finetuning.HEADERS)
 
 
 def _do(runs: Runs, plan: Any, limit_hours: float) -> None:
@@ -57,7 +70,8 @@ def _do(runs: Runs, plan: Any, limit_hours: float) -> None:
             break
         s = waiting[0]
         bar.set_description(f"{s['method']} lr {s['lr']:g} seed {s['seed']}")
-        bar.set_postfix(loss=f"{runs.result(s)['loss']:.4f}")
+        result = runs.result(s)
+        bar.set_postfix(loss=f"{result.get('loss', result.get('heldout_after')):.4f}")
         bar.update()
     bar.close()
 
@@ -67,7 +81,10 @@ def _waiting(runs: Runs, plan: Iterable[Settings]) -> list[Settings]:
 
 
 def _report(args: argparse.Namespace, fixed: dict[str, Any], rows: list[Any], headers: list[str]) -> None:
-    name = f"experiments-{args.part}-{args.model}-{args.data}-{args.steps}-r{args.rank}"
+    name = f"experiments-{args.part}-{args.steps}"
+    if args.part != "finetune":
+        name = f"experiments-{args.part}-{args.model}-{args.data}-{args.steps}-r{args.rank}"
+        name += "" if args.rank_scaling else "-unscaled"
     text = f"{json.dumps(fixed)}\n\n{tabulate(rows, headers, tablefmt='github', floatfmt='.3g')}\n"
     print(text)
     if args.out:
@@ -78,12 +95,13 @@ def _report(args: argparse.Namespace, fixed: dict[str, Any], rows: list[Any], he
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("scratch", "sweep"))
+    parser.add_argument("part", choices=("scratch", "sweep", "finetune"))
     parser.add_argument("--methods", type=lambda text: methods.known(text.split(",")), default=list(methods.METHODS))
+    parser.add_argument("--no-rank-scaling", dest="rank_scaling", action="store_false", help="of our optimizers")
     parser.add_argument("--model", choices=("small", "10m"), default="small")
     parser.add_argument("--data", choices=corpus.NAMES, default="shakespeare")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, help="default: 500, or 100 for finetune")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3, help="at the best learning rate; the grid has one")
@@ -94,7 +112,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit-hours", type=float, default=2.0, help="start no run after this")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.steps = args.steps or (100 if args.part == "finetune" else 500)
+    return args
 
 
 if __name__ == "__main__":

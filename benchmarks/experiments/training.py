@@ -35,6 +35,7 @@ def train(s: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
         lr=s["lr"],
         weight_decay=s["weight_decay"],
         inner=s["inner"],
+        rank_scaling=s.get("rank_scaling", False),  # runs from before it have none
         **(s["backend"] if method.backend is not None else {}),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _scale(step, s["steps"]))

@@ -53,6 +53,11 @@ class Rule:
     draws: ClassVar[bool] = False
 
     @property
+    def resizable(self) -> bool:
+        """Whether any orthonormal basis of any rank will do to go on with."""
+        return self.orthonormal and not self.coded
+
+    @property
     def on(self) -> Side:
         """What the projection sits on."""
         return "activation"

@@ -43,6 +43,10 @@ class PrincipalRandom(BatchRule):
         if not 0 < self.principal < 1:
             raise ValueError(f"principal is {self.principal!r}: it must be a share over 0 and under 1")
 
+    @property
+    def resizable(self) -> bool:
+        return False  # its columns are of two kinds
+
     def parts(self, n: int, r: int) -> tuple[int, int]:
         """r1 and r2. A rank of n is all principal, since nothing is left to draw from; a rank of 1 all random."""
         r1 = r if r == n else min(max(round(self.principal * r), 1), r - 1)

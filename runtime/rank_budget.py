@@ -1,0 +1,89 @@
+"""Share a budget of columns out over subspaces: ``rank="auto:0.25"``.
+
+A column of a subspace costs the numbers that it holds: n for the basis and its statistic, and a row of gradient and
+moments for each row of its weights, so ``n + sum of m``. The budget is what ``share * n`` columns in each subspace
+would cost. What a column is worth is the part of ||A||^2 that it captures, times the parameters that learn by it,
+``n * sum of m``. Columns go, eight at a time, where they are worth most for their cost.
+
+Beyond the present rank the spectrum is unknown but for its sum: it is taken to fall geometrically from the last known
+value to what makes the sum right.
+
+No subspace gets less than a quarter of its even share. Ours; what a subspace of its own rank for each layer is worth:
+docs/results.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+QUANTUM = 8
+LEAST = 0.25  # of the even share
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One subspace.
+
+    Attributes:
+        captured: what each direction of the basis captures of ||A||^2, falling; they sum to 1 at most.
+        n: length of its columns.
+        rows: m, summed over its weights.
+        rank: its present columns.
+        share: of n, the even share.
+    """
+
+    captured: Sequence[float]
+    n: int
+    rows: int
+    rank: int
+    share: float
+
+    @property
+    def cost(self) -> int:
+        return self.n + self.rows
+
+    @property
+    def even(self) -> int:
+        return max(1, round(self.share * self.n))
+
+    def whole(self) -> list[float]:
+        """Captured energy of each of n directions, those beyond the rank by extrapolation."""
+        known = [max(value, 0.0) for value in self.captured]
+        missing, rest = self.n - len(known), max(0.0, 1 - sum(known))
+        return known + geometric(known[-1], rest, missing)
+
+
+def geometric(first: float, total: float, count: int) -> list[float]:
+    """``first * ratio^k`` for k from 1 to ``count``, which sum to ``total``; equal parts where that would rise."""
+    if count == 0:
+        return []
+    if total >= first * count:
+        return [total / count] * count
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        ratio = (low + high) / 2
+        reached = first * ratio * (1 - ratio**count) / (1 - ratio)
+        low, high = (ratio, high) if reached < total else (low, ratio)
+    return [first * ratio ** (k + 1) for k in range(count)]
+
+
+def share_out(spectra: Sequence[Spectrum]) -> list[int]:
+    """The new rank of each; where it would change by less than `QUANTUM`, the present one."""
+    budget = sum(s.cost * s.even for s in spectra)
+    ranks = [min(s.n, max(1, round(LEAST * s.even))) for s in spectra]
+    spent = sum(s.cost * rank for s, rank in zip(spectra, ranks, strict=True))
+    offers = []
+    for index, (s, least) in enumerate(zip(spectra, ranks, strict=True)):
+        values = s.whole()
+        for start in range(least, s.n, QUANTUM):
+            part = values[start : start + QUANTUM]
+            worth = sum(part) / len(part) * s.n * s.rows / s.cost
+            offers.append((worth, index, len(part)))
+    for _, index, columns in sorted(offers, key=lambda offer: -offer[0]):
+        price = columns * spectra[index].cost
+        if spent + price <= budget:
+            ranks[index] += columns
+            spent += price
+    return [s.rank if abs(rank - s.rank) < QUANTUM else rank for s, rank in zip(spectra, ranks, strict=True)]

@@ -1,0 +1,161 @@
+"""Change the rank of a subspace during training, and take optimizer states along.
+
+    V [r, r]   eigenvectors of a Gram matrix of the coordinates, by falling eigenvalue
+    Q V        the same space, columns by what they carry; states go over by R = V, as in any move
+
+A smaller rank keeps the first columns. A larger one adds columns outside of the space: the directions in which the
+statistic C = A^T A Q leaves it, and random ones where there is no statistic or it has too few. Means begin at zero in
+new columns, so that what a mean stands for, ``m Q^T``, stays what it was; a second moment begins at the least of its
+row, since a zero there would let the first update through at full length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from oasis_fx.runtime.optimizer_state import note_basis, saved_states
+from oasis_fx.runtime.orthonormalize import orthonormalize
+from oasis_fx.runtime.rank_budget import Spectrum, share_out
+from oasis_fx.runtime.store import STORE
+from oasis_fx.runtime.subspace import Subspace, initial_basis
+from oasis_fx.runtime.updates import State
+from oasis_fx.ranks import columns_of
+
+if TYPE_CHECKING:
+    from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
+
+Group = Mapping[str, Any]
+
+
+def resize_live(optimizer: SubspaceOptimizer, rank: int | float) -> None:
+    """Give every subspace of an optimizer another rank: columns, or a fraction of its n."""
+    ranks = {subspace: columns_of(rank, subspace.shape[0]) for subspace in optimizer.subspaces()}
+    for subspace in ranks:
+        _refuse(subspace)
+    _resize_all(optimizer, ranks)
+
+
+def spend_budget(optimizer: SubspaceOptimizer) -> None:
+    """Share the columns of ``rank="auto:..."`` out anew, by the statistics of this step."""
+    spectra = {
+        subspace: _spectrum(subspace, weights)
+        for subspace, weights in optimizer.subspaces().items()
+        if subspace.spec.budget is not None and subspace.statistic is not None
+    }
+    known = {subspace: spectrum for subspace, spectrum in spectra.items() if spectrum is not None}
+    _resize_all(optimizer, dict(zip(known, share_out(list(known.values())), strict=True)))
+
+
+def resize_checkpoint(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any], rank: int | float) -> dict[str, Any]:
+    """A state dict of ``optimizer``'s kind with all subspaces at another rank; the given one is not changed."""
+    packed = {**state_dict, "state": {key: dict(state) for key, state in state_dict["state"].items()}}
+    families: dict[int, list[tuple[State, Group]]] = {}
+    for _, _, state, group in saved_states(optimizer, packed):
+        if "features" in state:
+            families.setdefault(state["subspace"], []).append((state, group))
+    for members in families.values():
+        first = members[0][0]
+        if "basis" not in first:
+            raise ValueError(f"rank is {rank!r}: a basis that is drawn or chosen from a list cannot change its rank")
+        n = first["basis"].shape[0]
+        low_rank = [(state, group) for state, group in members if not state.get("full_rank")]
+        for state, _ in low_rank:
+            for name in optimizer.states:
+                state[name] = state[name].clone()
+        basis = _resize(optimizer, low_rank, first["basis"], _gram(optimizer, low_rank), None, columns_of(rank, n))
+        for state, _ in members:
+            state["basis"] = basis
+            state.pop("basis_move", None)
+    return packed
+
+
+def fit_columns(state: torch.Tensor, columns: int, fill: torch.Tensor | None = None) -> torch.Tensor:
+    """[m, r] to [m, columns]: its first columns, or all and then ``fill`` [m, 1], zeros by default."""
+    missing = columns - state.shape[1]
+    if missing <= 0:
+        return state[:, :columns].contiguous()
+    new = (torch.zeros_like(state[:, :1]) if fill is None else fill).expand(-1, missing)
+    return torch.cat([state, new], dim=1)
+
+
+def _refuse(subspace: Subspace) -> None:
+    if not subspace.spec.rule.resizable:
+        raise ValueError(f"subspace is {subspace.spec.rule.name!r}: its bases cannot change their rank")
+
+
+def _resize_all(optimizer: SubspaceOptimizer, ranks: Mapping[Subspace, int]) -> None:
+    members, groups = optimizer.subspaces(), optimizer.groups_by_weight()
+    changed = {subspace: rank for subspace, rank in ranks.items() if rank != subspace.shape[1]}
+    for subspace, rank in changed.items():
+        weights = members[subspace]
+        states = [(optimizer.state[weight], groups[weight]) for weight in weights]
+        low_rank = [(state, group) for state, group in states if not state.get("full_rank")]
+        statistic, old = subspace.statistic, subspace.basis.detach()
+        gram = _gram(optimizer, low_rank) if statistic is None else old.mT @ statistic
+        new = Subspace(
+            _resize(optimizer, low_rank, old, gram, statistic, rank),
+            replace(subspace.spec, rank=rank),
+            num_steps=0 if statistic is not None else int(subspace.num_steps),
+            seed=subspace.seed,
+        )
+        new.num_updates = subspace.num_updates + 1
+        new.error, new.log_rate = subspace.error, subspace.log_rate
+        STORE.exchange(subspace, new)
+        for weight in weights:
+            optimizer.bind(weight, new)
+            note_basis(optimizer.state[weight], new)
+    if changed:
+        # Their graphs have ranks written into them.
+        torch.compiler.reset()
+
+
+def _resize(
+    optimizer: SubspaceOptimizer,
+    states: Sequence[tuple[State, Group]],
+    basis: torch.Tensor,
+    gram: torch.Tensor,
+    statistic: torch.Tensor | None,
+    rank: int,
+) -> torch.Tensor:
+    """Change the states in place and return the new basis [n, rank]."""
+    rotation = torch.linalg.eigh(((gram + gram.mT) / 2).double()).eigenvectors.flip(-1).to(basis)
+    for state, group in states:
+        optimizer.transport([state], rotation[None], group)
+        optimizer.resize_state(state, rank, group)
+    kept = (basis @ rotation)[:, :rank]
+    if rank <= kept.shape[1]:
+        return kept.contiguous()
+    n, missing = basis.shape[0], rank - kept.shape[1]
+    added = initial_basis(n, missing, basis.dtype, basis.device, seed=1)
+    if statistic is not None:
+        outside = statistic - basis @ (basis.mT @ statistic)
+        vectors = torch.linalg.svd(outside / outside.abs().amax().clamp_min(1e-30), full_matrices=False).U[:, :missing]
+        added = torch.cat([vectors, added[:, vectors.shape[1] :]], dim=1)
+    # Twice: what is left of the kept columns after once is rounding that the division by small norms enlarges.
+    for _ in range(2):
+        added = orthonormalize((added - kept @ (kept.mT @ added))[None])[0]
+    return torch.cat([kept, added], dim=1).contiguous()
+
+
+def _gram(optimizer: SubspaceOptimizer, states: Sequence[tuple[State, Group]]) -> torch.Tensor:
+    """What the coordinates carry, by the first state of each weight: ``sum of m^T m`` [r, r]."""
+    means = [optimizer.decoded(state)[optimizer.states[0]] for state, _ in states]
+    return torch.stack([mean.mT @ mean for mean in means]).sum(dim=0)
+
+
+def _spectrum(subspace: Subspace, weights: Sequence[torch.Tensor]) -> Spectrum | None:
+    """What each direction of the basis captures of ||A||^2; None where the step's statistic is of no use."""
+    statistic, energy, basis = subspace.statistic, subspace.energy.grad, subspace.basis.detach()
+    assert statistic is not None and energy is not None
+    peak = statistic.abs().amax().double()
+    if not bool(peak.isfinite()) or not bool(peak > 0):
+        return None
+    gram = basis.mT.double() @ (statistic.double() / peak)
+    captured = torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(0) * peak / energy.double()
+    n, rows = subspace.shape[0], sum(weight.numel() // subspace.shape[0] for weight in weights)
+    assert subspace.spec.budget is not None
+    return Spectrum(captured.tolist(), n, rows, subspace.shape[1], subspace.spec.budget)

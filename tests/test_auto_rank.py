@@ -1,0 +1,285 @@
+"""Ranks that change during training: `rank="auto:..."`, `resize_rank`, checkpoints of another rank."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from oasis_fx import LowRankGrad, OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
+from oasis_fx.runtime import subspace_optimizer
+
+
+class Net(torch.nn.Module):
+    """What ``narrow`` reads has two directions; what ``wide`` reads has all of 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.narrow, self.wide = torch.nn.Linear(64, 64), torch.nn.Linear(64, 32)
+
+    def forward(self, x):
+        a = x[:, :2] @ torch.linspace(-1, 1, 128, dtype=x.dtype).view(2, 64)
+        return self.wide(x) + self.narrow(a)[:, :32]
+
+
+def loss_of(model, step: int) -> torch.Tensor:
+    x = torch.randn(96, 64, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    return (model(x) - x[:, :32].sin()).square().mean()
+
+
+def start(rank, make=OasisAdamW, **settings):
+    torch._dynamo.reset()
+    model = Net().double()
+    compiled = torch.compile(model, backend=oasis_backend(rank, inner="aot_eager", **settings))
+    return model, compiled, make(model.parameters(), lr=1e-2)
+
+
+def train(compiled, optimizer, steps) -> list[float]:
+    losses = []
+    for step in steps:
+        loss = loss_of(compiled, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def ranks(optimizer) -> list[int]:
+    return [state["basis"].shape[1] for state in optimizer.state.values() if "basis" in state]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch) -> None:
+    monkeypatch.setattr(subspace_optimizer, "RANK_STEPS", (3, 6))
+
+
+def test_columns_move_to_where_energy_is_lost() -> None:
+    model, compiled, optimizer = start("auto:0.25")
+    losses = train(compiled, optimizer, range(3))
+    narrow, wide = ranks(optimizer)
+    assert (narrow, wide) == (4, 28 + wide - 28) and wide >= 24
+    # 64 + 64 numbers a column of the one, 64 + 32 of the other.
+    assert 128 * narrow + 96 * wide <= (128 + 96) * 16
+    losses += train(compiled, optimizer, range(3, 12))
+    assert ranks(optimizer) == [narrow, wide] and losses[-1] < losses[0]
+    loss_of(compiled, 0).backward()
+    assert model.narrow.weight.grad.factor.shape == (64, narrow)
+    assert model.wide.weight.grad.factor.shape == (32, wide)
+
+
+def test_until_then_and_where_nothing_changes_it_is_the_even_rank(monkeypatch) -> None:
+    model, compiled, optimizer = start("auto:0.25")
+    even, even_compiled, even_optimizer = start(0.25)
+    assert train(compiled, optimizer, range(2)) == train(even_compiled, even_optimizer, range(2))
+
+
+def test_new_bases_are_orthonormal_and_means_are_kept() -> None:
+    model, compiled, optimizer = start("auto:0.25")
+    train(compiled, optimizer, range(2))
+    before = {w: s["exp_avg"].clone() @ s["basis"].mT.clone() for w, s in optimizer.state.items() if "basis" in s}
+    seen = {}
+
+    def look(gate=None):
+        for w, s in optimizer.state.items():
+            if "basis" in s:
+                seen[w] = s["exp_avg"] @ s["basis"].mT, s["basis"].clone()
+
+    share_out = optimizer._share_ranks_out
+
+    def watched(gate):
+        look()
+        held = dict(seen)
+        share_out(gate)
+        look()
+        for w, (mean, basis) in held.items():
+            after, new = seen[w]
+            torch.testing.assert_close(new.mT @ new, torch.eye(new.shape[1], dtype=new.dtype))
+            if new.shape[1] >= basis.shape[1]:
+                torch.testing.assert_close(after, mean, rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(new @ (new.mT @ basis), basis, rtol=1e-9, atol=1e-12)
+            else:
+                torch.testing.assert_close(after, mean @ new @ new.mT, rtol=1e-9, atol=1e-12)
+                assert torch.linalg.vector_norm(after - mean) < 1e-6 * torch.linalg.vector_norm(mean)
+
+    optimizer._share_ranks_out = watched
+    train(compiled, optimizer, range(2, 3))
+    assert len(before) == 2 and len(set(ranks(optimizer))) == 2
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8])
+def test_resumed_is_bitwise_the_uninterrupted_run(stop) -> None:
+    model, compiled, optimizer = start("auto:0.25")
+    train(compiled, optimizer, range(stop))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(compiled, optimizer, range(stop, 10))
+    model, compiled, optimizer = start("auto:0.25")
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert train(compiled, optimizer, range(stop, 10)) == expected
+
+
+def test_resumed_into_a_model_that_has_begun() -> None:
+    model, compiled, optimizer = start("auto:0.25")
+    train(compiled, optimizer, range(5))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(compiled, optimizer, range(5, 10))
+    model, compiled, optimizer = start("auto:0.25")
+    train(compiled, optimizer, range(2))
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert train(compiled, optimizer, range(5, 10)) == expected
+
+
+def test_within_a_compiled_training_step() -> None:
+    model, compiled, optimizer = start("auto:0.25")
+    expected = train(compiled, optimizer, range(8))
+    model, _, optimizer = start("auto:0.25")
+
+    def step(number: int) -> torch.Tensor:
+        loss = loss_of(model, number)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    run = torch.compile(step, backend=oasis_backend("auto:0.25", inner="aot_eager"))
+    assert [run(number).item() for number in range(8)] == pytest.approx(expected, rel=1e-6)
+    assert len(set(ranks(optimizer))) == 2
+
+
+def test_accumulation_with_gradients_that_are_kept_as_zeros() -> None:
+    _, compiled, optimizer = start("auto:0.25")
+    for step in range(8):
+        loss_of(compiled, step).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert len(set(ranks(optimizer))) == 2
+
+
+def test_without_statistics_of_energy_it_has_its_own() -> None:
+    _, compiled, optimizer = start("auto:0.25", stats=False)
+    train(compiled, optimizer, range(4))
+    assert len(set(ranks(optimizer))) == 2
+
+
+@pytest.mark.parametrize("rank", ["auto", "auto:1", "auto:0", "auto:-0.2", "auto:2", "0.25", "auto:0.25x"])
+def test_what_is_no_budget(rank) -> None:
+    with pytest.raises(ValueError, match=f"rank is {rank!r}.*'auto:'"):
+        oasis_backend(rank)
+
+
+def test_rules_without_a_statistic_have_no_budget() -> None:
+    with pytest.raises(ValueError, match="'pca' has none"):
+        oasis_backend("auto:0.25", subspace="pca")
+
+
+MAKERS = [OasisAdamW, OasisSGD, OasisLion, OasisMuon]
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("rank", [4, 24, 64, 0.5])
+def test_resize_rank_between_steps(make, rank) -> None:
+    model, compiled, optimizer = start(12, make)
+    losses = train(compiled, optimizer, range(4))
+    optimizer.resize_rank(rank)
+    columns = rank if isinstance(rank, int) else 32
+    assert ranks(optimizer) == [columns, columns]
+    losses += train(compiled, optimizer, range(4, 12))
+    assert losses[-1] < losses[0]
+    loss_of(compiled, 0).backward()
+    assert model.wide.weight.grad.factor.shape == (32, columns)
+
+
+def test_a_larger_rank_keeps_the_mean_and_starts_new_second_moments_low() -> None:
+    model, compiled, optimizer = start(12)
+    train(compiled, optimizer, range(4))
+    state = optimizer.state[model.wide.weight]
+    mean, least = state["exp_avg"] @ state["basis"].mT, None
+    optimizer.resize_rank(20)
+    torch.testing.assert_close(state["exp_avg"] @ state["basis"].mT, mean, rtol=1e-9, atol=1e-12)
+    least = state["exp_avg_sq"][:, :12].amin(dim=1, keepdim=True)
+    assert torch.equal(state["exp_avg_sq"][:, 12:], least.expand(-1, 8)) and bool((least > 0).all())
+
+
+def test_a_smaller_rank_keeps_what_is_large() -> None:
+    model, compiled, optimizer = start(32)
+    train(compiled, optimizer, range(4))
+    state = optimizer.state[model.narrow.weight]
+    mean = state["exp_avg"] @ state["basis"].mT  # of rank two: its activation has two directions
+    optimizer.resize_rank(2)
+    torch.testing.assert_close(state["exp_avg"] @ state["basis"].mT, mean, rtol=1e-6, atol=1e-9)
+
+
+def test_eight_bit_states() -> None:
+    class Big(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.wide = torch.nn.Linear(64, 256), torch.nn.Linear(64, 256)
+
+    torch._dynamo.reset()
+    model = Big()
+    compiled = torch.compile(model, backend=oasis_backend(32, inner="aot_eager"))
+    optimizer = OasisAdamW(model.parameters(), lr=1e-2, state_bits=8)
+    for rank, dtype in ((32, torch.uint8), (48, torch.uint8), (8, torch.float32), (64, torch.uint8)):
+        if rank != 32:
+            optimizer.resize_rank(rank)
+        for seed in range(2):
+            x = torch.randn(96, 64, generator=torch.Generator().manual_seed(seed))
+            (compiled(x) - x[:, :32].sin()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        state = optimizer.state[model.wide.weight]
+        assert state["exp_avg"].shape == (256, rank) and state["exp_avg"].dtype == dtype
+        assert ("exp_avg_scale" in state) == (dtype == torch.uint8)
+
+
+@pytest.mark.parametrize("rule", ["random", "dct", "principal_random"])
+def test_bases_that_cannot_change_their_rank(rule) -> None:
+    model, compiled, optimizer = start(8, subspace=rule)
+    train(compiled, optimizer, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=rule):
+        optimizer.resize_rank(4)
+    assert str(before) == str(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, True, "16"])
+def test_ranks_that_are_none(rank) -> None:
+    _, _, optimizer = start(8)
+    with pytest.raises(ValueError, match=f"rank is {rank!r}"):
+        optimizer.resize_rank(rank)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("rank", [4, 24])
+def test_a_checkpoint_of_another_rank(rank, begun) -> None:
+    model, compiled, optimizer = start(12)
+    train(compiled, optimizer, range(4))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    text = str(saved[1])
+    optimizer.resize_rank(rank)
+    expected = train(compiled, optimizer, range(4, 8))
+
+    model, compiled, optimizer = start(rank)
+    model.load_state_dict(saved[0])
+    if begun:
+        compiled(torch.zeros(96, 64, dtype=torch.float64)).sum().backward()
+        optimizer.zero_grad()
+        with pytest.raises(ValueError, match=f"resize_checkpoint\\(state_dict, {rank}\\)"):
+            optimizer.load_state_dict(saved[1])
+    optimizer.load_state_dict(optimizer.resize_checkpoint(saved[1], rank))
+    assert str(saved[1]) == text
+    assert train(compiled, optimizer, range(4, 8)) == expected
+
+
+def test_gradients_from_before_are_refused() -> None:
+    model, compiled, optimizer = start(12)
+    train(compiled, optimizer, range(2))
+    loss_of(compiled, 2).backward()
+    assert isinstance(model.wide.weight.grad, LowRankGrad)
+    optimizer.resize_rank(4)
+    with pytest.raises(ValueError, match="its rank has changed"):
+        optimizer.step()
