@@ -54,8 +54,8 @@ bench-models: setup  ## other models, and bfloat16
 	$(BENCH) --model 1024x4 --dtype bfloat16 --batch 8 --seq 512 --steps 3 --contenders eager,stock,oasis,oasis-budget0.3
 
 bench-growth: setup  ## one size at a time
-	$(BENCH) --model 512x4 --batch 4 --seq 512 --steps 3 --contenders stock,oasis,oasis-budget0.3 --label growth \
-		--grow seq=128,512,2048 --grow width=256,512,1024 --grow depth=2,4,8 --grow rank=16,64,128
+	$(BENCH) --model 512x4 --batch 4 --seq 512 --steps 3 --contenders stock,oasis \
+		--grow seq=128,512,2048 --grow batch=1,4,16 --grow width=256,512,1024 --grow depth=2,4,8 --grow rank=16,64,128
 
 experiments: setup  ## learning quality of every method; runs are kept in runs/experiments, stop and go on at any time
 	$(BIN)/python benchmarks/experiments/run.py scratch $(EXPERIMENT)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import peak_bytes, reset_peak
+from process_peak import peak_bytes, reset_peak
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -127,7 +127,7 @@ def measure(way: str, method: str, args: argparse.Namespace, folder: str) -> dic
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     torch._dynamo.utils.counters.clear()
-    reset_peak("cpu")
+    reset_peak()
     value = loss()
     bases = [p.grad.basis for p in model.parameters() if isinstance(p.grad, LowRankGrad)]
     known = [*model.parameters(), *model.buffers(), *bases, ids, target]
@@ -152,11 +152,11 @@ def measure(way: str, method: str, args: argparse.Namespace, folder: str) -> dic
         del expected
     del gradients, bases, value
     optimizer.step(), optimizer.zero_grad()
-    reset_peak("cpu")  # compiling, and the comparison, are not training
+    reset_peak()  # compiling, and the comparison, are not training
     for _ in range(args.steps):
         loss().backward()
         optimizer.step(), optimizer.zero_grad()
-    return {**row, "peak": peak_bytes("cpu")}
+    return {**row, "peak": peak_bytes()}
 
 
 def _worker(pipe: Any, *args: Any) -> None:

@@ -26,6 +26,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from process_peak import peak_bytes, reset_peak
+
 LARGE_BLOCKS_COME_AND_GO = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 PARTS = ("step", "forward", "backward", "optimizer")
 
@@ -91,12 +93,11 @@ class Contender:
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         rest = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-        Path("/proc/self/clear_refs").write_text("5")
+        reset_peak()
         self.step()
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
         parameters = list(self.model.parameters())
         there = sum(p.nbytes for p in parameters) + contenders.state_bytes(self.optimizer, parameters)
-        return int(line.split()[1]) * 1024 - rest + there
+        return peak_bytes() - rest + there
 
     def now(self) -> float:
         if self.args.device == "cuda":

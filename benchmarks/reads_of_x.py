@@ -5,6 +5,7 @@ python benchmarks/reads_of_x.py
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ RANK, ROWS_OF_A_BLOCK = 32, 256
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     rows = []
     for tokens, n in ((2048, 1024), (4096, 1024), (2048, 2816), (4096, 2816)):

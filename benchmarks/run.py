@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace, name: str) -> dict[str, Any]:
     note = f"ratios to {args.contenders[0]}, medians of {args.steps} steps"
     text = f"{_title(args)}; {note}\n\n{tables.table(results)}\n\n{tables.aims(results)}\n"
     print(f"\n{text}", flush=True)
-    if args.out:
+    if args.out and not args.grow:
         (args.out / f"{name}.md").write_text(text)
     return results
 
@@ -65,16 +65,18 @@ def _grow(args: argparse.Namespace) -> None:
                 changed.model = f"{value}x{layers}" if size == "width" else f"{width}x{value}"
             else:
                 setattr(changed, size, value)
-            results = _run(changed, f"growth-{size}{value}-{_name(changed)}")
+            changed.label = f"growth-{size}{value}"
+            results = _run(changed, _name(changed))
             series.setdefault(size, []).append((value, results))
             for name, own in tables.ratios(results).items():
                 rows.append([size, value, name, f"{own['step']:.2f}", f"{own['peak']:.2f}", f"{own['saved']:.2f}"])
     headers = ["size", "", "contender", "step", "peak", "saved"]
+    args.label = "growth"
     text = f"{_title(args)}; one size changed at a time\n\n{tables.tabulate(rows, headers, tablefmt='github')}\n"
     print(text)
     if args.out:
-        (args.out / f"growth-{_name(args)}.md").write_text(text)
-        plots.growth(series, _title(args), args.out / f"growth-{_name(args)}.svg")
+        (args.out / f"{_name(args)}.md").write_text(text)
+        plots.growth(series, _title(args), args.out / f"{_name(args)}.svg")
 
 
 def _name(args: argparse.Namespace) -> str:

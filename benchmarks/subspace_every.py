@@ -13,10 +13,9 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
+import models
 import torch
-from step import build_model
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 
@@ -34,7 +33,7 @@ def main() -> None:
     for period in periods:
         if period < 1 or args.steps % period:
             parser.error(f"--every names {period}: it must be at least 1 and divide --steps ({args.steps})")
-    args.dtype, args.device, args.vocabulary = "float32", "cpu", 8192
+    args.dtype, args.device, args.vocabulary, args.batch, args.seq = "float32", "cpu", 8192, 1, 128
     runs = [Run(args, period) for period in periods]
     for _ in range(max(periods)):
         for run in runs:
@@ -61,11 +60,10 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, every: int) -> None:
         torch.manual_seed(0)
-        model: Any = build_model(args)
-        ids = torch.randint(0, model.config.vocab_size, (1, 128))
+        model, batch = models.build(args)
         torch._dynamo.reset()
         model.compile(backend=oasis_backend(rank=args.rank, subspace_every=every, inner="aot_eager"))
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**batch).loss.backward()
         self.optimizer = OasisAdamW(model.parameters(), lr=1e-5)
         self.subspaces = {p.grad.subspace for p in model.parameters() if isinstance(p.grad, LowRankGrad)}
         self.given = [(s, s.basis.grad, s.energy.grad) for s in self.subspaces]

@@ -57,7 +57,9 @@ class Settings:
                 raise ValueError("rank is {}: give at least one glob, such as {'*': 32}")
             object.__setattr__(self, "rank", MappingProxyType(dict(self.rank)))
         elif self.share is None:
-            check_rank(self.rank, "rank", ", 'auto:' and such a fraction, or a dict of globs over weight names to ranks")
+            check_rank(
+                self.rank, "rank", ", 'auto:' and such a fraction, or a dict of globs over weight names to ranks"
+            )
         elif not isinstance(rule, StatisticRule):
             raise ValueError(
                 f"rank is {self.rank!r}: it goes by the statistic of a rule, and subspace={rule.name!r} has none; "
@@ -98,7 +100,7 @@ class Settings:
         return None if self.memory_budget == 1.0 else float(self.memory_budget)
 
     def rank_of(self, name: str, in_features: int) -> int | None:
-        """Columns of the basis for a weight, at first; at most ``in_features``. None where no glob of ``rank`` names it."""
+        """Columns of a weight's basis, at first, at most ``in_features``; None where no glob of ``rank`` names it."""
         rank: Any = self.rank if self.share is None else self.share
         if isinstance(rank, Mapping):
             rank = next((r for glob, r in rank.items() if fnmatchcase(name, glob)), None)

@@ -74,7 +74,7 @@ def step_low_rank(
 
 
 def _step_outside(update: LowRankUpdate, minus_u: torch.Tensor, hyper: Hyper, generator: torch.Generator) -> None:
-    """Step a weight by what a dense gradient has outside of the subspace, as long in each row as AdamW made what is inside:
+    """Step a weight by what a dense gradient has outside of the subspace, at the length that AdamW gave what is inside:
 
         W = W - lr phi (dW - G Q^T),   phi = ||U|| / ||G|| of each row
 

@@ -16,7 +16,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from oasis_fx.runtime.group_settings import check_decays, check_flags, check_numbers, check_rounding, rounds_stochastically
+from oasis_fx.runtime.group_settings import (
+    check_decays,
+    check_flags,
+    check_numbers,
+    check_rounding,
+    rounds_stochastically,
+)
 from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
 from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate
 from oasis_fx.runtime.weight_step import step_dense_weight, step_weight, where

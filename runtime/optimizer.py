@@ -10,7 +10,13 @@ import torch
 
 from oasis_fx.runtime.adamw import Hyper, bias_correction, step_dense_bfloat16, step_fused, step_low_rank
 from oasis_fx.runtime.eight_bit import in_float32, new_codes, quantizes, require_torchao
-from oasis_fx.runtime.group_settings import check_decays, check_flags, check_numbers, check_rounding, rounds_stochastically
+from oasis_fx.runtime.group_settings import (
+    check_decays,
+    check_flags,
+    check_numbers,
+    check_rounding,
+    rounds_stochastically,
+)
 from oasis_fx.runtime.resizing import fit_columns
 from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
 from oasis_fx.runtime.transport import transport_mean, transport_second_moment
@@ -36,11 +42,11 @@ class OasisAdamW(SubspaceOptimizer):
         weight_decay: decoupled: each step multiplies weights by ``1 - lr * weight_decay``; from 0.
         stochastic_rounding: round bfloat16 weights at random, so that updates below half a step are not lost.
             None: on for bfloat16. Rounding repeats itself: it is seeded by the number of steps.
-        rank_scaling: multiply the learning rate of a weight in a subspace by ``sqrt(n / r)``, so that its step is as long
-            as AdamW's and a learning rate for AdamW holds at every rank. A setting of a group.
-        residual: where a weight in a subspace has a dense gradient, step outside of its subspace as well (Fira's way); False
-            leaves that part out. For a full-rank step now and then, run some steps by a model compiled otherwise:
-            ``exact = torch.compile(model.forward)``. A setting of a group.
+        rank_scaling: multiply the learning rate of a weight in a subspace by ``sqrt(n / r)``, so that its step is as
+            long as AdamW's and a learning rate for AdamW holds at every rank. A setting of a group.
+        residual: where a weight in a subspace has a dense gradient, step outside of its subspace as well (Fira's way);
+            False leaves that part out. For a full-rank step now and then, run some steps by a model compiled
+            otherwise: ``exact = torch.compile(model.forward)``. A setting of a group.
         full_rank: keep moments of the weights' own shape, and make each low-rank gradient a full-size matrix, one at a
             time, to update them: what PRAC does. A setting of a group; for weights whose moments have not begun.
         state_bits: 32, or 8: all moments of 4096 numbers and more as eight-bit codes in blocks of 256, by torchao. A

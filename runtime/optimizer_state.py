@@ -75,7 +75,7 @@ def pack_state(packed: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any], *, live: bool = True) -> None:
-    """Raise ValueError where a saved state does not fit its parameter, or with ``live`` its subspace; change nothing."""
+    """Raise ValueError where a saved state does not fit its parameter or, with ``live``, its subspace."""
     for name, weight, saved, _ in saved_states(optimizer, state_dict):
         shape = tuple(weight.shape)
         low_rank = "features" in saved and not saved.get("full_rank")

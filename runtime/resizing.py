@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oasis_fx.ranks import columns_of
 from oasis_fx.runtime.optimizer_state import note_basis, saved_states
 from oasis_fx.runtime.orthonormalize import orthonormalize
 from oasis_fx.runtime.rank_budget import Spectrum, share_out
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import Subspace, initial_basis
 from oasis_fx.runtime.updates import State
-from oasis_fx.ranks import columns_of
 
 if TYPE_CHECKING:
     from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer

@@ -183,8 +183,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def resize_rank(self, rank: int | float) -> None:
         """Change the rank of every subspace, between two steps: a rank schedule.
 
-        States go over (`oasis_fx.runtime.resizing`). A smaller rank keeps the directions in which the first state of the
-        weights is largest. Graphs are compiled anew (`torch.compiler.reset`), whatever rank their backend names.
+        States go over (`oasis_fx.runtime.resizing`). A smaller rank keeps the directions in which the first state of
+        the weights is largest. Graphs are compiled anew (`torch.compiler.reset`), whatever rank their backend names.
 
         Args:
             rank: columns from 1, at most all; or a fraction of in_features between 0 and 1.

@@ -34,8 +34,10 @@ class LowRankUpdate:
 
     @property
     def rank_scale(self) -> float:
-        """What makes a step as long as one of all n coordinates: ``||U Q^T||_F`` is ``sqrt(r)`` entries of U a row for an
-        orthonormal basis; `random`'s, of norm sqrt(n), has the factor in it."""
+        """What makes a step U Q^T as long as one of n coordinates: sqrt(n) / ||Q||_F.
+
+        Of bases that are not orthonormal, `random`'s has norm sqrt(n); others are taken to have it.
+        """
         n, r = self.basis.shape
         return math.sqrt(n / r) if self.orthonormal else 1.0
 

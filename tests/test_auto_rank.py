@@ -60,7 +60,7 @@ def test_columns_move_to_where_energy_is_lost() -> None:
     model, compiled, optimizer = start("auto:0.25")
     losses = train(compiled, optimizer, range(3))
     narrow, wide = ranks(optimizer)
-    assert (narrow, wide) == (4, 28 + wide - 28) and wide >= 24
+    assert narrow == 4 and wide >= 24
     # 64 + 64 numbers a column of the one, 64 + 32 of the other.
     assert 128 * narrow + 96 * wide <= (128 + 96) * 16
     losses += train(compiled, optimizer, range(3, 12))
@@ -70,19 +70,18 @@ def test_columns_move_to_where_energy_is_lost() -> None:
     assert model.wide.weight.grad.factor.shape == (32, wide)
 
 
-def test_until_then_and_where_nothing_changes_it_is_the_even_rank(monkeypatch) -> None:
-    model, compiled, optimizer = start("auto:0.25")
-    even, even_compiled, even_optimizer = start(0.25)
+def test_until_then_and_where_nothing_changes_it_is_the_even_rank() -> None:
+    _, compiled, optimizer = start("auto:0.25")
+    _, even_compiled, even_optimizer = start(0.25)
     assert train(compiled, optimizer, range(2)) == train(even_compiled, even_optimizer, range(2))
 
 
 def test_new_bases_are_orthonormal_and_means_are_kept() -> None:
-    model, compiled, optimizer = start("auto:0.25")
+    _, compiled, optimizer = start("auto:0.25")
     train(compiled, optimizer, range(2))
-    before = {w: s["exp_avg"].clone() @ s["basis"].mT.clone() for w, s in optimizer.state.items() if "basis" in s}
     seen = {}
 
-    def look(gate=None):
+    def look() -> None:
         for w, s in optimizer.state.items():
             if "basis" in s:
                 seen[w] = s["exp_avg"] @ s["basis"].mT, s["basis"].clone()
@@ -106,7 +105,7 @@ def test_new_bases_are_orthonormal_and_means_are_kept() -> None:
 
     optimizer._share_ranks_out = watched
     train(compiled, optimizer, range(2, 3))
-    assert len(before) == 2 and len(set(ranks(optimizer))) == 2
+    assert len(seen) == 2 and len(set(ranks(optimizer))) == 2
 
 
 @pytest.mark.parametrize("stop", [1, 4, 8])
@@ -197,7 +196,7 @@ def test_a_larger_rank_keeps_the_mean_and_starts_new_second_moments_low() -> Non
     model, compiled, optimizer = start(12)
     train(compiled, optimizer, range(4))
     state = optimizer.state[model.wide.weight]
-    mean, least = state["exp_avg"] @ state["basis"].mT, None
+    mean = state["exp_avg"] @ state["basis"].mT
     optimizer.resize_rank(20)
     torch.testing.assert_close(state["exp_avg"] @ state["basis"].mT, mean, rtol=1e-9, atol=1e-12)
     least = state["exp_avg_sq"][:, :12].amin(dim=1, keepdim=True)
@@ -219,6 +218,9 @@ def test_eight_bit_states() -> None:
             super().__init__()
             self.narrow, self.wide = torch.nn.Linear(64, 256), torch.nn.Linear(64, 256)
 
+        def forward(self, x):
+            return (self.wide(x) + self.narrow(x))[:, :32]
+
     torch._dynamo.reset()
     model = Big()
     compiled = torch.compile(model, backend=oasis_backend(32, inner="aot_eager"))
@@ -238,7 +240,7 @@ def test_eight_bit_states() -> None:
 
 @pytest.mark.parametrize("rule", ["random", "dct", "principal_random"])
 def test_bases_that_cannot_change_their_rank(rule) -> None:
-    model, compiled, optimizer = start(8, subspace=rule)
+    _, compiled, optimizer = start(8, subspace=rule)
     train(compiled, optimizer, range(2))
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=rule):

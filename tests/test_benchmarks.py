@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,3 +94,12 @@ def test_a_run(tmp_path) -> None:
     assert ours["sizes"]["rewritten"] == 7 and len(ours["steps"]) == 2 and ours["sizes"]["peak"] > 0
     assert "oasis-budget0.5-r8" in next(tmp_path.glob("*.md")).read_text()
     assert "<svg" in next(tmp_path.glob("*.svg")).read_text()[:2000]
+
+
+PROGRAMS = [f for f in Path(contenders.__file__).parent.rglob("*.py") if '__name__ == "__main__"' in f.read_text()]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda file: file.stem)
+def test_every_program_starts(program) -> None:
+    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr

@@ -68,7 +68,7 @@ def backward(products, x, weights, active, spec=SPEC, transposed=False) -> list[
 def test_follows_the_equations_over_many_steps(transposed, products, make_weight) -> None:
     shapes = [(5, 8), (5, 8), (7, 8)]
     weights = [make_weight(*(s[::-1] if transposed else s), seed=i) for i, s in enumerate(shapes)]
-    optimizer = OasisAdamW(weights, lr=0.05, betas=BETAS, eps=EPS, weight_decay=0.1)
+    optimizer = OasisAdamW(weights, lr=0.05, betas=BETAS, eps=EPS, weight_decay=0.1, rank_scaling=False)
     stored = [w.detach().T if transposed else w.detach() for w in weights]
     q = STORE.resolve(weights, SPEC, [(0, 1) if transposed else (1, 2)] * 3).basis.detach()
     reference = Reference(q, stored, 0.05, 0.1)

@@ -48,7 +48,9 @@ def train(subspace: str | Rule, every: int | None = None, micro_batches: int = 1
     torch.manual_seed(7)  # what rules draw comes after
     backend = oasis_backend(RANK, subspace=subspace, subspace_every=every, inner="aot_eager")
     compiled = torch.compile(model, backend=backend)
-    optimizer = OasisAdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, **settings)
+    optimizer = OasisAdamW(
+        model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, rank_scaling=False, **settings
+    )
     for step in range(STEPS):
         for part in range(micro_batches):
             loss_of(compiled, step * micro_batches + part).backward()
@@ -254,7 +256,7 @@ def test_gradient_oja_descends_the_reconstruction_error() -> None:
     model = Net()
     backend = oasis_backend(RANK, subspace="gradient_oja", inner="aot_eager", stats=False, **backend_lr)
     compiled = torch.compile(model, backend=backend)
-    optimizer = OasisAdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
+    optimizer = OasisAdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, rank_scaling=False)
     for step in range(STEPS):
         loss_of(compiled, step).backward()
         optimizer.step()

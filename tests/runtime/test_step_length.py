@@ -81,7 +81,7 @@ def test_flags_are_flags(name, value) -> None:
 def test_a_dense_gradient_moves_the_weight_outside_of_its_subspace_too() -> None:
     changes = {}
     for residual in (True, False):
-        model, plain = model_and_gradient(bias=True)
+        model, _ = model_and_gradient(bias=True)
         optimizer = OasisAdamW(model.parameters(), LR, weight_decay=0.1, residual=residual)
         optimizer.step()
         gradient = torch.randn(M, N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
