@@ -77,9 +77,10 @@ def test_seeds_run_at_the_best_rate_and_nothing_runs_twice(kit, tmp_path) -> Non
     assert missing == ["adamw", "not run"]
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_losses(kit, tmp_path) -> None:
+@pytest.mark.parametrize("method", ["oja", "oja-growing", "oja-exact20"])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_losses(kit, tmp_path, method) -> None:
     training, runs = kit["training"], kit["runs"]
-    s = training.settings("oja", 3e-3, 0, **{**FIXED, "steps": 6})
+    s = training.settings(method, 3e-3, 0, **{**FIXED, "steps": 6})
     whole = training.train(s, runs.Checkpoint(tmp_path / "none.pt"))
 
     class Cut(runs.Checkpoint):

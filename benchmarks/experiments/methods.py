@@ -11,19 +11,32 @@ import torch
 
 @dataclass(frozen=True)
 class Method:
-    """``backend`` are arguments of `oasis_backend`; None for stock `torch.compile`."""
+    """What tells one way to train from another.
+
+    Attributes:
+        optimizer: its name, in oasis_fx or, without a ``backend``, in torch.optim.
+        rates: learning rates to try.
+        backend: arguments of `oasis_backend`; None for stock `torch.compile`.
+        options: of the optimizer.
+        exact_every: at each so many steps the gradient is dense, by stock `torch.compile`; 0: never.
+        schedule: factors of the rank, from shares of all steps on.
+    """
 
     optimizer: str
     rates: tuple[float, ...]
     backend: dict[str, Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    exact_every: int = 0
+    schedule: dict[float, float] = field(default_factory=dict)
 
 
-LOW = (1e-3, 3e-3, 6e-3, 1.2e-2)
+LOW = (5e-4, 1e-3, 2e-3, 4e-3)
 METHODS = {
     "adamw": Method("AdamW", (3e-4, 1e-3, 2e-3, 4e-3)),
     "oja": Method("OasisAdamW", LOW, {"subspace": "oja"}),
     "oja-auto": Method("OasisAdamW", LOW, {"subspace": "oja", "subspace_lr": "auto"}),
+    "oja-exact20": Method("OasisAdamW", LOW, {"subspace": "oja"}, {"residual": True}, exact_every=20),
+    "oja-growing": Method("OasisAdamW", LOW, {"subspace": "oja"}, schedule={0.0: 0.5, 0.5: 1.0, 0.75: 2.0}),
     "pca": Method("OasisAdamW", LOW, {"subspace": "pca", "subspace_every": 50}),
     "random": Method("OasisAdamW", LOW, {"subspace": "random"}),
     "principal_random": Method("OasisAdamW", LOW, {"subspace": "principal_random", "subspace_every": 50}),

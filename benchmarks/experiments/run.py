@@ -93,6 +93,10 @@ def _report(args: argparse.Namespace, fixed: dict[str, Any], rows: list[Any], he
         (args.out / f"{name}.md").write_text(text)
 
 
+def _rank(text: str) -> int | float | str:
+    return text if text.startswith("auto:") else float(text) if "." in text else int(text)
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("scratch", "sweep", "finetune"))
@@ -100,7 +104,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-rank-scaling", dest="rank_scaling", action="store_false", help="of our optimizers")
     parser.add_argument("--model", choices=("small", "10m"), default="small")
     parser.add_argument("--data", choices=corpus.NAMES, default="shakespeare")
-    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rank", type=_rank, default=64, help="columns, a fraction of n, or auto:FRACTION")
     parser.add_argument("--steps", type=int, help="default: 500, or 100 for finetune")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)

@@ -10,7 +10,7 @@ from training import settings
 
 RATES = (0.001, 0.01, 0.1, 1.0, 10.0, "auto")
 RANKS = (8, 16, 32, 64, 128)
-LEARNING_RATE = 6e-3
+LEARNING_RATE = 1e-3
 
 
 def points(**fixed: Any) -> Iterator[tuple[str, Any, str, dict[str, Any]]]:

@@ -28,10 +28,13 @@ def train(s: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
     data, heldout = corpus.load(s["data"])
     model = byte_lm.byte_lm(s["model"], s["seed"]).to(s["device"])
     method = methods.METHODS[s["method"]]
+    state = checkpoint.load()
+    first = 0 if state is None else len(state["done"]["losses"])
+    ranks = {int(at * s["steps"]): round(factor * s["rank"]) for at, factor in method.schedule.items()}
     optimizer = methods.build(
         method,
         model,
-        rank=s["rank"],
+        rank=ranks[max(at for at in ranks if at < max(1, first))] if ranks else s["rank"],
         lr=s["lr"],
         weight_decay=s["weight_decay"],
         inner=s["inner"],
@@ -39,8 +42,7 @@ def train(s: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
         **(s["backend"] if method.backend is not None else {}),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _scale(step, s["steps"]))
-    state = checkpoint.load()
-    done: dict[str, Any] = {"losses": [], "validation": [], "seconds": []}
+    done: dict[str, Any] = {"losses": [], "validation": [], "seconds": [], "subspaces": []}
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -48,10 +50,14 @@ def train(s: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
         torch.set_rng_state(state["random"])
         done = state["done"]
     every = max(1, s["steps"] // 10)
-    for step in range(len(done["losses"]), s["steps"]):
+    exact = torch.compile(model.forward, backend=s["inner"]) if method.exact_every else None
+    for step in range(first, s["steps"]):
         start = time.perf_counter()
         tokens, targets = corpus.batch(data, s["batch"], s["length"], s["seed"] * 1_000_003 + step)
-        loss = model(tokens.to(s["device"]), targets.to(s["device"]))
+        if step > 0 and step in ranks:
+            optimizer.resize_rank(ranks[step])
+        dense = method.exact_every and (step + 1) % method.exact_every == 0
+        loss = (exact if dense else model)(tokens.to(s["device"]), targets.to(s["device"]))
         loss.backward()
         if step == s["steps"] - 1:
             sizes = _sizes(model, optimizer)
@@ -63,6 +69,7 @@ def train(s: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
         done["seconds"].append(time.perf_counter() - start)
         if (step + 1) % every == 0 or step == s["steps"] - 1:
             done["validation"].append((step + 1, validation_loss(model, heldout, s["length"], s["device"])))
+            done["subspaces"].append((step + 1, _subspaces(optimizer)))
             if not math.isfinite(done["losses"][-1]):
                 break
         checkpoint.offer(
@@ -77,6 +84,7 @@ def train(s: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
     seconds = sorted(done["seconds"])
     return {
         "validation": done["validation"],
+        "subspaces": done["subspaces"],
         "loss": done["validation"][-1][1] if math.isfinite(done["losses"][-1]) else math.inf,
         "median_seconds": seconds[len(seconds) // 2],
         "sizes": sizes if math.isfinite(done["losses"][-1]) else {},
@@ -91,6 +99,12 @@ def validation_loss(model: torch.nn.Module, heldout: torch.Tensor, length: int, 
     parts = zip(tokens.split(8), targets.split(8), strict=True)
     losses = [float(model.forward(x.to(device), y.to(device))) for x, y in parts]
     return sum(losses) / len(losses)
+
+
+def _subspaces(optimizer: torch.optim.Optimizer) -> list[tuple[float, float, int]]:
+    """Drift, captured energy and rank of each subspace; NaN where they are unknown."""
+    found = getattr(optimizer, "subspaces", dict)()
+    return [(float(s.drift), float(s.captured_energy), s.shape[1]) for s in found]
 
 
 def _sizes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
