@@ -21,7 +21,7 @@ from oasis_fx.ranks import columns_of
 from oasis_fx.runtime.optimizer_state import note_basis, saved_states
 from oasis_fx.runtime.orthonormalize import orthonormalize
 from oasis_fx.runtime.rank_budget import Spectrum, share_out
-from oasis_fx.runtime.store import STORE
+from oasis_fx.runtime.store import STORE, Preloaded
 from oasis_fx.runtime.subspace import Subspace, initial_basis
 from oasis_fx.runtime.updates import State
 
@@ -33,10 +33,25 @@ Group = Mapping[str, Any]
 
 def resize_live(optimizer: SubspaceOptimizer, rank: int | float) -> None:
     """Give every subspace of an optimizer another rank: columns, or a fraction of its n."""
+    families = _waiting(optimizer)
     ranks = {subspace: columns_of(rank, subspace.shape[0]) for subspace in optimizer.subspaces()}
-    for subspace in ranks:
-        _refuse(subspace)
+    refused = [s.spec.rule.name for s in ranks if not s.spec.rule.resizable]
+    if refused or any(saved.coded for saved in families):
+        raise ValueError(f"subspace is {(refused or ['of a coded rule'])[0]!r}: its bases cannot change their rank")
     _resize_all(optimizer, ranks)
+    groups = optimizer.groups_by_weight()
+    for saved, weights in families.items():
+        columns = columns_of(rank, saved.shape[0])
+        states = [(optimizer.state[weight], groups[weight]) for weight in weights]
+        low_rank = [(state, group) for state, group in states if not state.get("full_rank")]
+        basis = _resize(optimizer, low_rank, saved.basis, _gram(optimizer, low_rank), None, columns)
+        for weight, (state, _) in zip(weights, states, strict=True):
+            state["basis"] = basis
+            state.pop("basis_move", None)
+            momentum = saved.momentum and replace(saved.momentum, mean=state[optimizer.states[0]])
+            shape = (basis.shape[0], columns)
+            changed = replace(saved, basis=basis, shape=shape, last_move=None, momentum=momentum, overrides=True)
+            STORE.preload(weight, changed)
 
 
 def spend_budget(optimizer: SubspaceOptimizer) -> None:
@@ -82,9 +97,21 @@ def fit_columns(state: torch.Tensor, columns: int, fill: torch.Tensor | None = N
     return torch.cat([state, new], dim=1)
 
 
-def _refuse(subspace: Subspace) -> None:
-    if not subspace.spec.rule.resizable:
-        raise ValueError(f"subspace is {subspace.spec.rule.name!r}: its bases cannot change their rank")
+def _waiting(optimizer: SubspaceOptimizer) -> dict[Preloaded, list[torch.Tensor]]:
+    """Bases from a checkpoint that no graph has asked for yet, with their weights; binds those that one has."""
+    families: dict[object, tuple[Preloaded, list[torch.Tensor]]] = {}
+    bound = {weight for weights in optimizer.subspaces().values() for weight in weights}
+    for weight, state in optimizer.state.items():
+        if "features" not in state or weight in bound:
+            continue
+        saved = STORE.waiting(weight)
+        if saved is not None:
+            families.setdefault(saved.group, (saved, []))[1].append(weight)
+            continue
+        for subspace in STORE.all_of(weight):
+            if subspace.spec.rank == state["basis"].shape[1]:
+                optimizer.bind(weight, subspace)
+    return dict(families.values())
 
 
 def _resize_all(optimizer: SubspaceOptimizer, ranks: Mapping[Subspace, int]) -> None:

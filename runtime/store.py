@@ -13,7 +13,7 @@ from oasis_fx.runtime.layout import Features, num_features
 from oasis_fx.runtime.subspace import Momentum, Subspace, SubspaceSpec, initial_basis
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Preloaded:
     """A subspace from a checkpoint; weights with an equal ``group`` share it.
 
@@ -22,6 +22,7 @@ class Preloaded:
         shape: (n, r).
         coded: whether ``basis`` is a code.
         momentum, error, log_rate, last_move: as of `Subspace`.
+        overrides: whether its rank counts, and not what the settings ask for.
     """
 
     basis: torch.Tensor
@@ -35,6 +36,7 @@ class Preloaded:
     error: torch.Tensor | None = None
     log_rate: torch.Tensor | None = None
     last_move: torch.Tensor | None = None
+    overrides: bool = False
 
     def suits(self, shape: tuple[int, int], spec: SubspaceSpec) -> bool:
         """Whether it can become a subspace of that shape.
@@ -71,12 +73,17 @@ class SubspaceStore:
         entry: dict[SubspaceSpec, Subspace] | None = self._subspaces.get(weight)
         return None if entry is None else entry.get(spec)
 
+    def waiting(self, weight: torch.Tensor) -> Preloaded | None:
+        """A basis from a checkpoint that no graph has asked for yet."""
+        saved: Preloaded | None = self._preloaded.get(weight)
+        return saved
+
     def current_spec(self, weight: torch.Tensor, asked: SubspaceSpec) -> SubspaceSpec:
         """What the weight is in by now, where the settings ask for ``asked``: its rank may have changed since."""
         with self._lock:
             entry: dict[SubspaceSpec, SubspaceSpec] = self._resized.setdefault(weight, {})
             saved: Preloaded | None = self._preloaded.get(weight)
-            if asked.budget is not None and saved is not None:
+            if saved is not None and (asked.budget is not None or saved.overrides):
                 entry[asked] = replace(asked, rank=saved.shape[1])
             return entry.get(asked, asked)
 

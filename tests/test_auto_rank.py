@@ -277,6 +277,23 @@ def test_a_checkpoint_of_another_rank(rank, begun) -> None:
     assert train(compiled, optimizer, range(4, 8)) == expected
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_resize_rank_right_after_loading(begun) -> None:
+    model, compiled, optimizer = start(12)
+    train(compiled, optimizer, range(4))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    optimizer.resize_rank(20)
+    expected = train(compiled, optimizer, range(4, 8))
+
+    model, compiled, optimizer = start(12)
+    if begun:
+        train(compiled, optimizer, range(1))
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    optimizer.resize_rank(20)
+    assert train(compiled, optimizer, range(4, 8)) == expected
+
+
 def test_gradients_from_before_are_refused() -> None:
     model, compiled, optimizer = start(12)
     train(compiled, optimizer, range(2))
