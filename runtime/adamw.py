@@ -81,6 +81,7 @@ def _step_outside(update: LowRankUpdate, minus_u: torch.Tensor, hyper: Hyper, ge
     Source: Fira, arXiv 2410.01623, its norm-based scaling, for gradients projected from the right.
     """
     weight, basis, factor = update.weight, update.basis, update.factor
+    assert update.dense is not None
     norms = torch.linalg.vector_norm(factor, dim=1, keepdim=True)
     tiny = torch.finfo(factor.dtype).tiny
     minus_phi = -torch.linalg.vector_norm(minus_u, dim=1, keepdim=True) / norms.clamp_min(tiny)
