@@ -1,0 +1,167 @@
+"""What a checkpoint survives: killing, safetensors, torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from oasis_fx import OasisAdamW, OasisMuon, oasis_backend
+from oasis_fx.checkpoint import flatten, unflatten
+
+PROGRAM = '''
+import os, sys, time, torch
+from oasis_fx import OasisAdamW, oasis_backend
+
+file, steps = sys.argv[1], int(sys.argv[2])
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.Tanh(), torch.nn.Linear(32, 24)).bfloat16()
+model.compile(backend=oasis_backend("auto:0.25", subspace_lr="auto", inner="aot_eager"))
+optimizer = OasisAdamW(model.parameters(), lr=1e-2)
+begin = 0
+if os.path.exists(file):
+    saved = torch.load(file, weights_only=True)
+    model.load_state_dict(saved["model"]), optimizer.load_state_dict(saved["optimizer"])
+    begin = saved["step"]
+print("begins at", begin, flush=True)
+for step in range(begin, steps):
+    time.sleep(0.03)  # so that there are moments to kill it at
+    x = torch.randn(16, 24, generator=torch.Generator().manual_seed(step)).bfloat16()
+    (model(x) - x.flip(1)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 3 == 2 or step == steps - 1:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+        torch.save(state, file + ".new")
+        os.replace(file + ".new", file)
+'''
+
+
+def test_killed_at_any_moment_it_ends_where_it_would_have(tmp_path) -> None:
+    """Ranks are shared out at the 20th step: kills fall before, about and after it."""
+    program, steps = tmp_path / "program.py", 60
+    program.write_text(PROGRAM)
+
+    def start(file: str) -> subprocess.Popen:
+        command = [sys.executable, program, tmp_path / file, str(steps)]
+        return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, text=True)
+
+    assert start("whole").wait(120) == 0
+    moments, kills, begun = random.Random(0), 0, set()
+    for _ in range(40):
+        process = start("killed")
+        begun.add(process.stdout.readline().split()[-1])  # it trains from here on
+        time.sleep(moments.uniform(0.0, 1.5))
+        if kills < 4 and process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+            process.wait()
+        elif process.wait(120) == 0:
+            break
+    assert kills >= 2 and len(begun) >= 2, (kills, begun)
+    whole, killed = (torch.load(tmp_path / name, weights_only=True) for name in ("whole", "killed"))
+    assert killed["step"] == steps
+    for name, weight in whole["model"].items():
+        assert torch.equal(weight, killed["model"][name]), name
+    expected, found = flatten(whole["optimizer"]), flatten(killed["optimizer"])
+    assert expected[1] == found[1]
+    assert all(torch.equal(tensor, found[0][name]) for name, tensor in expected[0].items())
+
+
+class Net(torch.nn.Module):
+    """``a`` and ``b`` share a basis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (torch.nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.a(x)) * self.b(x))
+
+
+def trained(make=OasisAdamW, steps: int = 3, **settings):
+    torch._dynamo.reset()
+    model = Net()
+    compiled = torch.compile(model, backend=oasis_backend(4, inner="aot_eager", **settings))
+    optimizer = make(model.parameters(), lr=1e-2)
+    train(compiled, optimizer, range(steps))
+    return model, compiled, optimizer
+
+
+def train(compiled, optimizer, steps) -> list[float]:
+    losses = []
+    for step in steps:
+        x = torch.randn(20, 16, generator=torch.Generator().manual_seed(step))
+        loss = (compiled(x) - x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("rule", ["oja", "dct", "gradient_power"])
+@pytest.mark.parametrize("make", [OasisAdamW, OasisMuon], ids=lambda make: make.__name__)
+def test_safetensors(tmp_path, make, rule) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    from safetensors import safe_open
+
+    model, compiled, optimizer = trained(make, subspace=rule)
+    tensors, text = flatten(optimizer.state_dict())
+    safetensors.save_file(tensors, tmp_path / "optimizer.safetensors", {"oasis_fx": text})
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = train(compiled, optimizer, range(3, 7))
+
+    model, compiled, optimizer = trained(make, 0, subspace=rule)
+    with safe_open(tmp_path / "optimizer.safetensors", "pt") as file:
+        read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+        saved = unflatten(read, file.metadata()["oasis_fx"])
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(saved)
+    assert train(compiled, optimizer, range(3, 7)) == expected
+    if rule == "oja":  # two bases for three weights
+        assert sum(name.endswith("/basis") for name in tensors) == 2
+
+
+def test_flat_and_back_is_the_same() -> None:
+    shared = torch.arange(6.0).view(2, 3)
+    given = {
+        "state": {0: {"a": shared, "t": (1, 2)}, 1: {"a": shared, "part": shared[0], "turned": shared.T}},
+        "param_groups": [{"lr": 0.1, "params": [0, 1], "flag": None, "text": "x", "on": True}],
+    }
+    tensors, text = flatten(given)
+    found = unflatten(tensors, text)
+    assert found["param_groups"] == given["param_groups"] and found["state"][0]["t"] == (1, 2)
+    assert found["state"][0]["a"] is found["state"][1]["a"]
+    for name in ("part", "turned"):
+        assert torch.equal(found["state"][1][name], given["state"][1][name])
+    with pytest.raises(ValueError, match="state/x is"):
+        flatten({"state": {"x": object()}})
+
+
+def test_distributed_checkpoint(tmp_path) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    model, compiled, optimizer = trained()
+    dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / "saved")
+    expected = train(compiled, optimizer, range(3, 7))
+
+    model, compiled, optimizer = trained(steps=1)  # its states have their shapes
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path / "saved")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    assert train(compiled, optimizer, range(3, 7)) == expected
+
+
+def test_a_model_has_no_names_of_ours() -> None:
+    model, _, _ = trained()
+    assert list(model.state_dict()) == list(Net().state_dict())
+    Net().load_state_dict(model.state_dict())
