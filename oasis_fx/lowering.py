@@ -27,6 +27,7 @@ from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import Subspace, SubspaceSpec, Versions
 from oasis_fx.torch_private import (
     FakeTensor,
+    active_ddp,
     aot_eager_lowering,
     compile_caches_disabled,
     inductor_lowering,
@@ -178,7 +179,7 @@ def lower(
     compiled, record.trace = _compile(lifted_gm, inputs, record.lifted, settings, options, inner_compile)
     fakes = [known_fake(given) for given in inputs]  # what is kept must not keep the user's tensors
     record.retrace = lambda: _retrace(lifted_gm, fakes, record.lifted, settings, options)
-    return _call_with_runtime_inputs(compiled, record, settings.stats, on_use), record
+    return _call_with_runtime_inputs(compiled, record, example_inputs, runtime_inputs, settings.stats, on_use), record
 
 
 def _prepare(
@@ -335,7 +336,29 @@ def _fake_runtime_inputs(
     return fakes, names
 
 
-def _call_with_runtime_inputs(compiled: Compiled, record: CompiledGraph, stats: bool, on_use: OnUse | None) -> Compiled:
+def _check_distributed(members: Sequence[torch.Tensor], group: WeightGroup, ddp: Any) -> None:
+    """Refuse what would go wrong silently: gradients that nobody averages, ranks that the graph has not seen."""
+    alone = ddp is None or ddp.process_group.size() == 1
+    if not alone and not all(getattr(weight, "_oasis_synchronized", False) for weight in members):
+        raise RuntimeError(
+            "the model runs under DistributedDataParallel, which cannot average low-rank gradients: call "
+            "oasis_fx.distributed.synchronize(model) before it is wrapped"
+        )
+    if STORE.current_spec(members[0], group.spec) != group.spec:
+        raise RuntimeError(
+            "a rank has changed, and DDP's graph splitting hides the weights from their graphs: set "
+            "torch._dynamo.config.optimize_ddp = False"
+        )
+
+
+def _call_with_runtime_inputs(
+    compiled: Compiled,
+    record: CompiledGraph,
+    example_inputs: Sequence[Any],
+    runtime_inputs: Sequence[torch.Tensor],
+    stats: bool,
+    on_use: OnUse | None,
+) -> Compiled:
     """Call ``compiled`` with the bases and slots of the parameters of *each call*.
 
     One compiled graph serves other layers and other models with the same code: what was seen at compile
@@ -345,12 +368,18 @@ def _call_with_runtime_inputs(compiled: Compiled, record: CompiledGraph, stats: 
     lending = _lending(groups, stats)
     names = [tuple(record.names[index] for index in group.weights) for group in groups]
     features = tuple(dims for group in groups for dims in group.features)
+    split = any(isinstance(example_inputs[i], FakeTensor) for group in groups for i in group.weights)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(*args: Any) -> Any:
+        if split and any(isinstance(given, FakeTensor) for given in args):
+            return compiled(*args, *runtime_inputs)  # DDP's graph splitting tries its parts while it compiles
         subspaces, weights, owners = [], [], []
+        ddp = active_ddp()
         for group in groups:
             members = [args[index] for index in group.weights]
+            if split or ddp is not None:
+                _check_distributed(members, group, ddp)
             subspace = STORE.resolve(members, group.spec, group.features)
             subspaces.append(subspace)
             weights += members

@@ -32,7 +32,9 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "SavedForBackwardsAOTOutput",
+    "active_ddp",
     "aot_eager_lowering",
+    "at_end_of_backward",
     "compile_caches_disabled",
     "copy_dynamo_attributes",
     "functorch_config",
@@ -49,6 +51,17 @@ __all__ = [
     "tracing_fake_mode",
     "unguarded_fake_mode",
 ]
+
+
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that runs now is over, as FSDP does."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]
+
+
+def active_ddp() -> Any:
+    """The `DistributedDataParallel` whose forward pass runs now, or None."""
+    return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
 
 _STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import torch
 from oasis_fx import OasisAdamW, OasisMuon, oasis_backend
 from oasis_fx.checkpoint import flatten, unflatten
 
-PROGRAM = '''
+PROGRAM = """
 import os, sys, time, torch
 from oasis_fx import OasisAdamW, oasis_backend
 
@@ -40,7 +39,7 @@ for step in range(begin, steps):
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
         torch.save(state, file + ".new")
         os.replace(file + ".new", file)
-'''
+"""
 
 
 def test_killed_at_any_moment_it_ends_where_it_would_have(tmp_path) -> None:
@@ -121,7 +120,7 @@ def test_safetensors(tmp_path, make, rule) -> None:
 
     model, compiled, optimizer = trained(make, 0, subspace=rule)
     with safe_open(tmp_path / "optimizer.safetensors", "pt") as file:
-        read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+        read = {name: file.get_tensor(name) for name in file.keys()}  # it is no dict
         saved = unflatten(read, file.metadata()["oasis_fx"])
     model.load_state_dict(weights)
     optimizer.load_state_dict(saved)

@@ -20,7 +20,9 @@ from . import tiny
 STEPS = 12
 
 
-def trainer(folder: Path, *, compiled: bool = True, optimizer=OasisAdamW, rank=8, seed: int = 0, **arguments) -> Trainer:
+def trainer(
+    folder: Path, *, compiled: bool = True, optimizer=OasisAdamW, rank=8, seed: int = 0, **arguments
+) -> Trainer:
     torch._dynamo.reset()
     fixed = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 1}
     settings = fixed | {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True} | arguments

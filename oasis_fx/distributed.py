@@ -1,0 +1,179 @@
+"""Data parallel training: low-rank gradients and the statistics of bases are what travels between ranks.
+
+    sync = oasis_fx.distributed.synchronize(model)      # before it is wrapped
+    model = DistributedDataParallel(model)              # keeps all other parameters
+    sync.follow(model)                                  # its no_sync() holds for our weights too
+
+Weights of two dimensions and more are taken out of DDP's buckets: their gradients, m x r where DDP would send m x n,
+are averaged here, in buckets of their own, as soon as each is complete, while the backward pass goes on. Statistics
+C [n, r] and energies follow at its end. All ranks then take one step and move their bases alike, bit by bit.
+
+Gradients are averaged over ranks, as DDP's are: with equal numbers of tokens the joint batch has their mean.
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from oasis_fx.runtime.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.rules import BatchRule
+from oasis_fx.runtime.subspace import Subspace
+from oasis_fx.torch_private import at_end_of_backward
+
+BUCKET_BYTES = 25 * 2**20  # DDP's default
+
+
+def synchronize(
+    model: torch.nn.Module, group: dist.ProcessGroup | None = None, *, bucket_bytes: int = BUCKET_BYTES
+) -> GradientSync:
+    """Take the weights of ``model`` over from `DistributedDataParallel`, which has to wrap it afterwards.
+
+    They are made equal to rank 0's.
+
+    Args:
+        model: not yet wrapped; compiled or not.
+        group: of processes; None: all.
+        bucket_bytes: gradients are sent when so many bytes are complete, from 1.
+
+    Raises:
+        ValueError: ``model`` is wrapped already, or ``bucket_bytes`` is no such number.
+        RuntimeError: torch.distributed is not initialised.
+    """
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("model is a DistributedDataParallel: call synchronize() on the model before wrapping it")
+    if not isinstance(bucket_bytes, int) or bucket_bytes < 1:
+        raise ValueError(f"bucket_bytes is {bucket_bytes!r}: it must be a whole number from 1")
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed is not initialised: call init_process_group() first")
+    named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.dim() >= 2]
+    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(name for name, _ in named)}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
+    weights = list({p: None for _, p in named if p.requires_grad})
+    with torch.no_grad():
+        for _, parameter in named:
+            dist.broadcast(parameter.detach(), group_src=0, group=group)
+    return GradientSync(weights, group, bucket_bytes)
+
+
+@dataclass
+class _Bucket:
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+class GradientSync:
+    """Averages the gradients of some weights over ranks. Made by `synchronize`.
+
+    Attributes:
+        sent: bytes that this rank has given to all-reduces so far.
+        dense: bytes that DDP would have given for the same gradients.
+    """
+
+    def __init__(self, weights: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None, bucket_bytes: int):
+        self.group, self.bucket_bytes = group, bucket_bytes
+        self.world = dist.get_world_size(group)
+        self.sent = self.dense = 0
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._numbers = {weight: number for number, weight in enumerate(weights)}
+        self._hooks = [weight.register_post_accumulate_grad_hook(self._complete) for weight in weights]
+        for weight in weights:
+            weight._oasis_synchronized = True  # type: ignore[attr-defined]
+        self._reset()
+
+    def follow(self, ddp: DistributedDataParallel) -> None:
+        """Send nothing in backward passes in which ``ddp`` sends nothing, under its `no_sync()`.
+
+        Without it every backward pass sends: as right, and more traffic under gradient accumulation.
+        """
+        self._ddp = weakref.ref(ddp)
+
+    def remove(self) -> None:
+        """Average no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _reset(self) -> None:
+        self._buckets: dict[Any, _Bucket] = {}
+        self._flying: list[tuple[Any, torch.Tensor, list[torch.Tensor]]] = []
+        self._subspaces: dict[Subspace, None] = {}
+        self._checksum, self._waits = 0, False
+
+    def _complete(self, weight: torch.Tensor) -> None:
+        """The gradient of a weight is complete."""
+        ddp = None if self._ddp is None else self._ddp()
+        if self.world == 1 or (ddp is not None and not ddp.require_backward_grad_sync):
+            return
+        if not self._waits:
+            self._waits = True
+            at_end_of_backward(self._finish)
+        gradient = weight.grad
+        assert gradient is not None
+        values, kind = gradient, 0
+        if isinstance(gradient, LowRankGrad):
+            values = gradient.factor
+            if gradient.is_low_rank:
+                kind = self._note(gradient.subspace)
+        signature = repr((self._numbers[weight], tuple(values.shape), values.dtype, kind))
+        self._checksum = zlib.crc32(signature.encode(), self._checksum)
+        self.dense += weight.numel() * values.element_size()
+        self._add(values)
+
+    def _note(self, subspace: Subspace) -> int:
+        rule = subspace.spec.rule
+        if isinstance(rule, BatchRule):
+            raise RuntimeError(
+                f"subspace={rule.name!r} goes by the batch of one rank: under data parallel training every rank would "
+                "have a basis of its own. Use 'oja', 'gradient_oja', 'random'"
+            )
+        self._subspaces[subspace] = None
+        return 1 if subspace.code is None else 2 + zlib.crc32(subspace.code.numpy().tobytes())
+
+    def _add(self, values: torch.Tensor) -> None:
+        key = values.dtype, values.device
+        bucket = self._buckets.setdefault(key, _Bucket())
+        bucket.tensors.append(values)
+        bucket.num_bytes += values.nbytes
+        if bucket.num_bytes >= self.bucket_bytes:
+            self._launch(self._buckets.pop(key).tensors)
+
+    def _launch(self, tensors: list[torch.Tensor]) -> None:
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).div_(self.world)
+        self.sent += flat.nbytes
+        self._flying.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, tensors))
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """The backward pass is over: the rest, the statistics, and what came of it all."""
+        try:
+            for subspace in self._subspaces:
+                statistics = (subspace.statistic, subspace.energy.grad)
+                for tensor in [s for s in statistics if s is not None]:
+                    self._add(tensor)
+            device = next((tensor.device for _, flat, _ in self._flying for tensor in [flat]), None)
+            if device is None:
+                device = next(iter(self._buckets))[1]
+            own = torch.tensor([float(self._checksum % 2**20)], dtype=torch.float64, device=device)
+            agreed = own.clone()
+            self._add(agreed)
+            for bucket in self._buckets.values():
+                self._launch(bucket.tensors)
+            for work, flat, tensors in self._flying:
+                work.wait()
+                parts = flat.split([tensor.numel() for tensor in tensors])
+                for tensor, part in zip(tensors, parts, strict=True):
+                    tensor.copy_(part.view(tensor.shape))
+            if not torch.equal(agreed, own):
+                raise RuntimeError(
+                    "ranks do not agree on which weights have which gradients: the same model, settings, seeds and "
+                    "used weights are needed on all of them"
+                )
+        finally:
+            self._reset()

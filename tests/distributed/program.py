@@ -1,0 +1,140 @@
+"""One rank of a data parallel run, under torchrun; rank 0 prints what it found as JSON.
+
+torchrun --nproc-per-node 2 program.py CASE FOLDER
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from oasis_fx import OasisAdamW, oasis_backend
+from oasis_fx.distributed import synchronize
+
+WIDTH, BATCH, STEPS = 64, 24, 8
+
+
+class Net(torch.nn.Module):
+    """``a`` and ``b`` share a basis; the embedding and the norm have dense gradients.
+
+    The two long vectors, of a MiB each, make DDP split its graphs at a bucket of one.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.norm = torch.nn.Embedding(32, WIDTH), torch.nn.LayerNorm(WIDTH)
+        self.a, self.b = torch.nn.Linear(WIDTH, 2 * WIDTH), torch.nn.Linear(WIDTH, 2 * WIDTH)
+        self.first, self.second = (torch.nn.Parameter(torch.zeros(2**17)) for _ in range(2))
+        self.c, self.lm_head = torch.nn.Linear(2 * WIDTH, WIDTH), torch.nn.Linear(WIDTH, 32)
+
+    def forward(self, tokens, targets):
+        x = self.norm(self.embed(tokens)) + self.first[:WIDTH]
+        x = x + self.second[:WIDTH] + self.c(torch.nn.functional.silu(self.a(x)) * self.b(x))
+        return torch.nn.functional.cross_entropy(self.lm_head(x), targets)
+
+
+def batch(step: int, rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(32, (BATCH,), generator=torch.Generator().manual_seed(step))
+    part = tokens.view(world, -1)[rank]
+    return part, (part * 5 + 1) % 32
+
+
+def train(rank: int, world: int, *, backend=None, parallel: bool = True, sync: bool = True, accumulate: int = 1,
+          steps: int = STEPS, after=None, follow: bool = True, seed: int = 0, dtype=torch.float64):  # fmt: skip
+    torch._dynamo.reset()
+    model = Net(seed).to(dtype)
+    backend = backend or oasis_backend(8, inner="aot_eager")
+    handle = synchronize(model) if parallel and sync else None
+    run = DistributedDataParallel(model, bucket_cap_mb=1) if parallel else model
+    if handle is not None and follow:
+        handle.follow(run)
+    compiled = torch.compile(run, backend=backend)
+    optimizer = OasisAdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(steps):
+        total = 0.0
+        for micro in range(accumulate):
+            quiet = parallel and micro < accumulate - 1
+            with run.no_sync() if quiet else torch.enable_grad():
+                loss = compiled(*batch(step * accumulate + micro, rank, world))
+                (loss / accumulate).backward()
+            total += loss.detach() / accumulate
+        if parallel:
+            dist.all_reduce(total.div_(world))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item())
+        if after is not None:
+            after(step)
+    return losses, model, optimizer, handle
+
+
+def equal_on_all_ranks(model, optimizer) -> bool:
+    tensors = [p.detach() for p in model.parameters()]
+    tensors += [s[key] for s in optimizer.state.values() for key in ("basis", "exp_avg", "exp_avg_sq") if key in s]
+    for tensor in tensors:
+        others = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(others, tensor.contiguous())
+        if not all(torch.equal(tensor, other) for other in others):
+            return False
+    return True
+
+
+def main(case: str, folder: Path) -> dict:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if case == "equal":
+        found = {}
+        for name, settings in {
+            "plain": {},
+            "accumulated": {"accumulate": 2},
+            "accumulated, always sent": {"accumulate": 2, "follow": False},
+            "auto": {"backend": oasis_backend("auto:0.25", subspace_lr="auto", inner="aot_eager")},
+            "random": {"backend": oasis_backend(8, subspace="random", subspace_every=3, inner="aot_eager")},
+            "inductor": {"backend": oasis_backend(8)},
+        }.items():
+            alone, _, _, _ = train(0, 1, parallel=False, **settings)
+            # Ranks begin with weights of their own: rank 0's count. (What is drawn comes from the seed.)
+            seed = 0 if name == "random" else rank
+            losses, model, optimizer, handle = train(rank, world, seed=seed, **settings)
+            sent = handle.sent, handle.dense
+            found[name] = alone, losses, equal_on_all_ranks(model, optimizer), sent
+        return found
+    if case == "unsynchronized":
+        try:
+            train(rank, world, sync=False)
+        except RuntimeError as error:
+            return {"error": str(error)}
+    if case == "batch rule":
+        train(rank, world, backend=oasis_backend(8, subspace="pca", inner="aot_eager"))
+    if case == "disagree":
+        # Of equal sizes in all, so that nothing but the checksum tells.
+        train(rank, world, backend=oasis_backend(8, exclude=[["*a.weight"], ["*b.weight"]][rank], inner="aot_eager"))
+    if case in ("dies", "hangs"):
+
+        def after(step: int) -> None:
+            if step == 2 and rank == 1:
+                if case == "dies":
+                    os._exit(3)
+                time.sleep(60)
+
+        train(rank, world, after=after)
+    return {}
+
+
+if __name__ == "__main__":
+    timeout = datetime.timedelta(seconds=5 if sys.argv[1] in ("dies", "hangs") else 120)
+    dist.init_process_group("gloo", timeout=timeout)
+    result = main(sys.argv[1], Path(sys.argv[2]))
+    if dist.get_rank() == 0:
+        (Path(sys.argv[2]) / "result.json").write_text(json.dumps(result))
+    dist.destroy_process_group()

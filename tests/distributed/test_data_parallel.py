@@ -1,0 +1,68 @@
+"""Data parallel on gloo, under torchrun: the joint batch, equal ranks, what travels, and what ends a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from oasis_fx.distributed import synchronize
+
+PROGRAM = Path(__file__).with_name("program.py")
+
+
+def torchrun(case: str, folder: Path, world: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(PROGRAM), case, str(folder)], capture_output=True, text=True, env=environment, timeout=280
+    )
+
+
+def result(case: str, folder: Path, world: int = 2) -> dict:
+    done = torchrun(case, folder, world)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_it_trains_as_one_process_on_the_joint_batch(tmp_path, world) -> None:
+    for name, (alone, losses, equal, (sent, dense)) in result("equal", tmp_path, world).items():
+        assert losses == pytest.approx(alone, rel=1e-6), name
+        assert equal, name
+        assert losses[-1] < losses[0] and 0 < sent < 0.6 * dense, (name, sent / dense)
+
+
+def test_a_model_that_nobody_synchronizes_is_refused(tmp_path) -> None:
+    assert "call oasis_fx.distributed.synchronize(model)" in result("unsynchronized", tmp_path)["error"]
+
+
+def test_rules_that_go_by_the_batch_are_refused(tmp_path) -> None:
+    done = torchrun("batch rule", tmp_path)
+    assert done.returncode != 0 and "subspace='pca' goes by the batch of one rank" in done.stderr
+
+
+def test_ranks_with_other_settings_are_found_out(tmp_path) -> None:
+    done = torchrun("disagree", tmp_path)
+    assert done.returncode != 0 and not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("case", ["dies", "hangs"])
+def test_a_rank_that_is_lost_ends_the_job_with_an_error(tmp_path, case) -> None:
+    start = time.monotonic()
+    done = torchrun(case, tmp_path)
+    assert done.returncode != 0 and time.monotonic() - start < 55
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="bucket_bytes is 0"):
+        synchronize(torch.nn.Linear(2, 2), bucket_bytes=0)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        synchronize(torch.nn.Linear(2, 2))
