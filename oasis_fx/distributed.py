@@ -82,6 +82,7 @@ class GradientSync:
         self.world = dist.get_world_size(group)
         self.sent = self.dense = 0
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._device = weights[0].device if weights else torch.device("cpu")
         self._numbers = {weight: number for number, weight in enumerate(weights)}
         self._hooks = [weight.register_post_accumulate_grad_hook(self._complete) for weight in weights]
         for weight in weights:
@@ -106,7 +107,7 @@ class GradientSync:
         self._subspaces: dict[Subspace, None] = {}
         self._checksum, self._waits = 0, False
 
-    def _complete(self, weight: torch.Tensor) -> None:
+    def _complete(self, weight: torch.nn.Parameter) -> None:
         """The gradient of a weight is complete."""
         ddp = None if self._ddp is None else self._ddp()
         if self.world == 1 or (ddp is not None and not ddp.require_backward_grad_sync):
@@ -157,17 +158,14 @@ class GradientSync:
                 statistics = (subspace.statistic, subspace.energy.grad)
                 for tensor in [s for s in statistics if s is not None]:
                     self._add(tensor)
-            device = next((tensor.device for _, flat, _ in self._flying for tensor in [flat]), None)
-            if device is None:
-                device = next(iter(self._buckets))[1]
-            own = torch.tensor([float(self._checksum % 2**20)], dtype=torch.float64, device=device)
+            own = torch.tensor([float(self._checksum % 2**20)], dtype=torch.float64, device=self._device)
             agreed = own.clone()
             self._add(agreed)
             for bucket in self._buckets.values():
                 self._launch(bucket.tensors)
             for work, flat, tensors in self._flying:
                 work.wait()
-                parts = flat.split([tensor.numel() for tensor in tensors])
+                parts = torch.split(flat, [tensor.numel() for tensor in tensors])
                 for tensor, part in zip(tensors, parts, strict=True):
                     tensor.copy_(part.view(tensor.shape))
             if not torch.equal(agreed, own):

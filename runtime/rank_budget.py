@@ -8,8 +8,7 @@ would cost. What a column is worth is the part of ||A||^2 that it captures, time
 Beyond the present rank the spectrum is unknown but for its sum: it is taken to fall geometrically from the last known
 value to what makes the sum right.
 
-No subspace gets less than a quarter of its even share. Ours; what a subspace of its own rank for each layer is worth:
-docs/results.md.
+No subspace gets less than half of its even share. Ours; what it is worth: docs/results.md.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 QUANTUM = 8
-LEAST = 0.25  # of the even share
+LEAST = 0.5  # of the even share
 
 
 @dataclass(frozen=True)

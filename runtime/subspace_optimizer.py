@@ -37,9 +37,9 @@ class _Item:
     low_rank: bool
 
 
-# Optimizer steps at which a budget of ranks is shared out: when bases have found their spaces, and once more when the
-# first fast phase of training is over. Each time graphs are compiled anew.
-RANK_STEPS = (20, 200)
+# Optimizer steps at which a budget of ranks is shared out, each time with graphs compiled anew. After 20 steps the
+# activations of a new network say little about what they will be (docs/results.md).
+RANK_STEPS = (100, 1000)
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):

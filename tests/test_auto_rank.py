@@ -60,7 +60,7 @@ def test_columns_move_to_where_energy_is_lost() -> None:
     model, compiled, optimizer = start("auto:0.25")
     losses = train(compiled, optimizer, range(3))
     narrow, wide = ranks(optimizer)
-    assert narrow == 4 and wide >= 24
+    assert narrow == 8 and wide >= 24
     # 64 + 64 numbers a column of the one, 64 + 32 of the other.
     assert 128 * narrow + 96 * wide <= (128 + 96) * 16
     losses += train(compiled, optimizer, range(3, 12))

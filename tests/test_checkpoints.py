@@ -17,7 +17,9 @@ from oasis_fx.checkpoint import flatten, unflatten
 PROGRAM = """
 import os, sys, time, torch
 from oasis_fx import OasisAdamW, oasis_backend
+from oasis_fx.runtime import subspace_optimizer
 
+subspace_optimizer.RANK_STEPS = (20,)
 file, steps = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.Tanh(), torch.nn.Linear(32, 24)).bfloat16()
@@ -43,7 +45,7 @@ for step in range(begin, steps):
 
 
 def test_killed_at_any_moment_it_ends_where_it_would_have(tmp_path) -> None:
-    """Ranks are shared out at the 20th step: kills fall before, about and after it."""
+    """Ranks are shared out at the 20th step here: kills fall before, about and after it."""
     program, steps = tmp_path / "program.py", 60
     program.write_text(PROGRAM)
 

@@ -25,10 +25,10 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 # for pretraining times the ratio of AdamW's two.
 RATES = {"adamw": 1e-4, "lora": 5e-4, "galore": 1e-3, "oasis": 1e-4}
 POINTS = (
-    *(("adamw", 0), ("lora", 32), ("galore", 32)),
-    *(("oasis", 32), ("oasis", 128), ("oasis", 16), ("oasis", 64)),
+    *(("adamw", 0), ("lora", 32), ("oasis", 32), ("oasis", 128)),
+    *(("galore", 32), ("oasis", 64), ("oasis", 16)),
 )
-PROBLEMS, NEW_TOKENS = 100, 200
+PROBLEMS, NEW_TOKENS = 100, 160
 Result = Callable[[Settings], dict[str, Any] | None]
 
 
