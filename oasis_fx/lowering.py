@@ -31,6 +31,7 @@ from oasis_fx.torch_private import (
     aot_eager_lowering,
     compile_caches_disabled,
     inductor_lowering,
+    is_traceable_wrapper_subclass,
     known_fake,
     tracing_fake_mode,
 )
@@ -85,6 +86,8 @@ def choose_groups(
     for node in weights:
         if not example_inputs[position[node]].requires_grad:
             reasons[position[node]] = "frozen"
+        elif is_traceable_wrapper_subclass(example_inputs[position[node]]):
+            reasons[position[node]] = f"it is a {type(example_inputs[position[node]]).__name__}"
         elif not value(node).is_floating_point() or value(node).layout != torch.strided:
             reasons[position[node]] = f"its dtype is {value(node).dtype}"
         elif _is_looked_up(node) and settings.exclude is None:

@@ -26,6 +26,7 @@ from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "CustomPartitionerFn",
@@ -45,6 +46,7 @@ __all__ = [
     "input_source",
     "is_partial_graph",
     "is_tangent",
+    "is_traceable_wrapper_subclass",
     "is_whole_joint",
     "known_fake",
     "mark_static_input",

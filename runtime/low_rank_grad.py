@@ -156,6 +156,11 @@ def _warn(operation: str, what: str) -> None:
 
 
 def _densify_and_run(func: Any, args: Any, kwargs: Any) -> Any:
+    if func.namespace == "fsdp":
+        raise RuntimeError(
+            "FSDP shards gradients, and low-rank ones cannot be: their bases would never move. Compile the model "
+            "without oasis_fx, or train it under DistributedDataParallel (oasis_fx.distributed.synchronize)"
+        )
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     for argument in func._schema.arguments:
         written = argument.alias_info is not None and argument.alias_info.is_write

@@ -118,6 +118,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        for weight in self.param_groups[-1]["params"]:
+            if type(weight.data).__name__ == "DTensor":
+                raise ValueError(
+                    f"a parameter of shape {tuple(weight.shape)} is a DTensor: {type(self).__name__} does not go with "
+                    "FSDP2 (fully_shard) or tensor parallelism"
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

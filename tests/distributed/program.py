@@ -42,6 +42,15 @@ class Net(torch.nn.Module):
         return torch.nn.functional.cross_entropy(self.lm_head(x), targets)
 
 
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.layer(x).tanh()
+
+
 def batch(step: int, rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.randint(32, (BATCH,), generator=torch.Generator().manual_seed(step))
     part = tokens.view(world, -1)[rank]
@@ -90,6 +99,42 @@ def equal_on_all_ranks(model, optimizer) -> bool:
     return True
 
 
+def sharded() -> dict:
+    """FSDP2 with our optimizer, with another one, and tensor parallelism."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh, found, x = init_device_mesh("cpu", (dist.get_world_size(),)), {}, torch.randn(8, WIDTH)
+    block = Block()
+    fully_shard(block, mesh=mesh)
+    block.compile(backend=oasis_backend(8, inner="aot_eager"))
+    model = fully_shard(torch.nn.Sequential(block), mesh=mesh)
+    for name, run in {
+        "ours": lambda: OasisAdamW(block.parameters()),
+        "another": lambda: model(x).sum().backward(),
+    }.items():
+        try:
+            run()
+        except (ValueError, RuntimeError) as error:
+            found[name] = str(error)
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH))
+    plain = torch.nn.Linear(WIDTH, WIDTH)
+    plain.load_state_dict(layer[0].state_dict())
+    x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1))
+    layer = parallelize_module(layer, mesh, {"0": ColwiseParallel()})
+    backend = oasis_backend(8, inner="aot_eager")
+    layer.compile(backend=backend)
+    layer(x).square().sum().backward()
+    plain(x).chunk(dist.get_world_size(), -1)[dist.get_rank()].square().sum().backward()
+    ours = layer[0].weight.grad.to_local()
+    rows = plain.weight.grad.chunk(dist.get_world_size(), 0)[dist.get_rank()]
+    found["tensor parallel"] = float((ours - rows).abs().max() / rows.abs().max())
+    found["reasons"] = [reason for graph in backend.compiled_graphs() for reason in graph.reasons.values()]
+    return found
+
+
 def main(case: str, folder: Path) -> dict:
     rank, world = dist.get_rank(), dist.get_world_size()
     if case == "equal":
@@ -119,6 +164,8 @@ def main(case: str, folder: Path) -> dict:
     if case == "disagree":
         # Of equal sizes in all, so that nothing but the checksum tells.
         train(rank, world, backend=oasis_backend(8, exclude=[["*a.weight"], ["*b.weight"]][rank], inner="aot_eager"))
+    if case == "sharded":
+        return sharded()
     if case in ("dies", "hangs"):
 
         def after(step: int) -> None:

@@ -48,6 +48,13 @@ def test_rules_that_go_by_the_batch_are_refused(tmp_path) -> None:
     assert done.returncode != 0 and "subspace='pca' goes by the batch of one rank" in done.stderr
 
 
+def test_sharded_weights_are_refused_or_dense(tmp_path) -> None:
+    found = result("sharded", tmp_path)
+    assert "is a DTensor: OasisAdamW does not go with FSDP2" in found["ours"]
+    assert "FSDP shards gradients" in found["another"]
+    assert found["tensor parallel"] < 1e-6 and found["reasons"] == ["it is a DTensor"]
+
+
 def test_ranks_with_other_settings_are_found_out(tmp_path) -> None:
     done = torchrun("disagree", tmp_path)
     assert done.returncode != 0 and not (tmp_path / "result.json").exists()
