@@ -3,7 +3,8 @@
     arguments = TrainingArguments("out", learning_rate=1e-4, bf16=True)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, **oasis_trainer(model, arguments, rank=32))
 
-The model is compiled in place: names of weights, saving, `load_best_model_at_end` and resuming are as without us.
+The model is compiled in place: names of weights, saving, `load_best_model_at_end` and resuming are as without us. Under
+torchrun its gradients are averaged by `oasis_fx.distributed`, beside the DistributedDataParallel that `Trainer` makes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from oasis_fx.backend import OasisBackend, oasis_backend
 from oasis_fx.config import Rank
+from oasis_fx.distributed import synchronize
 from oasis_fx.runtime.optimizer import OasisAdamW
 
 
@@ -51,6 +53,9 @@ def oasis_trainer(
     if optimizer is OasisAdamW:
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     backend = oasis_backend(rank, **settings)
+    _ = args.device  # makes the process group, where there is one
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        synchronize(model)
     model.compile(backend=backend)
     return {
         "optimizer_cls_and_kwargs": (optimizer, options | (optimizer_options or {})),

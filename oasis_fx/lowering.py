@@ -341,8 +341,7 @@ def _fake_runtime_inputs(
 
 def _check_distributed(members: Sequence[torch.Tensor], group: WeightGroup, ddp: Any) -> None:
     """Refuse what would go wrong silently: gradients that nobody averages, ranks that the graph has not seen."""
-    alone = ddp is None or ddp.process_group.size() == 1
-    if not alone and not all(getattr(weight, "_oasis_synchronized", False) for weight in members):
+    if ddp is not None and not all(getattr(weight, "_oasis_synchronized", False) for weight in members):
         raise RuntimeError(
             "the model runs under DistributedDataParallel, which cannot average low-rank gradients: call "
             "oasis_fx.distributed.synchronize(model) before it is wrapped"

@@ -135,6 +135,26 @@ def sharded() -> dict:
     return found
 
 
+def trainer(folder: Path, world: int) -> dict:
+    """Losses of `transformers.Trainer`; a step has four rows, whatever the number of ranks."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
+    import tiny
+    from transformers import Trainer, TrainingArguments
+
+    from oasis_fx.huggingface import oasis_trainer
+
+    args = TrainingArguments(
+        str(folder / f"trainer{world}"), max_steps=6, per_device_train_batch_size=4 // world, learning_rate=3e-3,
+        logging_steps=1, report_to=[], use_cpu=True, ddp_backend="gloo", disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    model = tiny.model()
+    data = tiny.examples(64)
+    run = Trainer(model=model, args=args, train_dataset=data, **oasis_trainer(model, args, 8, inner="aot_eager"))
+    run.train()
+    return {"losses": [e["loss"] for e in run.state.log_history if "loss" in e], "norms": [
+        e["grad_norm"] for e in run.state.log_history if "grad_norm" in e]}  # fmt: skip
+
+
 def main(case: str, folder: Path) -> dict:
     rank, world = dist.get_rank(), dist.get_world_size()
     if case == "equal":
@@ -164,6 +184,8 @@ def main(case: str, folder: Path) -> dict:
     if case == "disagree":
         # Of equal sizes in all, so that nothing but the checksum tells.
         train(rank, world, backend=oasis_backend(8, exclude=[["*a.weight"], ["*b.weight"]][rank], inner="aot_eager"))
+    if case == "trainer":
+        return trainer(folder, world)
     if case == "sharded":
         return sharded()
     if case in ("dies", "hangs"):

@@ -48,6 +48,13 @@ def test_rules_that_go_by_the_batch_are_refused(tmp_path) -> None:
     assert done.returncode != 0 and "subspace='pca' goes by the batch of one rank" in done.stderr
 
 
+def test_trainer(tmp_path) -> None:
+    pytest.importorskip("accelerate")
+    one, two = result("trainer", tmp_path, 1), result("trainer", tmp_path, 2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-3)
+
+
 def test_sharded_weights_are_refused_or_dense(tmp_path) -> None:
     found = result("sharded", tmp_path)
     assert "is a DTensor: OasisAdamW does not go with FSDP2" in found["ours"]
