@@ -23,7 +23,7 @@ subspace_optimizer.RANK_STEPS = (20,)
 file, steps = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.Tanh(), torch.nn.Linear(32, 24)).bfloat16()
-model.compile(backend=oasis_backend("auto:0.25", subspace_lr="auto", inner="aot_eager"))
+compiled = torch.compile(model, backend=oasis_backend("auto:0.25", subspace_lr="auto", inner="aot_eager"))
 optimizer = OasisAdamW(model.parameters(), lr=1e-2)
 begin = 0
 if os.path.exists(file):
@@ -34,7 +34,7 @@ print("begins at", begin, flush=True)
 for step in range(begin, steps):
     time.sleep(0.03)  # so that there are moments to kill it at
     x = torch.randn(16, 24, generator=torch.Generator().manual_seed(step)).bfloat16()
-    (model(x) - x.flip(1)).square().mean().backward()
+    (compiled(x) - x.flip(1)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
     if step % 3 == 2 or step == steps - 1:
@@ -68,6 +68,7 @@ def test_killed_at_any_moment_it_ends_where_it_would_have(tmp_path) -> None:
     assert kills >= 2 and len(begun) >= 2, (kills, begun)
     whole, killed = (torch.load(tmp_path / name, weights_only=True) for name in ("whole", "killed"))
     assert killed["step"] == steps
+    assert sum("basis" in state for state in whole["optimizer"]["state"].values()) == 2
     for name, weight in whole["model"].items():
         assert torch.equal(weight, killed["model"][name]), name
     expected, found = flatten(whole["optimizer"]), flatten(killed["optimizer"])
