@@ -127,3 +127,25 @@ def test_a_worker_that_fails_ends_the_comparison(folder: Path) -> None:
     done = run(folder, "--steps", 2, data="broken.jsonl")
     assert done.returncode != 0
     assert "line 1 of" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "saved"),
+    [
+        ("trainer", ("--sft",), "checkpoint-3"),
+        ("accelerate_loop", ("--precision", "bf16"), "state"),
+        ("lightning_module", (), "last.ckpt"),
+    ],
+)
+def test_the_other_examples_train_and_go_on(program, options, saved, folder: Path, tmp_path) -> None:
+    pytest.importorskip({"trainer": "trl", "accelerate_loop": "accelerate", "lightning_module": "lightning"}[program])
+    command = [sys.executable, ROOT / "examples" / f"{program}.py", "--model", folder / "model"]
+    command += ["--data", folder / "sums.jsonl", "--rank", 8, "--seq-len", 16, "--out", tmp_path, *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for steps in (3, 5) if program == "accelerate_loop" else (3,):  # resuming: tests/integrations
+        run = [str(part) for part in (*command, "--steps", steps)]
+        done = subprocess.run(run, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert list(tmp_path.glob(saved)), sorted(tmp_path.iterdir())
+    if program == "accelerate_loop":
+        assert "step 4" in done.stdout and "step 3" not in done.stdout
