@@ -32,4 +32,6 @@ for _ in range(5):
     losses.append(loss.item())
 assert losses[-1] < losses[0], losses
 assert "a.weight" in str(backend.report()[0]) and len(backend.stats()) == 2
-print(f"oasis_fx {version('oasis-fx')} from {sys.argv[2]}, torch {torch.__version__}: {losses[0]:.3f} to {losses[-1]:.3f}")
+print(
+    f"oasis_fx {version('oasis-fx')} from {sys.argv[2]}, torch {torch.__version__}: {losses[0]:.3f}, {losses[-1]:.3f}"
+)
