@@ -109,7 +109,7 @@ def _waiting(optimizer: SubspaceOptimizer) -> dict[Preloaded, list[torch.Tensor]
             families.setdefault(saved.group, (saved, []))[1].append(weight)
             continue
         for subspace in STORE.all_of(weight):
-            if subspace.spec.rank == state["basis"].shape[1]:
+            if "basis" not in state or subspace.spec.rank == state["basis"].shape[1]:
                 optimizer.bind(weight, subspace)
     return dict(families.values())
 

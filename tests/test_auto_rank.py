@@ -238,10 +238,13 @@ def test_eight_bit_states() -> None:
         assert ("exp_avg_scale" in state) == (dtype == torch.uint8)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("rule", ["random", "dct", "principal_random"])
-def test_bases_that_cannot_change_their_rank(rule) -> None:
+def test_bases_that_cannot_change_their_rank(rule, loaded) -> None:
     _, compiled, optimizer = start(8, subspace=rule)
     train(compiled, optimizer, range(2))
+    if loaded:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=rule):
         optimizer.resize_rank(4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parents[1] / "benchmarks" / "experiments"
-MODULES = ("byte_lm", "corpus", "methods", "runs", "training", "scratch", "sweep")
+MODULES = ("byte_lm", "corpus", "methods", "runs", "training", "scratch", "sweep", "figures", "finetuning")
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +107,36 @@ def test_a_sweep_has_each_of_its_points_in_its_table(kit) -> None:
 def test_unknown_methods_are_named(kit) -> None:
     with pytest.raises(ValueError, match=r"--methods names 'ojja': it must be of adamw, oja"):
         kit["methods"].known(["oja", "ojja"])
+
+
+def test_figures_of_what_there_is(kit, tmp_path) -> None:
+    training, runs = kit["training"], kit["runs"].Runs(tmp_path / "runs", kit["training"].train)
+    others = FIXED | {"data": "shakespeare", "rank_scaling": True}
+    for method, lr, more in (
+        *(("oja", 1e-3, {"rank": rank}) for rank in (2, 4, 8)),
+        *(("oja", 1e-3, {"backend": {"subspace_lr": rate}}) for rate in (0.1, 1.0, "auto")),
+        ("adamw", 1e-3, {"steps": 6}),
+        ("oja", 1e-3, {"steps": 6}),
+    ):
+        runs.result(training.settings(method, lr, 0, **(others | more)))
+    made = kit["figures"].draw(tmp_path / "runs", tmp_path / "out", steps=3, longer=2)
+    drawn = {f"experiments-{name}.svg" for name in ("curves", "drift", "subspace-lr", "rank")}
+    assert {file.name for file in made} == drawn | {"experiments-runs.json"}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("so 3 + 4 = 7.\n#### 1,080", 1080.0), ("It is -2.50!", -2.5), ("none", None), ("in 2024, 5", 5.0)],
+)
+def test_the_last_number_of_an_answer(kit, text, number) -> None:
+    assert kit["finetuning"].last_number(text) == number
+
+
+def test_fine_tuning_is_planned_for_every_method_and_rank(kit) -> None:
+    finetuning = kit["finetuning"]
+    planned = list(finetuning.plan(2, steps=5))
+    assert len({str(s) for s in planned}) == len(planned) == 2 * len(finetuning.POINTS)
+    sizes = {"gradients": 2**20, "optimizer": 2**20, "saved_activations": 2**20}
+    done = {"heldout_before": 1.0, "heldout_after": 0.5, "accuracy": 0.25, "sizes": sizes}
+    rows = finetuning.table(lambda s: done if s["method"] == "adamw" else None, 1, steps=5)
+    assert rows == [["adamw", "", "0.0001", "1.0000", "0.5000", "0.25", "2", "1"]]

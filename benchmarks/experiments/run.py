@@ -4,6 +4,7 @@
     python benchmarks/experiments/run.py scratch --methods adamw,oja --steps 200 --seeds 1 --limit-hours 0.5
     python benchmarks/experiments/run.py sweep                            # subspace_lr, rank, period
     python benchmarks/experiments/run.py finetune                         # SmolLM2-135M on grade-school maths
+    python benchmarks/experiments/run.py figures --steps 300 --longer 10  # drawings, and one file with all runs
 
 Runs lie in runs/experiments; the end of each part writes benchmarks/results/experiments-PART.json and .md.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import corpus
+import figures
 import finetuning
 import methods
 import scratch
@@ -35,6 +37,9 @@ FIXED = ("model", "data", "rank", "steps", "batch", "length", "device", "inner")
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
+    if args.part == "figures":
+        print(*figures.draw(args.runs, args.out, steps=args.steps, longer=max(args.longer, 1)), sep="\n")
+        return
     if args.part == "finetune":
         _finetune(args)
         return
@@ -99,7 +104,7 @@ def _rank(text: str) -> int | float | str:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("scratch", "sweep", "finetune"))
+    parser.add_argument("part", choices=("scratch", "sweep", "finetune", "figures"))
     parser.add_argument("--methods", type=lambda text: methods.known(text.split(",")), default=list(methods.METHODS))
     parser.add_argument("--no-rank-scaling", dest="rank_scaling", action="store_false", help="of our optimizers")
     parser.add_argument("--model", choices=("small", "10m"), default="small")
