@@ -69,3 +69,10 @@ def test_budget_floor_and_ceiling() -> None:
 def test_a_small_change_is_none() -> None:
     s = Spectrum([0.04] * 20, 64, 64, 20, 0.25)  # the even share is 16, 4 columns from its rank
     assert share_out([s]) == [20]
+
+
+def test_columns_go_where_they_are_cheap_for_what_they_do() -> None:
+    """Flat spectra: a column of the first serves 400 rows and costs 464, of the second 500 rows and 900."""
+    cheap, dear = (Spectrum([1 / n] * 8, n, rows, 8, 0.5) for n, rows in ((64, 400), (400, 500)))
+    first, second = share_out([cheap, dear])
+    assert first > cheap.even and second < dear.even
