@@ -280,20 +280,22 @@ def test_a_checkpoint_of_another_rank(rank, begun) -> None:
     assert train(compiled, optimizer, range(4, 8)) == expected
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_resize_rank_right_after_loading(begun) -> None:
-    model, compiled, optimizer = start(12)
+@pytest.mark.parametrize(("begun", "backend_rank"), [(False, 12), (True, 12), (False, 20)])
+def test_resize_rank_right_after_loading(begun, backend_rank) -> None:
+    model, compiled, optimizer = start(12, subspace_lr="auto")
     train(compiled, optimizer, range(4))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     optimizer.resize_rank(20)
     expected = train(compiled, optimizer, range(4, 8))
 
-    model, compiled, optimizer = start(12)
+    model, compiled, optimizer = start(backend_rank, subspace_lr="auto")
     if begun:
         train(compiled, optimizer, range(1))
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     optimizer.resize_rank(20)
+    if backend_rank == 20:  # saved and loaded before any step
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert train(compiled, optimizer, range(4, 8)) == expected
 
 
