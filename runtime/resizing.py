@@ -19,7 +19,6 @@ import torch
 
 from oasis_fx.ranks import columns_of
 from oasis_fx.runtime.optimizer_state import note_basis, saved_states
-from oasis_fx.runtime.orthonormalize import orthonormalize
 from oasis_fx.runtime.rank_budget import Spectrum, share_out
 from oasis_fx.runtime.store import STORE, Preloaded
 from oasis_fx.runtime.subspace import Subspace, initial_basis
@@ -44,7 +43,8 @@ def resize_live(optimizer: SubspaceOptimizer, rank: int | float) -> None:
         columns = columns_of(rank, saved.shape[0])
         states = [(optimizer.state[weight], groups[weight]) for weight in weights]
         low_rank = [(state, group) for state, group in states if not state.get("full_rank")]
-        basis = _resize(optimizer, low_rank, saved.basis, _gram(optimizer, low_rank), None, columns)
+        gram = _gram(optimizer, low_rank, saved.shape[1])
+        basis = _resize(optimizer, low_rank, saved.basis, gram, None, columns)
         for weight, (state, _) in zip(weights, states, strict=True):
             state["basis"] = basis
             state.pop("basis_move", None)
@@ -76,12 +76,13 @@ def resize_checkpoint(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any
         first = members[0][0]
         if "basis" not in first:
             raise ValueError(f"rank is {rank!r}: a basis that is drawn or chosen from a list cannot change its rank")
-        n = first["basis"].shape[0]
+        n, r = first["basis"].shape
         low_rank = [(state, group) for state, group in members if not state.get("full_rank")]
         for state, _ in low_rank:
             for name in optimizer.states:
                 state[name] = state[name].clone()
-        basis = _resize(optimizer, low_rank, first["basis"], _gram(optimizer, low_rank), None, columns_of(rank, n))
+        gram = _gram(optimizer, low_rank, r)
+        basis = _resize(optimizer, low_rank, first["basis"], gram, None, columns_of(rank, n))
         for state, _ in members:
             state["basis"] = basis
             state.pop("basis_move", None)
@@ -122,7 +123,9 @@ def _resize_all(optimizer: SubspaceOptimizer, ranks: Mapping[Subspace, int]) -> 
         states = [(optimizer.state[weight], groups[weight]) for weight in weights]
         low_rank = [(state, group) for state, group in states if not state.get("full_rank")]
         statistic, old = subspace.statistic, subspace.basis.detach()
-        gram = _gram(optimizer, low_rank) if statistic is None else old.mT @ statistic
+        if statistic is not None and not bool(statistic.isfinite().all()):
+            statistic = None
+        gram = _gram(optimizer, low_rank, old.shape[1]) if statistic is None else old.mT @ statistic
         new = Subspace(
             _resize(optimizer, low_rank, old, gram, statistic, rank),
             replace(subspace.spec, rank=rank),
@@ -149,7 +152,8 @@ def _resize(
     rank: int,
 ) -> torch.Tensor:
     """Change the states in place and return the new basis [n, rank]."""
-    rotation = torch.linalg.eigh(((gram + gram.mT) / 2).double()).eigenvectors.flip(-1).to(basis)
+    symmetric = ((gram + gram.mT) / 2).to(basis.device, torch.float64)
+    rotation = torch.linalg.eigh(symmetric).eigenvectors.flip(-1).to(basis)
     for state, group in states:
         optimizer.transport([state], rotation[None], group)
         optimizer.resize_state(state, rank, group)
@@ -162,16 +166,15 @@ def _resize(
         outside = statistic - basis @ (basis.mT @ statistic)
         vectors = torch.linalg.svd(outside / outside.abs().amax().clamp_min(1e-30), full_matrices=False).U[:, :missing]
         added = torch.cat([vectors, added[:, vectors.shape[1] :]], dim=1)
-    # Twice: what is left of the kept columns after once is rounding that the division by small norms enlarges.
-    for _ in range(2):
-        added = orthonormalize((added - kept @ (kept.mT @ added))[None])[0]
-    return torch.cat([kept, added], dim=1).contiguous()
+    # Householder's: orthonormal even where the statistic leaves the subspace in fewer directions than are wanted.
+    completed = torch.linalg.qr(torch.cat([kept, added], dim=1)).Q
+    return torch.cat([kept, completed[:, kept.shape[1] :]], dim=1).contiguous()
 
 
-def _gram(optimizer: SubspaceOptimizer, states: Sequence[tuple[State, Group]]) -> torch.Tensor:
-    """What the coordinates carry, by the first state of each weight: ``sum of m^T m`` [r, r]."""
+def _gram(optimizer: SubspaceOptimizer, states: Sequence[tuple[State, Group]], r: int) -> torch.Tensor:
+    """What the coordinates carry, by the first state of each weight: ``sum of m^T m`` [r, r]; I where none has one."""
     means = [optimizer.decoded(state)[optimizer.states[0]] for state, _ in states]
-    return torch.stack([mean.mT @ mean for mean in means]).sum(dim=0)
+    return torch.stack([mean.mT @ mean for mean in means]).sum(dim=0) if means else torch.eye(r)
 
 
 def _spectrum(subspace: Subspace, weights: Sequence[torch.Tensor]) -> Spectrum | None:

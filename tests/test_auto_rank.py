@@ -192,6 +192,36 @@ def test_resize_rank_between_steps(make, rank) -> None:
     assert model.wide.weight.grad.factor.shape == (32, columns)
 
 
+@pytest.mark.parametrize("rank", [4, 13, 64])
+@pytest.mark.parametrize("seen", ["a statistic", "one that is not finite", "none"])
+def test_bases_are_orthonormal_at_any_rank(rank, seen) -> None:
+    """What ``narrow`` reads leaves its subspace in no direction, so that there is nothing to extend it by."""
+    model, compiled, optimizer = start(12)
+    train(compiled, optimizer, range(4))
+    if seen != "none":
+        loss_of(compiled, 4).backward()
+        if seen == "one that is not finite":
+            for subspace in optimizer.subspaces():
+                subspace.statistic.fill_(torch.inf)
+    optimizer.resize_rank(rank)
+    for state in (optimizer.state[layer.weight] for layer in (model.narrow, model.wide)):
+        basis = state["basis"]
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(rank, dtype=basis.dtype), rtol=0, atol=1e-10)
+    optimizer.zero_grad()
+    train(compiled, optimizer, range(5, 7))
+
+
+def test_states_of_full_size_stay_as_they_are() -> None:
+    model, compiled, optimizer = start(12, lambda p, lr: OasisAdamW(p, lr, full_rank=True))
+    train(compiled, optimizer, range(3))
+    before = optimizer.state[model.wide.weight]["exp_avg"].clone()
+    optimizer.resize_rank(20)
+    assert torch.equal(optimizer.state[model.wide.weight]["exp_avg"], before)
+    losses = train(compiled, optimizer, range(3, 6))
+    assert all(loss == loss for loss in losses)
+    assert optimizer.state[model.wide.weight]["basis"].shape == (64, 20)
+
+
 def test_a_larger_rank_keeps_the_mean_and_starts_new_second_moments_low() -> None:
     model, compiled, optimizer = start(12)
     train(compiled, optimizer, range(4))
