@@ -1,7 +1,7 @@
 """Share a budget of columns out over subspaces: ``rank="auto:0.25"``.
 
-A column of a subspace costs the numbers that it holds: n for the basis and its statistic, and a row of gradient and
-moments for each row of its weights, so ``n + sum of m``. The budget is what ``share * n`` columns in each subspace
+A column of a subspace costs the numbers that it holds: n each for the basis and its statistic, and for each row of its
+weights a gradient and two moments, so ``2 n + 3 sum of m``. The budget is what ``share * n`` columns in each subspace
 would cost. What a column is worth is the part of ||A||^2 that it captures, times the parameters that learn by it,
 ``n * sum of m``. Columns go, eight at a time, where they are worth most for their cost.
 
@@ -40,7 +40,7 @@ class Spectrum:
 
     @property
     def cost(self) -> int:
-        return self.n + self.rows
+        return 2 * self.n + 3 * self.rows
 
     @property
     def even(self) -> int:
