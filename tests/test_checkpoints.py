@@ -32,7 +32,8 @@ if os.path.exists(file):
     begin = saved["step"]
 print("begins at", begin, flush=True)
 for step in range(begin, steps):
-    time.sleep(0.03)  # so that there are moments to kill it at
+    print("step", step, flush=True)
+    time.sleep(0.01)  # so that there are moments to kill it at
     x = torch.randn(16, 24, generator=torch.Generator().manual_seed(step)).bfloat16()
     (compiled(x) - x.flip(1)).square().mean().backward()
     optimizer.step()
@@ -53,19 +54,22 @@ def test_killed_at_any_moment_it_ends_where_it_would_have(tmp_path) -> None:
         command = [sys.executable, program, tmp_path / file, str(steps)]
         return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, text=True)
 
-    assert start("whole").wait(120) == 0
-    moments, kills, begun = random.Random(0), 0, set()
-    for _ in range(40):
+    whole_run = start("whole")
+    whole_run.communicate(timeout=240)
+    assert whole_run.returncode == 0
+    moments, begun = random.Random(0), []
+    for _ in range(3):
         process = start("killed")
-        begun.add(process.stdout.readline().split()[-1])  # it trains from here on
-        time.sleep(moments.uniform(0.0, 1.5))
-        if kills < 4 and process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-            process.wait()
-        elif process.wait(120) == 0:
-            break
-    assert kills >= 2 and len(begun) >= 2, (kills, begun)
+        begun.append(int(process.stdout.readline().split()[-1]))
+        for _ in range(moments.randint(6, 18)):  # by steps and not by seconds: machines differ
+            process.stdout.readline()
+        time.sleep(moments.uniform(0.0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = start("killed")
+    last.communicate(timeout=240)
+    assert last.returncode == 0
+    assert 0 == begun[0] < begun[1] < begun[2] < steps
     whole, killed = (torch.load(tmp_path / name, weights_only=True) for name in ("whole", "killed"))
     assert killed["step"] == steps
     assert sum("basis" in state for state in whole["optimizer"]["state"].values()) == 2
