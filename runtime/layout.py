@@ -50,17 +50,27 @@ def add_product_(
     weight: torch.Tensor, u: torch.Tensor, basis: torch.Tensor, features: Features, *, beta: float, alpha: float
 ) -> None:
     """``weight = beta weight + alpha U Q^T`` in place, for U [m, r] and Q [n, r]."""
+    rows = rows_view(weight, features)
+    if rows is not None:
+        rows.addmm_(u, basis.T, beta=beta, alpha=alpha)
+        return
     target = weight.permute(_rows_first(weight.dim(), features))
-    try:
-        target = target.view(u.shape[0], basis.shape[0])
-    except RuntimeError:  # experts stored [experts, n, m]; convolutions with channels last
-        if target.dim() == 3:
-            right = basis.T.expand(target.shape[0], -1, -1)
-            target.baddbmm_(u.view(*target.shape[:2], -1), right, beta=beta, alpha=alpha)
-        else:
-            weight.mul_(beta).add_(from_rows(u @ basis.T, weight.shape, features), alpha=alpha)
+    if target.dim() == 3:
+        right = basis.T.expand(target.shape[0], -1, -1)
+        target.baddbmm_(u.view(*target.shape[:2], -1), right, beta=beta, alpha=alpha)
     else:
-        target.addmm_(u, basis.T, beta=beta, alpha=alpha)
+        weight.mul_(beta).add_(from_rows(u @ basis.T, weight.shape, features), alpha=alpha)
+
+
+def rows_view(weight: torch.Tensor, features: Features) -> torch.Tensor | None:
+    """The weight as a view [m, n]; None where strides do not allow one.
+
+    So it is of experts stored [experts, n, m], and of convolutions with channels last.
+    """
+    try:
+        return weight.permute(_rows_first(weight.dim(), features)).view(-1, num_features(weight.shape, features))
+    except RuntimeError:
+        return None
 
 
 def _rows_first(num_dims: int, features: Features) -> list[int]:

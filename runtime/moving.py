@@ -42,9 +42,9 @@ def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) 
         _measure(batch, old, overlap, moved.flatten(), condition)
         if batch[0].spec.learning_rate == "auto":
             _adapt_rates(batch, new - old, moved.flatten())
-        for subspace, q, r, count in zip(batch, new, overlap, moved.flatten(), strict=True):
-            subspace.basis.copy_(q)
-            subspace.num_updates += count
+        torch._foreach_copy_([subspace.basis for subspace in batch], list(new))
+        torch._foreach_add_([subspace.num_updates for subspace in batch], list(moved.flatten().long()))
+        for subspace, r in zip(batch, overlap, strict=True):
             subspace.drop_statistic()
             overlaps[subspace] = r
     return overlaps

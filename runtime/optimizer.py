@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from oasis_fx.runtime import fused
 from oasis_fx.runtime.adamw import Hyper, bias_correction, step_dense_bfloat16, step_fused, step_low_rank
 from oasis_fx.runtime.eight_bit import in_float32, new_codes, quantizes, require_torchao
 from oasis_fx.runtime.group_settings import (
@@ -160,7 +161,7 @@ class OasisAdamW(SubspaceOptimizer):
                 self._step_in_float32(replace(update, state=state), hyper, gate, generator)
         updates = [update for update in updates if not _in_codes(update.state)]
         if hyper.stochastic_rounding:
-            for update in updates:
+            for update in fused.step_dense_bfloat16(updates, hyper, gate, generator):
                 step_dense_bfloat16(update.weight, update.gradient, update.state, hyper, gate, generator)
             return
         if not updates:

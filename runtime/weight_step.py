@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from oasis_fx.runtime import fused
 from oasis_fx.runtime.layout import add_product_
 from oasis_fx.runtime.stochastic_rounding import round_stochastically_
 from oasis_fx.runtime.updates import LowRankUpdate
@@ -36,6 +37,9 @@ def step_weight(
     ``lr_factor`` multiplies the learning rate, but not in weight decay.
     """
     weight, basis = update.weight, update.basis
+    rounding = generator if hyper.stochastic_rounding else None
+    if fused.add_product(update, minus_u, 1 - hyper.lr * hyper.weight_decay, hyper.lr * lr_factor, gate, rounding):
+        return
     full = weight if weight.dtype == basis.dtype else weight.to(basis.dtype)
     keep = _decay(full, hyper, gate)
     add_product_(full, minus_u, basis, update.features, beta=keep, alpha=hyper.lr * lr_factor)

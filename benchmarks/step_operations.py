@@ -1,0 +1,62 @@
+"""What an optimizer step asks of its host: operators of torch, and launches of our kernels. On a GPU that is its time.
+
+python benchmarks/step_operations.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import models
+import torch
+from tabulate import tabulate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from oasis_fx import OasisAdamW, oasis_backend
+from oasis_fx.runtime import fused
+
+
+class Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    rows = [[dtype, *count(dtype, kernels)] for dtype in ("float32", "bfloat16") for kernels in (False, True)]
+    print(tabulate(rows, ["weights", "operators", "kernels of ours"], tablefmt="github"))
+
+
+def count(dtype: str, kernels: bool) -> tuple[int, int]:
+    """Of the fourth step of a Llama of 8 blocks; kernels are counted, not run."""
+    launches: list[int] = []
+    made = SimpleNamespace(
+        add_product_=lambda *_, **__: launches.append(1), step_adamw_=lambda *_, **__: launches.append(1)
+    )
+    fused.DEVICES = ("cpu",) if kernels else ()
+    fused._kernels = lambda: made  # type: ignore[assignment]
+    fused._next_seed = lambda generator: 0
+    args = argparse.Namespace(model="128x8", layers=None, vocabulary=1024, batch=2, seq=64, dtype=dtype, device="cpu")
+    model, batch = models.build(args)
+    torch._dynamo.reset()
+    model.compile(backend=oasis_backend(rank=32, inner="aot_eager"))
+    optimizer = OasisAdamW(model.parameters(), lr=1e-5)
+    for _ in range(4):
+        model(**batch).loss.backward()
+        launches.clear()
+        with Count() as counted:
+            optimizer.step()
+        optimizer.zero_grad()
+    return sum(counted.calls.values()), len(launches)
+
+
+if __name__ == "__main__":
+    main()
