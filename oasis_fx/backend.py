@@ -124,7 +124,7 @@ class OasisBackend:
     ) -> Compiled:
         """Compile one graph of Dynamo. `mode` and `options` are those of `torch.compile`."""
         try:
-            from oasis_fx import lowering, torch_private
+            from oasis_fx import groups, lowering, torch_private
         except ImportError as error:
             warnings.warn(
                 f"oasis_fx does not know this torch ({torch.__version__}: {error}); gradients stay dense",
@@ -135,9 +135,7 @@ class OasisBackend:
         merged = self._inductor_options(mode, options)
         if not torch.is_grad_enabled():
             return lowering.compile_plainly(gm, example_inputs, self.settings, merged)
-        problem = self._unmatched_globs(
-            lowering.parameter_names(gm, example_inputs), torch_private.is_partial_graph(gm)
-        )
+        problem = self._unmatched_globs(groups.parameter_names(gm, example_inputs), torch_private.is_partial_graph(gm))
         if problem is not None:
             return _raise_when_called(ValueError(problem))
         compiled, record = lowering.lower(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,40 +13,13 @@ from torch import fx
 
 from oasis_fx.config import Settings
 from oasis_fx.errors import OasisWarning
-from oasis_fx.graph import LiftedWeight, value
-from oasis_fx.names import weight_name
+from oasis_fx.graph import LiftedWeight
+from oasis_fx.groups import WeightGroup, choose_groups
 from oasis_fx.partitioner import JointPartitioner
-from oasis_fx.passes.group_by_activation import WeightUse, group_by_activation
 from oasis_fx.passes.lift_runtime_inputs import lift_runtime_inputs
 from oasis_fx.pipeline import Trace, observe_traces, partition_joint
-from oasis_fx.runtime.in_graph import control_of, stand_in
-from oasis_fx.runtime.layout import num_features, num_rows, smaller_side
-from oasis_fx.runtime.rules import BatchRule, StatisticRule
-from oasis_fx.runtime.slots import coordinate_slots
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import Subspace, SubspaceSpec, Versions
-from oasis_fx.torch_private import (
-    FakeTensor,
-    active_ddp,
-    aot_eager_lowering,
-    compile_caches_disabled,
-    inductor_lowering,
-    is_traceable_wrapper_subclass,
-    known_fake,
-    tracing_fake_mode,
-)
-
-Compiled = Callable[..., Any]
-OnUse = Callable[[Subspace, tuple[str, ...]], Any]
-
-
-@dataclass(frozen=True)
-class WeightGroup:
-    """Weights of one graph that share a basis, by position among the graph's inputs."""
-
-    weights: tuple[int, ...]
-    features: tuple[tuple[int, int], ...]
-    spec: SubspaceSpec
+from oasis_fx.runtime_inputs import Compiled, OnUse, call_with_runtime_inputs, fake_runtime_inputs, lifted_weights
+from oasis_fx.torch_private import aot_eager_lowering, compile_caches_disabled, inductor_lowering, known_fake
 
 
 @dataclass
@@ -69,92 +42,6 @@ class CompiledGraph:
     reasons: Mapping[int, str]
     trace: Trace | None = None
     retrace: Callable[[], Trace | None] | None = field(default=None, repr=False)
-
-
-def choose_groups(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
-) -> tuple[tuple[WeightGroup, ...], dict[int, str], dict[int, str]]:
-    """Decide which weights of a graph get a basis, and which share one.
-
-    Returns:
-        The groups, the reasons for the weights left alone, and all parameter names, both by position.
-    """
-    position = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    weights = _weights(gm, example_inputs)
-    names = {position[node]: weight_name(node) for node in weights}
-    reasons: dict[int, str] = {}
-    for node in weights:
-        if not example_inputs[position[node]].requires_grad:
-            reasons[position[node]] = "frozen"
-        elif is_traceable_wrapper_subclass(example_inputs[position[node]]):
-            reasons[position[node]] = f"it is a {type(example_inputs[position[node]]).__name__}"
-        elif not value(node).is_floating_point() or value(node).layout != torch.strided:
-            reasons[position[node]] = f"its dtype is {value(node).dtype}"
-        elif _is_looked_up(node) and settings.exclude is None:
-            reasons[position[node]] = "embedding, or tied to one, excluded by default"
-        elif (reason := settings.reason_to_skip(names[position[node]])) is not None:
-            reasons[position[node]] = reason
-    eligible = [node for node in weights if position[node] not in reasons]
-    uses, missed = group_by_activation(gm, eligible)
-    reasons |= {position[node]: reason for node, reason in missed.items()}
-    groups = [group for members in uses for group in _split(members, position, names, example_inputs, settings)]
-    return tuple(groups), reasons, names
-
-
-def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
-    """Names of the weights of a graph: its parameters of at least two dimensions."""
-    return [weight_name(node) for node in _weights(gm, example_inputs)]
-
-
-def _weights(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[fx.Node]:
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    return [
-        node
-        for node, given in zip(placeholders, example_inputs, strict=True)
-        if isinstance(given, torch.nn.Parameter) and given.dim() >= 2
-    ]
-
-
-def _is_looked_up(node: fx.Node) -> bool:
-    return any(user.target is torch.nn.functional.embedding for user in node.users)
-
-
-def _split(
-    members: Sequence[WeightUse],
-    position: Mapping[fx.Node, int],
-    names: Mapping[int, str],
-    example_inputs: Sequence[Any],
-    settings: Settings,
-) -> list[WeightGroup]:
-    """Part a group where its weights want different ranks, or already have different bases."""
-    parts: dict[Any, list[WeightUse]] = {}
-    of_gradient = settings.rule.on == "gradient"
-    for use in members:
-        index = position[use.weight]
-        weight = example_inputs[index]
-        if of_gradient:
-            use = replace(use, features=smaller_side(weight.shape, use.features))
-        n = num_features(weight.shape, use.features)
-        rank = settings.rank_of(names[index], n)
-        assert rank is not None  # a weight that no glob of rank names was left alone before
-        spec = SubspaceSpec(
-            rank=rank,
-            rule=settings.rule,
-            learning_rate=settings.subspace_lr,  # type: ignore[arg-type]
-            every=settings.subspace_every,  # type: ignore[arg-type]
-            budget=settings.share,
-        )
-        # Under DDP the example inputs are fake: what the real weights have is seen at run time alone.
-        present = None
-        if not isinstance(weight, FakeTensor):
-            spec = STORE.current_spec(weight, spec)
-            present = STORE.existing(weight, spec)
-        alone = index if of_gradient else None  # each gradient has a basis of its own
-        parts.setdefault((spec, n, weight.dtype, weight.device, id(present), alone), []).append(use)
-    return [
-        WeightGroup(tuple(position[use.weight] for use in uses), tuple(use.features for use in uses), spec)
-        for (spec, *_), uses in parts.items()
-    ]
 
 
 def lower(
@@ -182,7 +69,11 @@ def lower(
     compiled, record.trace = _compile(lifted_gm, inputs, record.lifted, settings, options, inner_compile)
     fakes = [known_fake(given) for given in inputs]  # what is kept must not keep the user's tensors
     record.retrace = lambda: _retrace(lifted_gm, fakes, record.lifted, settings, options)
-    return _call_with_runtime_inputs(compiled, record, example_inputs, runtime_inputs, settings.stats, on_use), record
+    names = [tuple(record.names[index] for index in group.weights) for group in record.groups]
+    run = call_with_runtime_inputs(
+        compiled, record.groups, names, example_inputs, runtime_inputs, settings.stats, on_use
+    )
+    return run, record
 
 
 def _prepare(
@@ -194,10 +85,10 @@ def _prepare(
     """
     try:
         groups, reasons, names = choose_groups(gm, example_inputs, settings)
-        record = CompiledGraph(names, groups, _lifted(groups, len(example_inputs), settings.stats), reasons)
+        record = CompiledGraph(names, groups, lifted_weights(groups, len(example_inputs), settings.stats), reasons)
         if not groups:
             return record, None, []
-        tensors, labels = _fake_runtime_inputs(groups, example_inputs, settings.stats)
+        tensors, labels = fake_runtime_inputs(groups, example_inputs, settings.stats)
         return record, lift_runtime_inputs(gm, tensors, labels), tensors
     except (AttributeError, AssertionError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
@@ -266,137 +157,3 @@ class _EagerPartition:
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
         return partition_joint(gm, joint_inputs, lifted=self.lifted, budget=self.budget, **kwargs)
-
-
-@dataclass(frozen=True)
-class _Lending:
-    """Which of the runtime's inputs a rule wants: a basis for each group, then what else it names, then all slots."""
-
-    energy: bool
-    control: bool
-
-
-def _lending(groups: Sequence[WeightGroup], stats: bool) -> _Lending:
-    spec, rule = groups[0].spec, groups[0].spec.rule  # of one backend, so of all groups
-    energy = isinstance(rule, StatisticRule) and (stats or rule.needs_energy or spec.budget is not None)
-    return _Lending(energy, isinstance(rule, BatchRule))
-
-
-def _lifted(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) -> tuple[LiftedWeight, ...]:
-    """Positions of the runtime's inputs, behind the graph's own."""
-    if not groups:
-        return ()
-    lending, rule, count = _lending(groups, stats), groups[0].spec.rule, len(groups)
-    control = num_inputs + count * (1 + lending.energy)
-    slot = control + count * lending.control
-    lifted = []
-    for index, group in enumerate(groups):
-        for weight, features in zip(group.weights, group.features, strict=True):
-            made = LiftedWeight(
-                weight,
-                slot,
-                num_inputs + index,
-                num_inputs + count + index if lending.energy else None,
-                features,
-                of_gradient=rule.on == "gradient",
-                statistic=isinstance(rule, StatisticRule),
-                control=control + index if lending.control else None,
-                dense=rule.dense,
-            )
-            lifted.append(made)
-            slot += 1
-    return tuple(lifted)
-
-
-def _fake_runtime_inputs(
-    groups: Sequence[WeightGroup], example_inputs: Sequence[Any], stats: bool
-) -> tuple[list[torch.Tensor], list[str]]:
-    """Fake runtime inputs in the fake mode of the compile, with static shapes: they have no source to guard on."""
-    mode = tracing_fake_mode()
-    assert mode is not None  # Dynamo always sets one
-    lending = _lending(groups, stats)
-    bases, energies, controls, slots = [], [], [], []
-    for group in groups:
-        for weight, features in zip(group.weights, group.features, strict=True):
-            w = example_inputs[weight]
-            slot = torch.zeros(1, dtype=w.dtype, device=w.device).expand(num_rows(w.shape, features), group.spec.rank)
-            slots.append(slot.detach().requires_grad_())
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        n = num_features(w.shape, features)
-        shape = n, group.spec.rank
-        basis = torch.empty(shape, dtype=dtype, device=w.device)
-        if lending.control:  # laid out as what will come: generated code looks at the strides
-            basis = stand_in(shape, dtype, w.device)
-        bases.append(basis.requires_grad_())
-        if lending.energy:
-            energies.append(torch.zeros((), dtype=dtype, device=w.device).requires_grad_())
-        if lending.control:
-            controls.append(torch.zeros(3, dtype=torch.int64, device="cpu"))
-    inputs = {"basis": bases, "energy": energies, "control": controls, "slot": slots}
-    names = [f"{kind}_{index}" for kind, made in inputs.items() for index in range(len(made))]
-    made = [*bases, *energies, *controls, *slots]
-    fakes: list[torch.Tensor] = [mode.from_tensor(t, static_shapes=True) for t in made]
-    return fakes, names
-
-
-def _check_distributed(members: Sequence[torch.Tensor], group: WeightGroup, ddp: Any) -> None:
-    """Refuse what would go wrong silently: gradients that nobody averages, ranks that the graph has not seen."""
-    if ddp is not None and not all(getattr(weight, "_oasis_synchronized", False) for weight in members):
-        raise RuntimeError(
-            "the model runs under DistributedDataParallel, which cannot average low-rank gradients: call "
-            "oasis_fx.distributed.synchronize(model) before it is wrapped"
-        )
-    if STORE.current_spec(members[0], group.spec) != group.spec:
-        raise RuntimeError(
-            "a rank has changed, and DDP's graph splitting hides the weights from their graphs: set "
-            "torch._dynamo.config.optimize_ddp = False"
-        )
-
-
-def _call_with_runtime_inputs(
-    compiled: Compiled,
-    record: CompiledGraph,
-    example_inputs: Sequence[Any],
-    runtime_inputs: Sequence[torch.Tensor],
-    stats: bool,
-    on_use: OnUse | None,
-) -> Compiled:
-    """Call ``compiled`` with the bases and slots of the parameters of *each call*.
-
-    One compiled graph serves other layers and other models with the same code: what was seen at compile
-    time must not be remembered here.
-    """
-    groups = record.groups
-    lending = _lending(groups, stats)
-    names = [tuple(record.names[index] for index in group.weights) for group in groups]
-    features = tuple(dims for group in groups for dims in group.features)
-    split = any(isinstance(example_inputs[i], FakeTensor) for group in groups for i in group.weights)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def run(*args: Any) -> Any:
-        if split and any(isinstance(given, FakeTensor) for given in args):
-            return compiled(*args, *runtime_inputs)  # DDP's graph splitting tries its parts while it compiles
-        subspaces, weights, owners = [], [], []
-        ddp = active_ddp()
-        for group in groups:
-            members = [args[index] for index in group.weights]
-            if split or ddp is not None:
-                _check_distributed(members, group, ddp)
-            subspace = STORE.resolve(members, group.spec, group.features)
-            subspaces.append(subspace)
-            weights += members
-            owners += [subspace] * len(members)
-        versions = Versions() if lending.control else None
-        slots = coordinate_slots(weights, owners, features, versions)
-        if on_use is not None:
-            for subspace, known_as in zip(subspaces, names, strict=True):
-                on_use(subspace, known_as)
-        if versions is not None:
-            bases = [stand_in(subspace.shape, subspace.dtype, subspace.device) for subspace in subspaces]
-            others = [control_of(subspace, versions) for subspace in subspaces]
-        else:
-            bases = [subspace.basis for subspace in subspaces]
-            others = [subspace.energy for subspace in subspaces] if lending.energy else []
-        return compiled(*args, *bases, *others, *slots)
-
-    return run

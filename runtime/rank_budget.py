@@ -8,6 +8,8 @@ would cost. What a column is worth is the part of ||A||^2 that it captures, time
 Beyond the present rank the spectrum is unknown but for its sum: it is taken to fall geometrically from the last known
 value to what makes the sum right.
 
+Subspaces that one compiled graph serves in turn, as those of equal layers compiled block by block, get one rank.
+
 No subspace gets less than half of its even share. Ours; what it is worth: docs/results.md.
 """
 
@@ -30,6 +32,7 @@ class Spectrum:
         rows: m, summed over its weights.
         rank: its present columns.
         share: of n, the even share.
+        count: of the subspaces that it stands for.
     """
 
     captured: Sequence[float]
@@ -37,10 +40,11 @@ class Spectrum:
     rows: int
     rank: int
     share: float
+    count: int = 1
 
     @property
     def cost(self) -> int:
-        return 2 * self.n + 3 * self.rows
+        return 2 * self.n * self.count + 3 * self.rows
 
     @property
     def even(self) -> int:
@@ -51,6 +55,14 @@ class Spectrum:
         known = [max(value, 0.0) for value in self.captured]
         missing, rest = self.n - len(known), max(0.0, 1 - sum(known))
         return known + geometric(known[-1], rest, missing)
+
+
+def joined(spectra: Sequence[Spectrum]) -> Spectrum:
+    """One spectrum in the place of several that have to have one rank."""
+    columns = zip(*(spectrum.captured for spectrum in spectra), strict=True)
+    first, rows = spectra[0], sum(spectrum.rows for spectrum in spectra)
+    mean = [sum(values) / len(spectra) for values in columns]
+    return Spectrum(mean, first.n, rows, first.rank, first.share, len(spectra))
 
 
 def geometric(first: float, total: float, count: int) -> list[float]:

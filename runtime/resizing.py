@@ -19,9 +19,9 @@ import torch
 
 from oasis_fx.ranks import columns_of
 from oasis_fx.runtime.optimizer_state import note_basis, saved_states
-from oasis_fx.runtime.rank_budget import Spectrum, share_out
+from oasis_fx.runtime.rank_budget import Spectrum, joined, share_out
 from oasis_fx.runtime.store import STORE, Preloaded
-from oasis_fx.runtime.subspace import Subspace, initial_basis
+from oasis_fx.runtime.subspace import Family, Subspace, initial_basis
 from oasis_fx.runtime.updates import State
 
 if TYPE_CHECKING:
@@ -55,14 +55,21 @@ def resize_live(optimizer: SubspaceOptimizer, rank: int | float) -> None:
 
 
 def spend_budget(optimizer: SubspaceOptimizer) -> None:
-    """Share the columns of ``rank="auto:..."`` out anew, by the statistics of this step."""
+    """Share the columns of ``rank="auto:..."`` out anew, by the statistics of this step.
+
+    A family without a whole set of statistics keeps its rank.
+    """
+    families: dict[Family, dict[Subspace, Spectrum | None]] = {}
+    for subspace, weights in optimizer.subspaces().items():
+        if subspace.spec.budget is not None:
+            families.setdefault(subspace.family.root(), {})[subspace] = _spectrum(subspace, weights)
     spectra = {
-        subspace: _spectrum(subspace, weights)
-        for subspace, weights in optimizer.subspaces().items()
-        if subspace.spec.budget is not None and subspace.statistic is not None
+        tuple(members): joined([spectrum for spectrum in members.values() if spectrum is not None])
+        for members in families.values()
+        if all(spectrum is not None for spectrum in members.values())
     }
-    known = {subspace: spectrum for subspace, spectrum in spectra.items() if spectrum is not None}
-    _resize_all(optimizer, dict(zip(known, share_out(list(known.values())), strict=True)))
+    ranks = zip(spectra, share_out(list(spectra.values())), strict=True)
+    _resize_all(optimizer, {subspace: rank for members, rank in ranks for subspace in members})
 
 
 def resize_checkpoint(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any], rank: int | float) -> dict[str, Any]:
@@ -77,6 +84,8 @@ def resize_checkpoint(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any
         if "basis" not in first:
             raise ValueError(f"rank is {rank!r}: a basis that is drawn or chosen from a list cannot change its rank")
         n, r = first["basis"].shape
+        if columns_of(rank, n) == r:
+            continue
         low_rank = [(state, group) for state, group in members if not state.get("full_rank")]
         for state, _ in low_rank:
             for name in optimizer.states:
@@ -180,7 +189,8 @@ def _gram(optimizer: SubspaceOptimizer, states: Sequence[tuple[State, Group]], r
 def _spectrum(subspace: Subspace, weights: Sequence[torch.Tensor]) -> Spectrum | None:
     """What each direction of the basis captures of ||A||^2; None where the step's statistic is of no use."""
     statistic, energy, basis = subspace.statistic, subspace.energy.grad, subspace.basis.detach()
-    assert statistic is not None and energy is not None
+    if statistic is None or energy is None:
+        return None
     peak = statistic.abs().amax().double()
     if not bool(peak.isfinite()) or not bool(peak > 0):
         return None

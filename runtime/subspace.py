@@ -97,6 +97,25 @@ class Momentum:
         return self.mean / torch.where(bias > 0, bias, 1.0).to(self.mean)
 
 
+class Family:
+    """Subspaces that one compiled graph serves in turn, as those of equal layers: so they have one rank."""
+
+    def __init__(self) -> None:
+        self._parent: Family | None = None
+
+    def root(self) -> Family:
+        """The same object for all that were joined."""
+        found = self
+        while found._parent is not None:
+            found = found._parent
+        return found
+
+    def join(self, other: Family) -> None:
+        one, another = self.root(), other.root()
+        if one is not another:
+            another._parent = one
+
+
 class Subspace:
     """The basis Q [n, r] that the weights which read one activation share, or the one of a weight's gradient.
 
@@ -110,6 +129,7 @@ class Subspace:
         overlap: R = Q^T Q+ [r, r] of the moves within backward passes since the last optimizer step; None for none.
         momentum: for rules that use it: set by the optimizer.
         error: for rules with error feedback: E [rows, n].
+        family: the subspaces whose rank is also that of this one.
         log_rate: scalar: the logarithm of the step size under ``learning_rate="auto"``; 0 at first.
         last_move: what is remembered of the last move, for that.
         captured_energy, drift, condition: scalars of the last move, on the basis' device; NaN before. What they are:
@@ -144,6 +164,7 @@ class Subspace:
         self.num_updates = torch.tensor(num_updates, device=basis.device)
         # A basis that waits for data is random: its turn is the first step, not the k-th.
         self.num_steps = torch.tensor(_first_count(spec) if num_steps is None else num_steps, device="cpu")
+        self.family = Family()
         self.overlap: torch.Tensor | None = None
         self.momentum: Momentum | None = None
         self.error: torch.Tensor | None = None

@@ -70,6 +70,54 @@ def test_columns_move_to_where_energy_is_lost() -> None:
     assert model.wide.weight.grad.factor.shape == (32, wide)
 
 
+class Blocks(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Net() for _ in range(3))
+        self.front, self.back = torch.nn.Linear(64, 64), torch.nn.Linear(32, 64)
+
+    def forward(self, x):
+        x = self.front(x)
+        for block in self.blocks[:-1]:
+            x = x + self.back(block(x))
+        return self.blocks[-1](x)
+
+
+def test_layers_that_share_a_compiled_graph_have_one_rank() -> None:
+    """Compiled block by block, as large models are."""
+    torch._dynamo.reset()
+    model, backend = Blocks().double(), oasis_backend("auto:0.25", inner="aot_eager")
+    for block in model.blocks:
+        block.compile(backend=backend)
+    optimizer = OasisAdamW(model.parameters(), lr=1e-2)
+    losses = train(model, optimizer, range(12))
+    of_blocks = ranks(optimizer)
+    narrow, wide = of_blocks[::2], of_blocks[1::2]
+    assert set(narrow) == {8} and len(wide) == 3 and len(set(wide)) == 1 and wide[0] >= 24
+    assert losses[-1] < losses[0] and len(backend.compiled_graphs()) == 1
+
+
+def test_a_checkpoint_of_other_ranks_in_layers_that_share_a_graph_is_refused() -> None:
+    torch._dynamo.reset()
+    model = Blocks().double()
+    compiled = torch.compile(model, backend=oasis_backend("auto:0.25", inner="aot_eager"))
+    optimizer = OasisAdamW(model.parameters(), lr=1e-2)
+    train(compiled, optimizer, range(4))
+    low = [optimizer.state[block.wide.weight]["basis"].shape[1] for block in model.blocks]
+    assert len(set(low)) > 1, "every layer got one rank"
+    torch._dynamo.reset()
+    again, backend = Blocks().double(), oasis_backend("auto:0.25", inner="aot_eager")
+    for block in again.blocks:
+        block.compile(backend=backend)
+    other = OasisAdamW(again.parameters(), lr=1e-2)
+    other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="layers that share a compiled graph have different ranks"):
+        train(again, other, range(1))
+    torch._dynamo.reset()
+    other.load_state_dict(other.resize_checkpoint(optimizer.state_dict(), 0.25))
+    train(again, other, range(2))
+
+
 def test_until_then_and_where_nothing_changes_it_is_the_even_rank() -> None:
     _, compiled, optimizer = start("auto:0.25")
     _, even_compiled, even_optimizer = start(0.25)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from oasis_fx.runtime import rank_budget
-from oasis_fx.runtime.rank_budget import QUANTUM, Spectrum, geometric, share_out
+from oasis_fx.runtime.rank_budget import QUANTUM, Spectrum, geometric, joined, share_out
 
 
 def falling(ratio: float, n: int, rank: int, rows: int = 64, share: float = 0.25) -> Spectrum:
@@ -56,6 +56,17 @@ def test_no_other_sharing_captures_more(monkeypatch) -> None:
 
     every = [r for r in itertools.product(range(1, 13), repeat=3) if cost(spectra, r) <= cost(spectra, (4, 4, 4))]
     assert captured(share_out(spectra)) == pytest.approx(max(map(captured, every)))
+
+
+def test_equal_layers_share_a_rank_for_what_all_of_them_cost() -> None:
+    flat, steep = [1 / 64] * 64, [2.0 ** -(k + 1) for k in range(64)]
+    one = [Spectrum(flat[:16], 64, 64, 16, 0.25), Spectrum(steep[:16], 64, 64, 16, 0.25)]
+    both = joined(one)
+    assert both.cost == one[0].cost + one[1].cost and both.even == 16
+    assert both.captured == pytest.approx([(a + b) / 2 for a, b in zip(flat[:16], steep[:16], strict=True)])
+    third = Spectrum(flat[:16], 64, 64, 16, 0.25)
+    shared, alone = share_out([both, third])
+    assert both.cost * shared + third.cost * alone <= 16 * (both.cost + third.cost) and alone > shared
 
 
 def test_budget_floor_and_ceiling() -> None:

@@ -1,0 +1,114 @@
+"""Which weights of a graph get a basis, and which share one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from oasis_fx.config import Settings
+from oasis_fx.graph import value
+from oasis_fx.names import weight_name
+from oasis_fx.passes.group_by_activation import WeightUse, group_by_activation
+from oasis_fx.runtime.layout import num_features, smaller_side
+from oasis_fx.runtime.store import STORE
+from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.torch_private import FakeTensor, is_traceable_wrapper_subclass
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights of one graph that share a basis, by position among the graph's inputs."""
+
+    weights: tuple[int, ...]
+    features: tuple[tuple[int, int], ...]
+    spec: SubspaceSpec
+
+
+def choose_groups(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
+) -> tuple[tuple[WeightGroup, ...], dict[int, str], dict[int, str]]:
+    """Decide which weights of a graph get a basis, and which share one.
+
+    Returns:
+        The groups, the reasons for the weights left alone, and all parameter names, both by position.
+    """
+    position = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    weights = _weights(gm, example_inputs)
+    names = {position[node]: weight_name(node) for node in weights}
+    reasons: dict[int, str] = {}
+    for node in weights:
+        if not example_inputs[position[node]].requires_grad:
+            reasons[position[node]] = "frozen"
+        elif is_traceable_wrapper_subclass(example_inputs[position[node]]):
+            reasons[position[node]] = f"it is a {type(example_inputs[position[node]]).__name__}"
+        elif not value(node).is_floating_point() or value(node).layout != torch.strided:
+            reasons[position[node]] = f"its dtype is {value(node).dtype}"
+        elif _is_looked_up(node) and settings.exclude is None:
+            reasons[position[node]] = "embedding, or tied to one, excluded by default"
+        elif (reason := settings.reason_to_skip(names[position[node]])) is not None:
+            reasons[position[node]] = reason
+    eligible = [node for node in weights if position[node] not in reasons]
+    uses, missed = group_by_activation(gm, eligible)
+    reasons |= {position[node]: reason for node, reason in missed.items()}
+    groups = [group for members in uses for group in _split(members, position, names, example_inputs, settings)]
+    return tuple(groups), reasons, names
+
+
+def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
+    """Names of the weights of a graph: its parameters of at least two dimensions."""
+    return [weight_name(node) for node in _weights(gm, example_inputs)]
+
+
+def _weights(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[fx.Node]:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return [
+        node
+        for node, given in zip(placeholders, example_inputs, strict=True)
+        if isinstance(given, torch.nn.Parameter) and given.dim() >= 2
+    ]
+
+
+def _is_looked_up(node: fx.Node) -> bool:
+    return any(user.target is torch.nn.functional.embedding for user in node.users)
+
+
+def _split(
+    members: Sequence[WeightUse],
+    position: Mapping[fx.Node, int],
+    names: Mapping[int, str],
+    example_inputs: Sequence[Any],
+    settings: Settings,
+) -> list[WeightGroup]:
+    """Part a group where its weights want different ranks, or already have different bases."""
+    parts: dict[Any, list[WeightUse]] = {}
+    of_gradient = settings.rule.on == "gradient"
+    for use in members:
+        index = position[use.weight]
+        weight = example_inputs[index]
+        if of_gradient:
+            use = replace(use, features=smaller_side(weight.shape, use.features))
+        n = num_features(weight.shape, use.features)
+        rank = settings.rank_of(names[index], n)
+        assert rank is not None  # a weight that no glob of rank names was left alone before
+        spec = SubspaceSpec(
+            rank=rank,
+            rule=settings.rule,
+            learning_rate=settings.subspace_lr,  # type: ignore[arg-type]
+            every=settings.subspace_every,  # type: ignore[arg-type]
+            budget=settings.share,
+        )
+        # Under DDP the example inputs are fake: what the real weights have is seen at run time alone.
+        present = None
+        if not isinstance(weight, FakeTensor):
+            spec = STORE.current_spec(weight, spec)
+            present = STORE.existing(weight, spec)
+        alone = index if of_gradient else None  # each gradient has a basis of its own
+        parts.setdefault((spec, n, weight.dtype, weight.device, id(present), alone), []).append(use)
+    return [
+        WeightGroup(tuple(position[use.weight] for use in uses), tuple(use.features for use in uses), spec)
+        for (spec, *_), uses in parts.items()
+    ]

@@ -1,0 +1,173 @@
+"""What the runtime lends a compiled graph at each call: bases, what else a rule goes by, and slots for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oasis_fx.graph import LiftedWeight
+from oasis_fx.groups import WeightGroup
+from oasis_fx.runtime.in_graph import control_of, stand_in
+from oasis_fx.runtime.layout import num_features, num_rows
+from oasis_fx.runtime.rules import BatchRule, StatisticRule
+from oasis_fx.runtime.slots import coordinate_slots
+from oasis_fx.runtime.store import STORE
+from oasis_fx.runtime.subspace import Family, Subspace, SubspaceSpec, Versions
+from oasis_fx.torch_private import FakeTensor, active_ddp, tracing_fake_mode
+
+Compiled = Callable[..., Any]
+OnUse = Callable[[Subspace, tuple[str, ...]], Any]
+
+
+@dataclass(frozen=True)
+class _Lending:
+    """Which of the runtime's inputs a rule wants: a basis for each group, then what else it names, then all slots."""
+
+    energy: bool
+    control: bool
+
+
+def _lending(groups: Sequence[WeightGroup], stats: bool) -> _Lending:
+    spec, rule = groups[0].spec, groups[0].spec.rule  # of one backend, so of all groups
+    energy = isinstance(rule, StatisticRule) and (stats or rule.needs_energy or spec.budget is not None)
+    return _Lending(energy, isinstance(rule, BatchRule))
+
+
+def lifted_weights(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) -> tuple[LiftedWeight, ...]:
+    """Positions of the runtime's inputs, behind the graph's own."""
+    if not groups:
+        return ()
+    lending, rule, count = _lending(groups, stats), groups[0].spec.rule, len(groups)
+    control = num_inputs + count * (1 + lending.energy)
+    slot = control + count * lending.control
+    lifted = []
+    for index, group in enumerate(groups):
+        for weight, features in zip(group.weights, group.features, strict=True):
+            made = LiftedWeight(
+                weight,
+                slot,
+                num_inputs + index,
+                num_inputs + count + index if lending.energy else None,
+                features,
+                of_gradient=rule.on == "gradient",
+                statistic=isinstance(rule, StatisticRule),
+                control=control + index if lending.control else None,
+                dense=rule.dense,
+            )
+            lifted.append(made)
+            slot += 1
+    return tuple(lifted)
+
+
+def fake_runtime_inputs(
+    groups: Sequence[WeightGroup], example_inputs: Sequence[Any], stats: bool
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Fake runtime inputs in the fake mode of the compile, with static shapes: they have no source to guard on."""
+    mode = tracing_fake_mode()
+    assert mode is not None  # Dynamo always sets one
+    lending = _lending(groups, stats)
+    bases, energies, controls, slots = [], [], [], []
+    for group in groups:
+        for weight, features in zip(group.weights, group.features, strict=True):
+            w = example_inputs[weight]
+            slot = torch.zeros(1, dtype=w.dtype, device=w.device).expand(num_rows(w.shape, features), group.spec.rank)
+            slots.append(slot.detach().requires_grad_())
+        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        n = num_features(w.shape, features)
+        shape = n, group.spec.rank
+        basis = torch.empty(shape, dtype=dtype, device=w.device)
+        if lending.control:  # laid out as what will come: generated code looks at the strides
+            basis = stand_in(shape, dtype, w.device)
+        bases.append(basis.requires_grad_())
+        if lending.energy:
+            energies.append(torch.zeros((), dtype=dtype, device=w.device).requires_grad_())
+        if lending.control:
+            controls.append(torch.zeros(3, dtype=torch.int64, device="cpu"))
+    inputs = {"basis": bases, "energy": energies, "control": controls, "slot": slots}
+    names = [f"{kind}_{index}" for kind, made in inputs.items() for index in range(len(made))]
+    made = [*bases, *energies, *controls, *slots]
+    fakes: list[torch.Tensor] = [mode.from_tensor(t, static_shapes=True) for t in made]
+    return fakes, names
+
+
+def _check_averaged(members: Sequence[torch.Tensor]) -> None:
+    """Refuse gradients under DDP that nobody averages."""
+    if not all(getattr(weight, "_oasis_synchronized", False) for weight in members):
+        raise RuntimeError(
+            "the model runs under DistributedDataParallel, which cannot average low-rank gradients: call "
+            "oasis_fx.distributed.synchronize(model) before it is wrapped"
+        )
+
+
+def _check_rank(weight: torch.Tensor, spec: SubspaceSpec, split: bool) -> None:
+    """Refuse a graph of another rank than a weight has by now."""
+    if STORE.current_spec(weight, spec) == spec:
+        return
+    if split:
+        raise RuntimeError(
+            "a rank has changed, and DDP's graph splitting hides the weights from their graphs: set "
+            "torch._dynamo.config.optimize_ddp = False"
+        )
+    raise RuntimeError(
+        "layers that share a compiled graph have different ranks, from a checkpoint of a model that was compiled "
+        "otherwise: compile the whole model, or load what resize_checkpoint(state_dict, rank) makes of it"
+    )
+
+
+def call_with_runtime_inputs(
+    compiled: Compiled,
+    groups: Sequence[WeightGroup],
+    names: Sequence[tuple[str, ...]],
+    example_inputs: Sequence[Any],
+    runtime_inputs: Sequence[torch.Tensor],
+    stats: bool,
+    on_use: OnUse | None,
+) -> Compiled:
+    """Call ``compiled`` with the bases and slots of the parameters of *each call*.
+
+    One compiled graph serves other layers and other models with the same code: what was seen at compile
+    time must not be remembered here.
+
+    Args:
+        names: of the weights of each group, for ``on_use``.
+    """
+    lending = _lending(groups, stats)
+    features = tuple(dims for group in groups for dims in group.features)
+    split = any(isinstance(example_inputs[i], FakeTensor) for group in groups for i in group.weights)
+
+    families = [Family() for _ in groups]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def run(*args: Any) -> Any:
+        if split and any(isinstance(given, FakeTensor) for given in args):
+            return compiled(*args, *runtime_inputs)  # DDP's graph splitting tries its parts while it compiles
+        subspaces, weights, owners = [], [], []
+        ddp = active_ddp()
+        for group, family in zip(groups, families, strict=True):
+            members = [args[index] for index in group.weights]
+            if ddp is not None:
+                _check_averaged(members)
+            if split or group.spec.budget is not None:
+                _check_rank(members[0], group.spec, split)
+            subspace = STORE.resolve(members, group.spec, group.features)
+            subspace.family.join(family)
+            subspaces.append(subspace)
+            weights += members
+            owners += [subspace] * len(members)
+        versions = Versions() if lending.control else None
+        slots = coordinate_slots(weights, owners, features, versions)
+        if on_use is not None:
+            for subspace, known_as in zip(subspaces, names, strict=True):
+                on_use(subspace, known_as)
+        if versions is not None:
+            bases = [stand_in(subspace.shape, subspace.dtype, subspace.device) for subspace in subspaces]
+            others = [control_of(subspace, versions) for subspace in subspaces]
+        else:
+            bases = [subspace.basis for subspace in subspaces]
+            others = [subspace.energy for subspace in subspaces] if lending.energy else []
+        return compiled(*args, *bases, *others, *slots)
+
+    return run
