@@ -28,7 +28,9 @@ def flatten(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
 
     def replaced(value: Any, place: str) -> Any:
         if isinstance(value, torch.Tensor):
-            key = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (place,)
+            key: tuple[Any, ...] = (place,)
+            if value.numel():  # addresses are those of one device
+                key = value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
             if key not in names:
                 names[key] = place
                 tensors[place] = value.detach().contiguous()
@@ -44,9 +46,9 @@ def flatten(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
 
     tree = {key: replaced(value, str(key)) for key, value in state_dict.items()}
     # What views one storage, as what a fused optimizer allocated at once, is no longer one.
-    storages: dict[int, int] = {}
+    storages: dict[tuple[torch.device, int], int] = {}
     for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
+        storage = tensor.device, tensor.untyped_storage().data_ptr()
         storages[storage] = storages.get(storage, 0) + 1
         if storages[storage] > 1 or tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensors[name] = tensor.clone()

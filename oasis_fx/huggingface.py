@@ -42,13 +42,19 @@ def oasis_trainer(
         ``optimizer_cls_and_kwargs``, and ``callbacks`` with an `OasisCallback`.
 
     Raises:
-        ValueError: ``args`` asks for what does not go together with this: ``torch_compile``, DeepSpeed, FSDP.
+        ValueError: ``args`` asks for what does not go together with this: ``torch_compile``, DeepSpeed, FSDP, several
+            GPUs in one process.
     """
     if args.torch_compile:
         raise ValueError("torch_compile is True: leave it False, the model is compiled by oasis_trainer")
     for name in ("deepspeed", "fsdp"):
         if getattr(args, name, None):
             raise ValueError(f"{name} is {getattr(args, name)!r}: it cannot be combined with oasis_fx")
+    if args.n_gpu > 1:  # `Trainer` would wrap the model in nn.DataParallel, whose copies have no parameters
+        raise ValueError(
+            f"n_gpu is {args.n_gpu}: several GPUs need a process each, torchrun --nproc-per-node {args.n_gpu}; "
+            "or show one GPU only, with CUDA_VISIBLE_DEVICES"
+        )
     options: dict[str, Any] = {"lr": args.learning_rate}
     if optimizer is OasisAdamW:
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}

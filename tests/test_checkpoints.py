@@ -152,6 +152,12 @@ def test_flat_and_back_is_the_same() -> None:
         flatten({"state": {"x": object()}})
 
 
+def test_equal_addresses_of_two_devices_are_two_tensors(monkeypatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 1)
+    tensors, _ = flatten({"state": {"a": torch.zeros(2), "b": torch.zeros(2, device="meta")}})
+    assert {name: tensor.device.type for name, tensor in tensors.items()} == {"state/a": "cpu", "state/b": "meta"}
+
+
 def test_distributed_checkpoint(tmp_path) -> None:
     from torch.distributed import checkpoint as dcp
 

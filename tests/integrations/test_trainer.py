@@ -129,5 +129,9 @@ def test_what_does_not_go_together_is_refused(tmp_path) -> None:
     args.fsdp = "full_shard"
     with pytest.raises(ValueError, match="fsdp is 'full_shard'"):
         oasis_trainer(tiny.model(), args)
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    args._n_gpu = 2  # `Trainer` would make an nn.DataParallel
+    with pytest.raises(ValueError, match=r"n_gpu is 2: .*torchrun"):
+        oasis_trainer(tiny.model(), args)
     with pytest.raises(ValueError, match="rank is 0"):
         oasis_trainer(tiny.model(), TrainingArguments(str(tmp_path), use_cpu=True), rank=0)
