@@ -9,24 +9,23 @@ are averaged here, in buckets of their own, as soon as each is complete, while t
 C [n, r] and energies follow at its end. All ranks then take one step and move their bases alike, bit by bit.
 
 Gradients are averaged over ranks, as DDP's are: with equal numbers of tokens the joint batch has their mean.
+
+FSDP2 is the other way about, `synchronize` comes after it (`oasis_fx.sharding`):
+
+    for block in model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    sync = oasis_fx.distributed.synchronize(model)
 """
 
 from __future__ import annotations
-
-import weakref
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from oasis_fx.runtime.low_rank_grad import LowRankGrad
-from oasis_fx.runtime.rules import BatchRule
-from oasis_fx.runtime.subspace import Subspace
-from oasis_fx.torch_private import at_end_of_backward
+from oasis_fx.gradient_sync import GradientSync
+from oasis_fx.sharding import synchronize_shards
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default
 
@@ -36,15 +35,16 @@ def synchronize(
 ) -> GradientSync:
     """Take the weights of ``model`` over from `DistributedDataParallel`, which has to wrap it afterwards.
 
-    They are made equal to rank 0's.
+    They are made equal to rank 0's. Of a model under FSDP2 (`fully_shard`), take over what low-rank gradients it has.
 
     Args:
-        model: not yet wrapped; compiled or not.
-        group: of processes; None: all.
+        model: not yet wrapped by DistributedDataParallel, or already under `fully_shard`; compiled or not.
+        group: of processes; None: all. FSDP2 has its own.
         bucket_bytes: gradients are sent when so many bytes are complete, from 1.
 
     Raises:
-        ValueError: ``model`` is wrapped already, or ``bucket_bytes`` is no such number.
+        ValueError: ``model`` is a DistributedDataParallel already, ``bucket_bytes`` is no such number, or `fully_shard`
+            was given a mesh of several dimensions.
         RuntimeError: torch.distributed is not initialised.
     """
     if isinstance(model, DistributedDataParallel):
@@ -53,6 +53,9 @@ def synchronize(
         raise ValueError(f"bucket_bytes is {bucket_bytes!r}: it must be a whole number from 1")
     if not dist.is_initialized():
         raise RuntimeError("torch.distributed is not initialised: call init_process_group() first")
+    sharded = synchronize_shards(model, bucket_bytes)
+    if sharded is not None:
+        return sharded
     named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.dim() >= 2]
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(name for name, _ in named)}
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
@@ -61,117 +64,3 @@ def synchronize(
         for _, parameter in named:
             dist.broadcast(parameter.detach(), group_src=0, group=group)
     return GradientSync(weights, group, bucket_bytes)
-
-
-@dataclass
-class _Bucket:
-    tensors: list[torch.Tensor] = field(default_factory=list)
-    num_bytes: int = 0
-
-
-class GradientSync:
-    """Averages the gradients of some weights over ranks. Made by `synchronize`.
-
-    Attributes:
-        sent: bytes that this rank has given to all-reduces so far.
-        dense: bytes that DDP would have given for the same gradients.
-    """
-
-    def __init__(self, weights: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None, bucket_bytes: int):
-        self.group, self.bucket_bytes = group, bucket_bytes
-        self.world = dist.get_world_size(group)
-        self.sent = self.dense = 0
-        self._ddp: weakref.ref[DistributedDataParallel] | None = None
-        self._device = weights[0].device if weights else torch.device("cpu")
-        self._numbers = {weight: number for number, weight in enumerate(weights)}
-        self._hooks = [weight.register_post_accumulate_grad_hook(self._complete) for weight in weights]
-        for weight in weights:
-            weight._oasis_synchronized = True  # type: ignore[attr-defined]
-        self._reset()
-
-    def follow(self, ddp: DistributedDataParallel) -> None:
-        """Send nothing in backward passes in which ``ddp`` sends nothing, under its `no_sync()`.
-
-        Without it every backward pass sends: as right, and more traffic under gradient accumulation.
-        """
-        self._ddp = weakref.ref(ddp)
-
-    def remove(self) -> None:
-        """Average no more."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _reset(self) -> None:
-        self._buckets: dict[Any, _Bucket] = {}
-        self._flying: list[tuple[Any, torch.Tensor, list[torch.Tensor]]] = []
-        self._subspaces: dict[Subspace, None] = {}
-        self._checksum, self._waits = 0, False
-
-    def _complete(self, weight: torch.nn.Parameter) -> None:
-        """The gradient of a weight is complete."""
-        ddp = None if self._ddp is None else self._ddp()
-        if self.world == 1 or (ddp is not None and not ddp.require_backward_grad_sync):
-            return
-        if not self._waits:
-            self._waits = True
-            at_end_of_backward(self._finish)
-        gradient = weight.grad
-        assert gradient is not None
-        values, kind = gradient, 0
-        if isinstance(gradient, LowRankGrad):
-            values = gradient.factor
-            if gradient.is_low_rank:
-                kind = self._note(gradient.subspace)
-        signature = repr((self._numbers[weight], tuple(values.shape), values.dtype, kind))
-        self._checksum = zlib.crc32(signature.encode(), self._checksum)
-        self.dense += weight.numel() * values.element_size()
-        self._add(values)
-
-    def _note(self, subspace: Subspace) -> int:
-        rule = subspace.spec.rule
-        if isinstance(rule, BatchRule):
-            raise RuntimeError(
-                f"subspace={rule.name!r} goes by the batch of one rank: under data parallel training every rank would "
-                "have a basis of its own. Use 'oja', 'gradient_oja', 'random'"
-            )
-        self._subspaces[subspace] = None
-        return 1 if subspace.code is None else 2 + zlib.crc32(subspace.code.numpy().tobytes())
-
-    def _add(self, values: torch.Tensor) -> None:
-        key = values.dtype, values.device
-        bucket = self._buckets.setdefault(key, _Bucket())
-        bucket.tensors.append(values)
-        bucket.num_bytes += values.nbytes
-        if bucket.num_bytes >= self.bucket_bytes:
-            self._launch(self._buckets.pop(key).tensors)
-
-    def _launch(self, tensors: list[torch.Tensor]) -> None:
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).div_(self.world)
-        self.sent += flat.nbytes
-        self._flying.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, tensors))
-
-    @torch.no_grad()
-    def _finish(self) -> None:
-        """The backward pass is over: the rest, the statistics, and what came of it all."""
-        try:
-            for subspace in self._subspaces:
-                statistics = (subspace.statistic, subspace.energy.grad)
-                for tensor in [s for s in statistics if s is not None]:
-                    self._add(tensor)
-            own = torch.tensor([float(self._checksum % 2**20)], dtype=torch.float64, device=self._device)
-            agreed = own.clone()
-            self._add(agreed)
-            for bucket in self._buckets.values():
-                self._launch(bucket.tensors)
-            for work, flat, tensors in self._flying:
-                work.wait()
-                parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-                for tensor, part in zip(tensors, parts, strict=True):
-                    tensor.copy_(part.view(tensor.shape))
-            if not torch.equal(agreed, own):
-                raise RuntimeError(
-                    "ranks do not agree on which weights have which gradients: the same model, settings, seeds and "
-                    "used weights are needed on all of them"
-                )
-        finally:
-            self._reset()

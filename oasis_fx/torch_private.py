@@ -7,7 +7,9 @@ Read on torch 2.11, 2.13 and 2.14. A name that moved raises ImportError here, at
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,12 +34,15 @@ __all__ = [
     "CustomPartitionerFn",
     "FakeTensor",
     "FakeTensorMode",
+    "FsdpParameter",
     "SavedForBackwardsAOTOutput",
     "active_ddp",
     "aot_eager_lowering",
+    "as_shard",
     "at_end_of_backward",
     "compile_caches_disabled",
     "copy_dynamo_attributes",
+    "fsdp_parameters",
     "functorch_config",
     "fx_graph_cse",
     "gradient_positions",
@@ -58,6 +63,65 @@ __all__ = [
 def at_end_of_backward(function: Callable[[], None]) -> None:
     """Call a function when the backward pass that runs now is over, as FSDP does."""
     torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class FsdpParameter:
+    """A parameter under FSDP2: the one that its optimizer has, and the gathered one that graphs see."""
+
+    sharded: torch.nn.Parameter
+    whole: torch.nn.Parameter
+    _of_fsdp: Any
+    _group_of_fsdp: Any
+
+    @property
+    def num_mesh_dims(self) -> int:
+        return int(self.sharded.device_mesh.ndim)  # type: ignore[attr-defined]
+
+    @property
+    def shard_dim(self) -> int:
+        return int(self._of_fsdp.fsdp_placement.dim)
+
+    @property
+    def group(self) -> torch.distributed.ProcessGroup:
+        return self._of_fsdp.mesh_info.shard_process_group  # type: ignore[no-any-return]
+
+    @property
+    def gradient_divide_factor(self) -> float | None:
+        """By `set_gradient_divide_factor`; None: the number of ranks."""
+        return self._group_of_fsdp.gradient_divide_factor  # type: ignore[no-any-return]
+
+    def is_synchronizing(self) -> bool:
+        """By `set_requires_gradient_sync`."""
+        return bool(self._group_of_fsdp.reduce_grads)
+
+
+def fsdp_parameters(model: torch.nn.Module) -> list[FsdpParameter]:
+    """Of all that `fully_shard` was applied to; gathers each once, since FSDP2 makes gathered parameters then."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    found = []
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # from torch 2.13 on a list
+        module.unshard()
+        for group in [group for group in groups if group is not None]:
+            for parameter in group.fsdp_params:
+                if not parameter.is_dtensor:  # of tensor parallelism
+                    found.append(FsdpParameter(parameter.sharded_param, parameter._unsharded_param, parameter, group))
+        module.reshard()
+    return found
+
+
+def as_shard(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A DTensor around ``values``, which may be of a subclass, laid out as ``like`` is."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(values, like._spec, requires_grad=False)  # type: ignore[attr-defined, no-any-return]
 
 
 def active_ddp() -> Any:

@@ -158,8 +158,7 @@ def _warn(operation: str, what: str) -> None:
 def _densify_and_run(func: Any, args: Any, kwargs: Any) -> Any:
     if func.namespace == "fsdp":
         raise RuntimeError(
-            "FSDP shards gradients, and low-rank ones cannot be: their bases would never move. Compile the model "
-            "without oasis_fx, or train it under DistributedDataParallel (oasis_fx.distributed.synchronize)"
+            "FSDP2 cannot shard low-rank gradients: call oasis_fx.distributed.synchronize(model) after fully_shard"
         )
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     for argument in func._schema.arguments:

@@ -55,6 +55,7 @@ class OasisMuon(SubspaceOptimizer):
     """
 
     states: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    steps_shards: ClassVar[bool] = False  # the update is orthogonalised over all rows
     dense_states: ClassVar[tuple[str, ...] | None] = ("exp_avg", "exp_avg_sq")
     mean_state: ClassVar[str | None] = None  # a sum of gradients, not a mean
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oasis_fx.runtime.layout import num_features, num_rows
+from oasis_fx.runtime.shards import from_checkpoint, full, is_sharded, to_checkpoint, whole
 from oasis_fx.runtime.store import STORE, Preloaded
 from oasis_fx.runtime.subspace import Momentum, Subspace
 
@@ -74,6 +75,30 @@ def pack_state(packed: dict[str, Any]) -> dict[str, Any]:
     return {**packed, "state": state}
 
 
+def gather_states(optimizer: SubspaceOptimizer, packed: dict[str, Any]) -> dict[str, Any]:
+    """The states of sharded weights as DTensors of all rows: what torch.distributed.checkpoint saves and reshards."""
+    return _map_states(optimizer, packed, to_checkpoint)
+
+
+def scatter_states(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The other way: of DTensors, or of all rows from a run of one process, the rows of this rank."""
+    return _map_states(optimizer, state_dict, from_checkpoint)
+
+
+def whole_states(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The states of sharded weights with all rows, on every rank."""
+    return _map_states(optimizer, state_dict, full)
+
+
+def _map_states(optimizer: SubspaceOptimizer, packed: dict[str, Any], change: Any) -> dict[str, Any]:
+    changed = dict(packed["state"])
+    for _, weight, saved, _, key in _saved_by_key(optimizer, packed):
+        if is_sharded(weight):
+            kinds = optimizer.states_of("features" in saved and not saved.get("full_rank"))
+            changed[key] = saved | {kind: change(saved[kind], weight) for kind in kinds if kind in saved}
+    return {**packed, "state": changed}
+
+
 def check_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any], *, live: bool = True) -> None:
     """Raise ValueError where a saved state does not fit its parameter or, with ``live``, its subspace."""
     for name, weight, saved, _ in saved_states(optimizer, state_dict):
@@ -98,7 +123,7 @@ def check_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any], *, liv
                 f"{(misfits or moments).pop()}: "
                 f"{(n_of_weight, rank)} and {(m, rank)} would fit"
             )
-        present = STORE.all_of(weight) if live else ()
+        present = STORE.all_of(whole(weight)) if live else ()
         if present and all(s.spec.rank != rank and s.spec.budget is None for s in present):
             raise ValueError(
                 f"parameter {name} trains with a basis of shape {present[0].shape}, the saved one has shape "
@@ -150,7 +175,7 @@ def restore_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> N
             state.get("basis_log_rate"),
             state.get("basis_move"),
         )
-        outgrown |= STORE.preload(weight, preloaded)
+        outgrown |= STORE.preload(whole(weight), preloaded)
         state["basis_steps"] = torch.tensor(preloaded.num_steps)
         state["basis_updates"] = torch.tensor(preloaded.num_updates, device=weight.device)
         state["features"] = tuple(saved["features"])  # a list, where the checkpoint went through JSON
@@ -169,8 +194,14 @@ def saved_states(
     optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor, dict[str, Any], dict[str, Any]]]:
     """(name, parameter, saved state, saved group) for each parameter that has one; torch checks the groups itself."""
+    return (found[:4] for found in _saved_by_key(optimizer, state_dict))
+
+
+def _saved_by_key(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> Iterator[tuple[str, torch.Tensor, dict[str, Any], dict[str, Any], Any]]:
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=False)):
         for number, (weight, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
             if key in state_dict["state"]:
                 name = group["param_names"][number] if "param_names" in group else f"{number} of group {index}"
-                yield name, weight, state_dict["state"][key], saved
+                yield name, weight, state_dict["state"][key], saved, key

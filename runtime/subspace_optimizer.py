@@ -10,11 +10,21 @@ from typing import Any, ClassVar
 import torch
 
 from oasis_fx.ranks import check_rank
+from oasis_fx.runtime.gathering import Item, gather, prepare_state
 from oasis_fx.runtime.layout import as_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.moving import count_steps, move_bases
-from oasis_fx.runtime.optimizer_state import basis_before, check_state, note_basis, pack_state, restore_state
+from oasis_fx.runtime.optimizer_state import (
+    check_state,
+    gather_states,
+    note_basis,
+    pack_state,
+    restore_state,
+    scatter_states,
+    whole_states,
+)
 from oasis_fx.runtime.resizing import fit_columns, resize_checkpoint, resize_live, spend_budget
+from oasis_fx.runtime.shards import agreed, is_sharded, local_gradient
 from oasis_fx.runtime.subspace import Momentum, Subspace
 from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, State, all_finite, is_low_rank
 
@@ -25,16 +35,6 @@ class _Binding:
 
     subspace: Subspace
     version: int
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A parameter that takes part in a step, with what the step will use."""
-
-    weight: torch.Tensor
-    gradient: torch.Tensor
-    hyper: Hashable
-    low_rank: bool
 
 
 # Optimizer steps at which a budget of ranks is shared out, each time with graphs compiled anew. After 20 steps the
@@ -56,9 +56,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     states: ClassVar[tuple[str, ...]] = ()
     dense_states: ClassVar[tuple[str, ...] | None] = None  # of weights not in a basis, where they differ
     mean_state: ClassVar[str | None] = None  # the state that is the mean of gradients, for rules that go by it
+    steps_shards: ClassVar[bool] = True  # whether each row of a weight is stepped by itself
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._bindings: dict[torch.Tensor, _Binding] = {}
+        self.bindings: dict[torch.Tensor, _Binding] = {}
         self._skipped: torch.Tensor | None = None
         super().__init__(params, {**defaults, "rounding_seed": 0, "rank_plans": 0})
 
@@ -119,15 +120,19 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for weight in self.param_groups[-1]["params"]:
-            if type(weight.data).__name__ == "DTensor":
-                raise ValueError(
-                    f"a parameter of shape {tuple(weight.shape)} is a DTensor: {type(self).__name__} does not go with "
-                    "FSDP2 (fully_shard) or tensor parallelism"
-                )
+            if is_sharded(weight):
+                self._check_sharded(weight, self.param_groups[-1])
+
+    def _check_sharded(self, weight: torch.Tensor, group: Mapping[str, Any]) -> None:
+        what = f"a parameter of shape {tuple(weight.shape)} is a DTensor"
+        if not self.steps_shards:
+            raise ValueError(f"{what}: {type(self).__name__} needs all rows of a weight, and does not go with shards")
+        if group.get("state_bits", 32) != 32:
+            raise ValueError(f"{what}: state_bits must be 32, it is {group['state_bits']}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_bindings", {})
+        self.__dict__.setdefault("bindings", {})
         self.__dict__.setdefault("_skipped", None)
 
     @property
@@ -139,11 +144,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. The statistics behind the gradients go too: a batch thrown away moves no basis by one."""
         for weight in self._weights():
-            if isinstance(weight.grad, LowRankGrad):
-                weight.grad.subspace.drop_statistic()
-            if weight in self._bindings:
-                self._bindings[weight].subspace.drop_statistic()
-                if isinstance(weight.grad, LowRankGrad) and weight.grad.subspace is not self._bindings[weight].subspace:
+            gradient = local_gradient(weight)
+            if isinstance(gradient, LowRankGrad):
+                gradient.subspace.drop_statistic()
+            if weight in self.bindings:
+                self.bindings[weight].subspace.drop_statistic()
+                if isinstance(gradient, LowRankGrad) and gradient.subspace is not self.bindings[weight].subspace:
                     weight.grad = None  # of a rank that has changed: nothing of the next one can be added to it
         super().zero_grad(set_to_none)
 
@@ -160,10 +166,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        items = list(self._items())
+        items = list(gather(self))
         if not items:
             return loss
-        finite = all_finite([item.gradient for item in items])
+        finite = agreed(all_finite([item.gradient for item in items]), [item.weight for item in items])
         gate: torch.Tensor | None = finite
         if finite.device.type == "cpu":  # reading it costs nothing there
             gate = None
@@ -177,7 +183,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._catch_up()
         groups = self.groups_by_weight()
         for item in items:
-            self._prepare_state(item, groups[item.weight])
+            prepare_state(self, item, groups[item.weight])
         generators = self._generators()
         self._step_low_rank([item for item in items if item.low_rank], gate, generators)
         self._step_dense([item for item in items if not item.low_rank], gate, generators)
@@ -197,9 +203,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: it is neither; or the rule of a subspace has bases that cannot change their rank: coded ones,
-                and those of ``"principal_random"``.
+                and those of ``"principal_random"``; or weights are sharded.
         """
         check_rank(rank, "rank")
+        if any(is_sharded(weight) for weight in self._weights()):
+            raise ValueError(f"rank is {rank!r}: the rank of sharded weights cannot change; use resize_checkpoint()")
         self._catch_up()
         resize_live(self, rank)
 
@@ -211,12 +219,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """
         check_rank(rank, "rank")
         check_state(self, state_dict, live=False)
-        return resize_checkpoint(self, state_dict, rank)
+        return resize_checkpoint(self, whole_states(self, state_dict), rank)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, in plain tensors and numbers; the bases are in it, as ``basis`` of each weight in one."""
         self._catch_up()
-        return pack_state(super().state_dict())
+        return gather_states(self, pack_state(super().state_dict()))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -226,11 +234,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             ValueError: naming the parameter and both shapes, where one does not fit; nothing is loaded then.
         """
         check_state(self, state_dict)
+        state_dict = scatter_states(self, state_dict)
         super().load_state_dict(state_dict)
-        self._bindings.clear()
+        self.bindings.clear()
         restore_state(self, state_dict)
 
-    # Gathering
+    # Weights and what their states are bound to
 
     def _weights(self) -> Iterable[torch.Tensor]:
         return (weight for group in self.param_groups for weight in group["params"])
@@ -238,90 +247,21 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def groups_by_weight(self) -> dict[torch.Tensor, dict[str, Any]]:
         return {weight: group for group in self.param_groups for weight in group["params"]}
 
-    def _items(self) -> Iterable[_Item]:
-        """Everything that this step updates. Raises before anything has changed."""
-        for index, group in enumerate(self.param_groups):
-            for number, weight in enumerate(group["params"]):
-                if weight.grad is None:
-                    continue
-                if weight.grad.is_sparse:
-                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-                name = group["param_names"][number] if "param_names" in group else f"{number} of group {index}"
-                yield self._item(weight, self.hyper_of(group, weight), bool(group.get("full_rank")), name)
-
-    def _item(self, weight: torch.Tensor, hyper: Hashable, full_rank: bool, name: str) -> _Item:
-        gradient, state = weight.grad, self.state.get(weight, {})
-        assert gradient is not None
-        if isinstance(gradient, LowRankGrad) and gradient.is_low_rank:
-            if gradient.basis_version != gradient.subspace.version:
-                raise RuntimeError(
-                    f"the basis of parameter {name} moved since its gradient was computed: call zero_grad() before "
-                    "the next backward(), and give weights that share a basis to one optimizer"
-                )
-            if (state and not is_low_rank(state)) or (full_rank and not state):
-                return _Item(weight, gradient, hyper, False)  # it began with states of its own shape
-            shapes = {name: tuple(state[name].shape) for name in self.states if name in state}
-            for kind, shape in shapes.items():
-                if shape != tuple(gradient.factor.shape):
-                    raise ValueError(
-                        f"parameter {name} has {_SPOKEN.get(kind, kind)} of shape {shape} and a gradient of shape "
-                        f"{tuple(gradient.factor.shape)}: its rank has changed since they began"
-                    )
-            return _Item(weight, gradient, hyper, True)
-        dense = gradient.factor if isinstance(gradient, LowRankGrad) else gradient
-        return _Item(weight, dense, hyper, is_low_rank(state))
-
-    def _prepare_state(self, item: _Item, group: Mapping[str, Any]) -> None:
-        state = self.state[item.weight]
-        self._follow(item.weight, state)
-        gradient = item.gradient
-        if not state:
-            like = item.weight
-            if item.low_rank and isinstance(gradient, LowRankGrad):
-                like = torch.empty(gradient.factor.shape, dtype=gradient.subspace.dtype, device=item.weight.device)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=item.weight.device)
-            for name in self.states_of(item.low_rank):
-                state.update(self.new_state(name, like, group))
-        if isinstance(gradient, LowRankGrad):
-            if item.low_rank:
-                self._bring_along(item.weight, state, gradient.subspace)
-            else:
-                state["full_rank"] = True
-            note_basis(state, gradient.subspace)
-            state["features"] = gradient.features
-            self.bind(item.weight, gradient.subspace)
-
-    def _bring_along(self, weight: torch.Tensor, state: State, subspace: Subspace) -> None:
-        """Bring the states of a weight into the coordinates of its gradient."""
-        if "features" in state:
-            binding = self._bindings.get(weight)
-            if binding is not None and binding.subspace is subspace and binding.version != subspace.version:
-                raise RuntimeError(
-                    "a basis was moved by another optimizer: weights that share one belong to one optimizer"
-                )
-            if (binding is None or binding.subspace is not subspace) and subspace.spec.rule.transports:
-                # Loaded from a checkpoint, or taken over from another graph or backend. Equal bases are not
-                # multiplied: a resumed run is bitwise the uninterrupted one.
-                held = None if binding is None else binding.subspace
-                old, basis = basis_before(state, held, subspace), subspace.basis.detach()
-                if old is not None and old.shape == basis.shape and not torch.equal(old, basis):
-                    self._transport([(weight, old.mT @ basis)])
-
     def bind(self, weight: torch.Tensor, subspace: Subspace) -> None:
         """Note that the states of a weight are in the present coordinates of ``subspace``."""
-        self._bindings[weight] = _Binding(subspace, subspace.version)
+        self.bindings[weight] = _Binding(subspace, subspace.version)
 
     # Updating
 
     def _step_low_rank(
-        self, items: list[_Item], gate: torch.Tensor | None, generators: dict[torch.device, torch.Generator]
+        self, items: list[Item], gate: torch.Tensor | None, generators: dict[torch.device, torch.Generator]
     ) -> None:
         batches: dict[Any, list[LowRankUpdate]] = {}
         bases: dict[Subspace, torch.Tensor] = {}  # a coded one is made once
         for item in items:
             state = self.state[item.weight]
-            if item.weight in self._bindings:
-                subspace = self._bindings[item.weight].subspace
+            if item.weight in self.bindings:
+                subspace = self.bindings[item.weight].subspace
                 if subspace not in bases:
                     bases[subspace] = subspace.basis.detach()
                 basis, orthonormal = bases[subspace], subspace.spec.rule.orthonormal
@@ -336,22 +276,22 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             else:  # a dense gradient of a weight with low-rank states: what the pass would have computed
                 dense = item.gradient
                 factor = as_rows(dense, state["features"]).to(basis.dtype) @ basis
-            update = LowRankUpdate(item.weight, factor, basis, state["features"], state, orthonormal, dense)
+            update = LowRankUpdate(item.data, factor, basis, state["features"], state, orthonormal, dense)
             batches.setdefault((item.weight.device, item.hyper), []).append(update)
         for (device, hyper), updates in batches.items():
             self.step_low_rank(updates, hyper, _on(gate, device), generators[device])
 
     def _step_dense(
-        self, items: list[_Item], gate: torch.Tensor | None, generators: dict[torch.device, torch.Generator]
+        self, items: list[Item], gate: torch.Tensor | None, generators: dict[torch.device, torch.Generator]
     ) -> None:
         batches: dict[Any, list[DenseUpdate]] = {}
         for item in items:
             device, state = item.weight.device, self.state[item.weight]
             if isinstance(item.gradient, LowRankGrad):  # one full-size gradient at a time
-                update = DenseUpdate(item.weight, item.gradient.to_dense(), state)
+                update = DenseUpdate(item.data, item.gradient.to_dense(), state)
                 self.step_dense([update], item.hyper, _on(gate, device), generators[device])
             else:
-                update = DenseUpdate(item.weight, item.gradient, state)
+                update = DenseUpdate(item.data, item.gradient, state)
                 batches.setdefault((item.hyper, device), []).append(update)
         for (hyper, device), updates in batches.items():
             self.step_dense(updates, hyper, _on(gate, device), generators[device])
@@ -359,7 +299,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def subspaces(self) -> dict[Subspace, list[torch.Tensor]]:
         """The subspaces that states are in, each with its weights."""
         members: dict[Subspace, list[torch.Tensor]] = {}
-        for weight, binding in self._bindings.items():
+        for weight, binding in self.bindings.items():
             members.setdefault(binding.subspace, []).append(weight)
         return members
 
@@ -368,7 +308,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for subspace, weights in self.subspaces().items():
             if subspace.overlap is not None:
                 if subspace.spec.rule.transports:
-                    self._transport([(weight, subspace.overlap) for weight in weights])
+                    self.carry_over([(weight, subspace.overlap) for weight in weights])
                 subspace.overlap = None
                 for weight in weights:
                     self.bind(weight, subspace)
@@ -392,7 +332,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for device, subspaces in by_device.items():
             overlaps = move_bases(subspaces, _on(gate, device))
             overlaps = {s: overlap for s, overlap in overlaps.items() if s.spec.rule.transports}
-            self._transport([(weight, overlap) for s, overlap in overlaps.items() for weight in members[s]])
+            self.carry_over([(weight, overlap) for s, overlap in overlaps.items() for weight in members[s]])
         groups = self.groups_by_weight()
         for subspace, weights in members.items():
             # What moved before the first step of its weights moved from a random start: nothing is to follow.
@@ -411,7 +351,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """The decay a step of ``mean_state``."""
         raise NotImplementedError
 
-    def _transport(self, moves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def carry_over(self, moves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Carry states over, batched over weights of equal m and r in one group."""
         groups = self.groups_by_weight()
         batches: dict[Any, list[tuple[State, torch.Tensor]]] = {}
@@ -436,7 +376,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         missed = (~finite).long()
         self._skipped = missed if self._skipped is None else self._skipped + missed.to(self._skipped.device)
 
-    def _drop_statistics(self, items: list[_Item]) -> None:
+    def _drop_statistics(self, items: list[Item]) -> None:
         """Of a step that is left out. It counts under `subspace_every`: a GPU's host does not know that it was one."""
         subspaces: dict[Subspace, None] = {}
         for item in items:
@@ -447,23 +387,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     state["basis_steps"] = item.gradient.subspace.num_steps  # a checkpoint may follow, before any step
         for subspace in count_steps(subspaces):
             subspace.drop_statistic()
-
-    def _follow(self, weight: torch.Tensor, state: State) -> None:
-        """Take a state along where `model.to()` has moved or cast its weight since the last step."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        for key in (*self.states_of(is_low_rank(state)), "basis"):
-            if key in state:
-                if not state[key].is_floating_point():  # codes of numbers
-                    state[key] = state[key].to(weight.device)
-                    state[f"{key}_scale"] = state[f"{key}_scale"].to(weight.device)
-                    continue
-                dtype = wide if key == "basis" or is_low_rank(state) else weight.dtype
-                state[key] = state[key].to(weight.device, dtype)
-        if "step" in state:
-            state["step"] = state["step"].to(weight.device)
-
-
-_SPOKEN = {"exp_avg": "moments", "exp_avg_sq": "moments", "momentum_buffer": "a momentum"}
 
 
 def _on(gate: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -18,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from oasis_fx import OasisAdamW, oasis_backend
 from oasis_fx.distributed import synchronize
+from oasis_fx.runtime import subspace_optimizer
 
-WIDTH, BATCH, STEPS = 64, 24, 8
+WIDTH, VOCABULARY, BATCH, STEPS = 64, 96, 96, 8
 
 
 class Net(torch.nn.Module):
-    """``a`` and ``b`` share a basis; the embedding and the norm have dense gradients.
+    """``a`` and ``b`` share a basis; the embedding and the norm have dense gradients; ``extra`` is used on request.
 
     The two long vectors, of a MiB each, make DDP split its graphs at a bucket of one.
     """
@@ -31,34 +32,30 @@ class Net(torch.nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.embed, self.norm = torch.nn.Embedding(32, WIDTH), torch.nn.LayerNorm(WIDTH)
+        self.embed, self.norm = torch.nn.Embedding(VOCABULARY, WIDTH), torch.nn.LayerNorm(WIDTH)
         self.a, self.b = torch.nn.Linear(WIDTH, 2 * WIDTH), torch.nn.Linear(WIDTH, 2 * WIDTH)
         self.first, self.second = (torch.nn.Parameter(torch.zeros(2**17)) for _ in range(2))
-        self.c, self.lm_head = torch.nn.Linear(2 * WIDTH, WIDTH), torch.nn.Linear(WIDTH, 32)
+        self.c, self.lm_head = torch.nn.Linear(2 * WIDTH, WIDTH), torch.nn.Linear(WIDTH, VOCABULARY)
+        self.extra = torch.nn.Linear(WIDTH, WIDTH, bias=False)
 
-    def forward(self, tokens, targets):
+    def forward(self, tokens, targets, extra=False):
         x = self.norm(self.embed(tokens)) + self.first[:WIDTH]
+        if extra:
+            x = x + self.extra(x)
         x = x + self.second[:WIDTH] + self.c(torch.nn.functional.silu(self.a(x)) * self.b(x))
         return torch.nn.functional.cross_entropy(self.lm_head(x), targets)
 
 
-class Block(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        return self.layer(x).tanh()
-
-
 def batch(step: int, rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(32, (BATCH,), generator=torch.Generator().manual_seed(step))
+    tokens = torch.randint(VOCABULARY, (BATCH,), generator=torch.Generator().manual_seed(step))
     part = tokens.view(world, -1)[rank]
-    return part, (part * 5 + 1) % 32
+    return part, (part * 5 + 1) % VOCABULARY
 
 
 def train(rank: int, world: int, *, backend=None, parallel: bool = True, sync: bool = True, accumulate: int = 1,
-          steps: int = STEPS, after=None, follow: bool = True, seed: int = 0, dtype=torch.float64):  # fmt: skip
+          steps: int = STEPS, after=None, follow: bool = True, seed: int = 0, dtype=torch.float64,
+          extra_first: bool = False):  # fmt: skip
+    """``extra_first``: the first micro-batch of a step uses a weight that no later one does."""
     torch._dynamo.reset()
     model = Net(seed).to(dtype)
     backend = backend or oasis_backend(8, inner="aot_eager")
@@ -74,7 +71,7 @@ def train(rank: int, world: int, *, backend=None, parallel: bool = True, sync: b
         for micro in range(accumulate):
             quiet = parallel and micro < accumulate - 1
             with run.no_sync() if quiet else torch.enable_grad():
-                loss = compiled(*batch(step * accumulate + micro, rank, world))
+                loss = compiled(*batch(step * accumulate + micro, rank, world), extra_first and micro == 0)
                 (loss / accumulate).backward()
             total += loss.detach() / accumulate
         if parallel:
@@ -99,25 +96,41 @@ def equal_on_all_ranks(model, optimizer) -> bool:
     return True
 
 
-def sharded() -> dict:
-    """FSDP2 with our optimizer, with another one, and tensor parallelism."""
+def ranks_change(rank: int, world: int) -> dict:
+    """A budget shared out at the third step: in whole graphs, and in those that DDP splits."""
+    subspace_optimizer.RANK_STEPS = (3,)
+    made = lambda: oasis_backend("auto:0.25", inner="aot_eager")  # noqa: E731
+    alone, model, optimizer, _ = train(0, 1, parallel=False, backend=made())
+    ranks = [s["exp_avg"].shape[1] for s in optimizer.state.values() if "basis" in s]
+    split = error_of(lambda: train(rank, world, backend=made()))
+    torch._dynamo.config.optimize_ddp = False
+    losses, model, optimizer, _ = train(rank, world, backend=made())
+    found = [s["exp_avg"].shape[1] for s in optimizer.state.values() if "basis" in s]
+    equal = equal_on_all_ranks(model, optimizer)
+    return {"alone": alone, "losses": losses, "equal": equal, "ranks": [ranks, found], "split": split}
+
+
+def removed() -> None:
+    model = Net()
+    synchronize(model).remove()
+    torch.compile(DistributedDataParallel(model), backend=oasis_backend(8, inner="aot_eager"))(*batch(0, 0, 1))
+
+
+def error_of(run) -> str:
+    torch._dynamo.reset()
+    try:
+        run()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def tensor_parallel() -> dict:
+    """Dense gradients, and our optimizer on their shards."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    mesh, found, x = init_device_mesh("cpu", (dist.get_world_size(),)), {}, torch.randn(8, WIDTH)
-    block = Block()
-    fully_shard(block, mesh=mesh)
-    block.compile(backend=oasis_backend(8, inner="aot_eager"))
-    model = fully_shard(torch.nn.Sequential(block), mesh=mesh)
-    for name, run in {
-        "ours": lambda: OasisAdamW(block.parameters()),
-        "another": lambda: model(x).sum().backward(),
-    }.items():
-        try:
-            run()
-        except (ValueError, RuntimeError) as error:
-            found[name] = str(error)
+    mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), {}
     torch.manual_seed(0)
     layer = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH))
     plain = torch.nn.Linear(WIDTH, WIDTH)
@@ -127,10 +140,12 @@ def sharded() -> dict:
     backend = oasis_backend(8, inner="aot_eager")
     layer.compile(backend=backend)
     layer(x).square().sum().backward()
-    plain(x).chunk(dist.get_world_size(), -1)[dist.get_rank()].square().sum().backward()
+    plain(x).square().sum().backward()
     ours = layer[0].weight.grad.to_local()
     rows = plain.weight.grad.chunk(dist.get_world_size(), 0)[dist.get_rank()]
     found["tensor parallel"] = float((ours - rows).abs().max() / rows.abs().max())
+    OasisAdamW(layer.parameters(), lr=1e-2).step(), torch.optim.AdamW(plain.parameters(), lr=1e-2).step()
+    found["stepped"] = float((layer[0].weight.full_tensor() - plain.weight).abs().max())
     found["reasons"] = [reason for graph in backend.compiled_graphs() for reason in graph.reasons.values()]
     return found
 
@@ -163,6 +178,7 @@ def main(case: str, folder: Path) -> dict:
             "plain": {},
             "accumulated": {"accumulate": 2},
             "accumulated, always sent": {"accumulate": 2, "follow": False},
+            "used in the first micro-batch alone": {"accumulate": 2, "extra_first": True},
             "auto": {"backend": oasis_backend("auto:0.25", subspace_lr="auto", inner="aot_eager")},
             "random": {"backend": oasis_backend(8, subspace="random", subspace_every=3, inner="aot_eager")},
             "inductor": {"backend": oasis_backend(8)},
@@ -174,13 +190,13 @@ def main(case: str, folder: Path) -> dict:
             seed = 0 if name == "random" else rank
             losses, model, optimizer, handle = train(rank, world, seed=seed, **settings)
             sent = handle.sent, handle.dense
+            assert f"{handle.sent / handle.dense:.2f} of what DDP" in str(handle)
             found[name] = alone, losses, equal_on_all_ranks(model, optimizer), sent
         return found
+    if case == "ranks change":
+        return ranks_change(rank, world)
     if case == "unsynchronized":
-        try:
-            train(rank, world, sync=False)
-        except RuntimeError as error:
-            return {"error": str(error)}
+        return {"never": error_of(lambda: train(rank, world, sync=False)), "no more": error_of(removed)}
     if case == "batch rule":
         train(rank, world, backend=oasis_backend(8, subspace="pca", inner="aot_eager"))
     if case == "disagree":
@@ -188,8 +204,8 @@ def main(case: str, folder: Path) -> dict:
         train(rank, world, backend=oasis_backend(8, exclude=[["*a.weight"], ["*b.weight"]][rank], inner="aot_eager"))
     if case == "trainer":
         return trainer(folder, world)
-    if case == "sharded":
-        return sharded()
+    if case == "tensor parallel":
+        return tensor_parallel()
     if case in ("dies", "hangs"):
 
         def after(step: int) -> None:

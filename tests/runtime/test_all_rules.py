@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
+from oasis_fx.runtime.gathering import gather, prepare_state
 from oasis_fx.runtime.rules import DCT, GradientPower, Rule
 
 RANK, LR = 4, 0.02
@@ -183,8 +184,8 @@ def test_moments_go_over_from_one_rule_to_another_and_so_does_the_checkpoint(rul
         loss_of(compiled, number).backward()
         weight = model.up.weight
         if number == 1:
-            old, mean = optimizer._bindings[weight].subspace.basis.detach(), optimizer.state[weight]["exp_avg"].clone()
-            optimizer._prepare_state(next(iter(optimizer._items())), optimizer.param_groups[0])
+            old, mean = optimizer.bindings[weight].subspace.basis.detach(), optimizer.state[weight]["exp_avg"].clone()
+            prepare_state(optimizer, next(iter(gather(optimizer))), optimizer.param_groups[0])
             found = optimizer.state[weight]["exp_avg"]
             torch.testing.assert_close(found, mean @ (old.mT @ weight.grad.basis.detach()))
         optimizer.step()

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 
+from oasis_fx.runtime.gathering import gather, prepare_state
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optimizer import OasisAdamW
 from oasis_fx.runtime.store import STORE
@@ -257,10 +258,10 @@ def test_the_gate_for_devices_that_are_not_waited_for(products, make_weight, mon
             gated, plain = OasisAdamW([w, bias], lr=0.1), OasisAdamW([twin, twin_bias], lr=0.1)
             before = [w.detach().clone(), bias.detach().clone(), w.grad.basis.detach().clone()]
             gate = torch.tensor(finite)
-            items = list(gated._items())
+            items = list(gather(gated))
             with torch.no_grad():
                 for item in items:
-                    gated._prepare_state(item, gated.param_groups[0])
+                    prepare_state(gated, item, gated.param_groups[0])
                 gated._step_low_rank([i for i in items if i.low_rank], gate, gated._generators())
                 gated._step_dense([i for i in items if not i.low_rank], gate, gated._generators())
                 gated._move_bases(gate)

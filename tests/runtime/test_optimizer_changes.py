@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from oasis_fx.runtime.gathering import gather, prepare_state
 from oasis_fx.runtime.optimizer import OasisAdamW
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import SubspaceSpec
@@ -59,9 +60,9 @@ def test_moments_go_over_to_another_subspace(products, make_weight) -> None:
     y.sum().backward()
     g, new = w.grad.factor.clone(), w.grad.basis.detach().clone()
     with torch.no_grad():
-        optimizer._prepare_state(next(iter(optimizer._items())), optimizer.param_groups[0])
+        prepare_state(optimizer, next(iter(gather(optimizer))), optimizer.param_groups[0])
         torch.testing.assert_close(optimizer.state[w]["exp_avg"], old_mean @ (old_basis.T @ new))
-        optimizer._step_low_rank(list(optimizer._items()), None, optimizer._generators())
+        optimizer._step_low_rank(list(gather(optimizer)), None, optimizer._generators())
     expected = BETAS[0] * old_mean @ (old_basis.T @ new) + (1 - BETAS[0]) * g
     torch.testing.assert_close(optimizer.state[w]["exp_avg"], expected)
 

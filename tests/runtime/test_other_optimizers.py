@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
+from oasis_fx.runtime.gathering import gather, prepare_state
 from oasis_fx.runtime.muon import orthogonalize
 
 RANK, LR, STEPS = 3, 0.05, 7
@@ -182,9 +183,9 @@ def test_a_gate_that_is_shut_leaves_everything_as_it_is(kind, dtype) -> None:
     optimizer._catch_up()
     before = [p.detach().clone() for p in model.parameters()]
     states = [{k: v.clone() for k, v in s.items() if isinstance(v, torch.Tensor)} for s in optimizer.state.values()]
-    items = list(optimizer._items())
+    items = list(gather(optimizer))
     for item in items:
-        optimizer._prepare_state(item, optimizer.param_groups[0])
+        prepare_state(optimizer, item, optimizer.param_groups[0])
     for flag, changes in ((False, False), (True, True)):
         gate, generators = torch.tensor(flag), optimizer._generators()
         with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
+from oasis_fx.runtime.gathering import gather, prepare_state
 
 
 def trained(kit, steps: int = 2):
@@ -33,7 +34,7 @@ def test_a_model_cast_after_the_first_step_takes_bases_and_moments_along(kit) ->
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.param_groups[0]["betas"] = (1 - 1e-7, 1 - 1e-7)  # moments hardly move: they must be the old ones
     versions = weight.grad.subspace.version
-    optimizer._prepare_state(next(iter(optimizer._items())), optimizer.param_groups[0])
+    prepare_state(optimizer, next(iter(gather(optimizer))), optimizer.param_groups[0])
     assert weight.grad.subspace.version == versions
     for key, value in before.items():
         torch.testing.assert_close(optimizer.state[weight][key], value.float(), rtol=0, atol=0)

@@ -1,0 +1,166 @@
+"""Averages gradients over ranks while the backward pass goes on: what `oasis_fx.distributed.synchronize` makes."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from oasis_fx.runtime.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.rules import BatchRule
+from oasis_fx.runtime.subspace import Subspace
+from oasis_fx.torch_private import at_end_of_backward
+
+
+@dataclass
+class _Bucket:
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+class GradientSync:
+    """Averages the gradients of some weights over ranks. Made by `synchronize`.
+
+    Attributes:
+        sent: bytes that this rank has given to all-reduces so far.
+        dense: bytes that DDP would have given for the same gradients.
+    """
+
+    def __init__(self, weights: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None, bucket_bytes: int):
+        self.group, self.bucket_bytes = group, bucket_bytes
+        self.world = dist.get_world_size(group)
+        self.sent = self.dense = 0
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._device = weights[0].device if weights else torch.device("cpu")
+        self._unsent: set[torch.nn.Parameter] = set()  # of backward passes under no_sync
+        self._numbers = {weight: number for number, weight in enumerate(weights)}
+        self._hooks = [weight.register_post_accumulate_grad_hook(self._complete) for weight in weights]
+        for weight in weights:
+            weight._oasis_synchronized = True  # type: ignore[attr-defined]
+        self._reset()
+
+    def follow(self, ddp: DistributedDataParallel) -> None:
+        """Send nothing in backward passes in which ``ddp`` sends nothing, under its `no_sync()`.
+
+        Without it every backward pass sends: as right, and more traffic under gradient accumulation.
+        """
+        self._ddp = weakref.ref(ddp)
+
+    def remove(self) -> None:
+        """Average no more; DDP is then refused again."""
+        for hook in self._hooks:
+            hook.remove()
+        for weight in self._numbers:
+            weight._oasis_synchronized = False  # type: ignore[attr-defined]
+
+    def __str__(self) -> str:
+        share = f", {self.sent / self.dense:.2f} of what DDP would have sent" if self.dense else ""
+        return f"{len(self._numbers)} weights averaged over {self.world} ranks: {self.sent / 2**20:.1f} MiB sent{share}"
+
+    def _reset(self) -> None:
+        self._buckets: dict[Any, _Bucket] = {}
+        self._flying: list[tuple[Any, torch.Tensor, list[torch.Tensor]]] = []
+        self._subspaces: dict[Subspace, None] = {}
+        self._checksum, self._waits = 0, False
+
+    def _complete(self, weight: torch.nn.Parameter) -> None:
+        """The gradient of a weight is complete."""
+        if self.world == 1:
+            return
+        ddp = None if self._ddp is None else self._ddp()
+        if ddp is not None and not ddp.require_backward_grad_sync:
+            self._unsent.add(weight)
+            return
+        self._begin()
+        self._unsent.discard(weight)
+        self._take(weight)
+
+    def _begin(self) -> None:
+        if not self._waits:
+            self._waits = True
+            at_end_of_backward(self._finish)
+
+    def _late(self) -> list[torch.nn.Parameter]:
+        """Weights that an earlier micro-batch has used, and this one has not."""
+        late = [weight for weight in self._unsent if weight.grad is not None]
+        self._unsent.clear()
+        return late
+
+    def _take(self, weight: torch.nn.Parameter) -> None:
+        gradient = weight.grad
+        assert gradient is not None
+        values, kind = gradient, 0
+        if isinstance(gradient, LowRankGrad):
+            values = gradient.factor
+            if gradient.is_low_rank:
+                kind = self._note(gradient.subspace)
+        self._sign(weight, values, kind)
+        self._add(values)
+
+    def _sign(self, weight: torch.nn.Parameter, values: torch.Tensor, kind: int) -> None:
+        signature = repr((self._numbers[weight], tuple(values.shape), values.dtype, kind))
+        self._checksum = zlib.crc32(signature.encode(), self._checksum)
+        self.dense += weight.numel() * values.element_size()
+
+    def _note(self, subspace: Subspace) -> int:
+        rule = subspace.spec.rule
+        if isinstance(rule, BatchRule):
+            raise RuntimeError(
+                f"subspace={rule.name!r} goes by the batch of one rank: under data parallel training every rank would "
+                "have a basis of its own. Use 'oja', 'gradient_oja', 'random'"
+            )
+        self._subspaces[subspace] = None
+        return 1 if subspace.code is None else 2 + zlib.crc32(subspace.code.numpy().tobytes())
+
+    def _add(self, values: torch.Tensor) -> None:
+        key = values.dtype, values.device
+        bucket = self._buckets.setdefault(key, _Bucket())
+        bucket.tensors.append(values)
+        bucket.num_bytes += values.nbytes
+        if bucket.num_bytes >= self.bucket_bytes:
+            self._launch(self._buckets.pop(key).tensors)
+
+    def _launch(self, tensors: list[torch.Tensor]) -> None:
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).div_(self.world)
+        self.sent += flat.nbytes
+        self._flying.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, tensors))
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """The backward pass is over: the rest, the statistics, and what came of it all."""
+        try:
+            for weight in sorted(self._late(), key=self._numbers.__getitem__):
+                self._take(weight)
+            for subspace in self._subspaces:
+                statistics = (subspace.statistic, subspace.energy.grad)
+                for tensor in [s for s in statistics if s is not None]:
+                    self._add(tensor)
+            own = torch.tensor([float(self._checksum % 2**20)], dtype=torch.float64, device=self._device)
+            agreed = own.clone()
+            self._add(agreed)
+            self._launch_rest()
+            self._arrive()
+            if not torch.equal(agreed, own):
+                raise RuntimeError(
+                    "ranks do not agree on which weights have which gradients: the same model, settings, seeds and "
+                    "used weights are needed on all of them"
+                )
+        finally:
+            self._reset()
+
+    def _launch_rest(self) -> None:
+        for bucket in self._buckets.values():
+            self._launch(bucket.tensors)
+
+    def _arrive(self) -> None:
+        for work, flat, tensors in self._flying:
+            work.wait()
+            parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))

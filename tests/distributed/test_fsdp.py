@@ -1,0 +1,62 @@
+"""FSDP2 on gloo, under torchrun: the joint batch, equal bases, what travels, checkpoints on other numbers of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("fsdp_program.py")
+
+
+def result(case: str, folder: Path, world: int = 2) -> dict:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(PROGRAM), case, str(folder)], capture_output=True, text=True, env=environment, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_it_trains_as_one_process_on_the_joint_batch(tmp_path, world) -> None:
+    """Losses and clipped norms; each rank has the moments of its rows, and the same bases."""
+    found = result("equal", tmp_path, world)
+    for name, run in found.items():
+        for kind in (0, 1):
+            assert run["losses"][kind] == pytest.approx(run["alone"][kind], rel=1e-9), name
+        assert run["equal"], name
+        assert run["losses"][0][-1] < run["losses"][0][0] and 0 < run["sent"] < 0.7 * run["dense"], name
+        assert [rows for rows, _ in run["moments"]][:2] == [-(-203 // world), 64 // world], name
+    if world == 2:
+        assert found["auto"]["ranks"] != [16, 51], "no rank has changed"
+
+
+def test_checkpoints_on_as_many_ranks_and_on_others(tmp_path) -> None:
+    """By torch.distributed.checkpoint; a checkpoint of all rows, which `resize_checkpoint` makes, loads too."""
+    saved = result("save", tmp_path, 2)
+    assert saved["shapes"] == [[64, 4], [203, 4]]
+    for world in (2, 4, 1):
+        for kind, rest in result("load", tmp_path, world).items():
+            for one, other in zip(rest, saved["rest"], strict=True):
+                assert one == pytest.approx(other, rel=0 if world == 2 else 1e-9), (world, kind)
+
+
+def test_mixed_precision(tmp_path) -> None:
+    found = result("bfloat16", tmp_path)
+    assert found["losses"][-1] < 0.5 * found["losses"][0] and found["dtypes"] == ["torch.float32"]
+
+
+def test_what_is_refused_or_left_out(tmp_path) -> None:
+    found = result("refused", tmp_path)
+    assert "OasisMuon needs all rows" in found["muon"]
+    assert "state_bits must be 32" in found["eight bits"]
+    assert "rank is 4: the rank of sharded weights cannot change" in found["resize"]
+    assert "hybrid sharding" in found["hybrid"]
+    assert "call oasis_fx.distributed.synchronize(model) after fully_shard" in found["not synchronized"]
+    assert all(found["not finite"]), "a step was taken although a gradient of another rank is not finite"
