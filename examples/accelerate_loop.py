@@ -35,11 +35,9 @@ def main() -> None:
     model.compile(backend=oasis_backend(rank=given.rank))
     optimizer = OasisAdamW(model.parameters(), lr=1e-4)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, given.steps)
-    several = accelerator.num_processes > 1
-    sync = synchronize(model) if several else None  # before it is wrapped
+    if accelerator.num_processes > 1:
+        synchronize(model)  # before it is wrapped
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    if sync is not None:
-        sync.follow(model)
 
     state, done = given.out / "state", 0
     if state.is_dir():

@@ -1,8 +1,7 @@
 """Data parallel training: low-rank gradients and the statistics of bases are what travels between ranks.
 
     sync = oasis_fx.distributed.synchronize(model)      # before it is wrapped
-    model = DistributedDataParallel(model)              # keeps all other parameters
-    sync.follow(model)                                  # its no_sync() holds for our weights too
+    model = DistributedDataParallel(model)              # keeps all other parameters; its no_sync() holds for ours too
 
 Weights of two dimensions and more are taken out of DDP's buckets: their gradients, m x r where DDP would send m x n,
 are averaged here, in buckets of their own, as soon as each is complete, while the backward pass goes on. Statistics

@@ -11,11 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.rules import BatchRule
 from oasis_fx.runtime.subspace import Subspace
 from oasis_fx.torch_private import at_end_of_backward
+
+_syncs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weak references, by weight
+
+
+def sync_of(weight: torch.Tensor) -> GradientSync | None:
+    """What averages the gradient of a parameter, as compiled graphs see it; None for nothing."""
+    found = _syncs.get(weight)
+    return None if found is None else found()
 
 
 @dataclass
@@ -28,50 +37,58 @@ class GradientSync:
     """Averages the gradients of some weights over ranks. Made by `synchronize`.
 
     Attributes:
-        sent: bytes that this rank has given to all-reduces so far.
+        sent: bytes that this rank has given to collectives so far.
+        ranks: gradients are averaged over so many.
+        early: those of them that it gave while a backward pass went on.
         dense: bytes that DDP would have given for the same gradients.
     """
 
+    peer = "DDP"  # what would have sent gradients at full size
+
     def __init__(self, weights: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None, bucket_bytes: int):
         self.group, self.bucket_bytes = group, bucket_bytes
-        self.world = dist.get_world_size(group)
-        self.sent = self.dense = 0
+        self.ranks = dist.get_world_size(group)
+        self.sent = self.early = self.dense = 0
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._device = weights[0].device if weights else torch.device("cpu")
         self._unsent: set[torch.nn.Parameter] = set()  # of backward passes under no_sync
         self._numbers = {weight: number for number, weight in enumerate(weights)}
         self._hooks = [weight.register_post_accumulate_grad_hook(self._complete) for weight in weights]
         for weight in weights:
-            weight._oasis_synchronized = True  # type: ignore[attr-defined]
+            _syncs[weight] = weakref.ref(self)
         self._reset()
 
     def follow(self, ddp: DistributedDataParallel) -> None:
         """Send nothing in backward passes in which ``ddp`` sends nothing, under its `no_sync()`.
 
-        Without it every backward pass sends: as right, and more traffic under gradient accumulation.
+        A compiled graph that runs within the forward pass of ``ddp`` calls this by itself.
         """
-        self._ddp = weakref.ref(ddp)
+        if self._ddp is None or self._ddp() is not ddp:
+            self._ddp = weakref.ref(ddp)
 
     def remove(self) -> None:
         """Average no more; DDP is then refused again."""
         for hook in self._hooks:
             hook.remove()
         for weight in self._numbers:
-            weight._oasis_synchronized = False  # type: ignore[attr-defined]
+            _syncs.pop(weight, None)
 
     def __str__(self) -> str:
-        share = f", {self.sent / self.dense:.2f} of what DDP would have sent" if self.dense else ""
-        return f"{len(self._numbers)} weights averaged over {self.world} ranks: {self.sent / 2**20:.1f} MiB sent{share}"
+        sent = f"{len(self._numbers)} weights averaged over {self.ranks} ranks: {self.sent / 2**20:.1f} MiB sent"
+        if not self.sent:
+            return sent
+        share = f"{self.sent / max(1, self.dense):.2f} of what {self.peer} would have sent"
+        return f"{sent}, {share}, {self.early / self.sent:.2f} of it while backward passes went on"
 
     def _reset(self) -> None:
         self._buckets: dict[Any, _Bucket] = {}
         self._flying: list[tuple[Any, torch.Tensor, list[torch.Tensor]]] = []
         self._subspaces: dict[Subspace, None] = {}
-        self._checksum, self._waits = 0, False
+        self._checksum, self._waits, self._ends = 0, False, False
 
     def _complete(self, weight: torch.nn.Parameter) -> None:
         """The gradient of a weight is complete."""
-        if self.world == 1:
+        if self.ranks == 1:
             return
         ddp = None if self._ddp is None else self._ddp()
         if ddp is not None and not ddp.require_backward_grad_sync:
@@ -127,13 +144,18 @@ class GradientSync:
             self._launch(self._buckets.pop(key).tensors)
 
     def _launch(self, tensors: list[torch.Tensor]) -> None:
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).div_(self.world)
-        self.sent += flat.nbytes
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).div_(self.ranks)
+        self._count(flat)
         self._flying.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, tensors))
+
+    def _count(self, given: torch.Tensor) -> None:
+        self.sent += given.nbytes
+        self.early += 0 if self._ends else given.nbytes
 
     @torch.no_grad()
     def _finish(self) -> None:
         """The backward pass is over: the rest, the statistics, and what came of it all."""
+        self._ends = True
         try:
             for weight in sorted(self._late(), key=self._numbers.__getitem__):
                 self._take(weight)
@@ -158,9 +180,13 @@ class GradientSync:
         for bucket in self._buckets.values():
             self._launch(bucket.tensors)
 
+    def _sum_over_replicas(self, part: torch.Tensor) -> None:
+        """What hybrid sharding does besides."""
+
     def _arrive(self) -> None:
         for work, flat, tensors in self._flying:
             work.wait()
+            self._sum_over_replicas(flat)
             parts = torch.split(flat, [tensor.numel() for tensor in tensors])
             for tensor, part in zip(tensors, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))

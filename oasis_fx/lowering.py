@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from functorch.compile import make_boxed_func
@@ -13,6 +14,7 @@ from torch import fx
 
 from oasis_fx.config import Settings
 from oasis_fx.errors import OasisWarning
+from oasis_fx.gradient_sync import GradientSync
 from oasis_fx.graph import LiftedWeight
 from oasis_fx.groups import WeightGroup, choose_groups
 from oasis_fx.partitioner import JointPartitioner
@@ -34,6 +36,7 @@ class CompiledGraph:
         trace: what the passes did; None while unknown, as when a compile cache had the result.
         retrace: runs the passes again, without caches and code generation; None from it where nothing that the
             graph returns needs gradients.
+        syncs: what averages gradients of the graph over ranks.
     """
 
     names: Mapping[int, str]
@@ -42,6 +45,7 @@ class CompiledGraph:
     reasons: Mapping[int, str]
     trace: Trace | None = None
     retrace: Callable[[], Trace | None] | None = field(default=None, repr=False)
+    syncs: WeakSet[GradientSync] = field(default_factory=WeakSet, repr=False)
 
 
 def lower(
@@ -71,7 +75,7 @@ def lower(
     record.retrace = lambda: _retrace(lifted_gm, fakes, record.lifted, settings, options)
     names = [tuple(record.names[index] for index in group.weights) for group in record.groups]
     run = call_with_runtime_inputs(
-        compiled, record.groups, names, example_inputs, runtime_inputs, settings.stats, on_use
+        compiled, record.groups, names, example_inputs, runtime_inputs, settings.stats, on_use, record.syncs
     )
     return run, record
 

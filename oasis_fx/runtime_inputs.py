@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from oasis_fx.gradient_sync import GradientSync, sync_of
 from oasis_fx.graph import LiftedWeight
 from oasis_fx.groups import WeightGroup
 from oasis_fx.runtime.in_graph import control_of, stand_in
@@ -93,13 +96,18 @@ def fake_runtime_inputs(
     return fakes, names
 
 
-def _check_averaged(members: Sequence[torch.Tensor]) -> None:
-    """Refuse gradients under DDP that nobody averages."""
-    if not all(getattr(weight, "_oasis_synchronized", False) for weight in members):
-        raise RuntimeError(
-            "the model runs under DistributedDataParallel, which cannot average low-rank gradients: call "
-            "oasis_fx.distributed.synchronize(model) before it is wrapped"
-        )
+def _averaging(members: Sequence[torch.Tensor], ddp: DistributedDataParallel | None) -> GradientSync | None:
+    """What averages the gradients of a group over ranks. Refuses those under DDP that nothing does."""
+    syncs = [sync_of(weight) for weight in members]
+    if ddp is not None:
+        if None in syncs:
+            raise RuntimeError(
+                "the model runs under DistributedDataParallel, which cannot average low-rank gradients: call "
+                "oasis_fx.distributed.synchronize(model) before it is wrapped"
+            )
+        for sync in syncs:
+            sync.follow(ddp)  # type: ignore[union-attr]
+    return syncs[0]
 
 
 def _check_rank(weight: torch.Tensor, spec: SubspaceSpec, split: bool) -> None:
@@ -125,6 +133,7 @@ def call_with_runtime_inputs(
     runtime_inputs: Sequence[torch.Tensor],
     stats: bool,
     on_use: OnUse | None,
+    syncs: WeakSet[GradientSync],
 ) -> Compiled:
     """Call ``compiled`` with the bases and slots of the parameters of *each call*.
 
@@ -133,6 +142,7 @@ def call_with_runtime_inputs(
 
     Args:
         names: of the weights of each group, for ``on_use``.
+        syncs: gets what averages gradients of this graph over ranks.
     """
     lending = _lending(groups, stats)
     features = tuple(dims for group in groups for dims in group.features)
@@ -148,8 +158,9 @@ def call_with_runtime_inputs(
         ddp = active_ddp()
         for group, family in zip(groups, families, strict=True):
             members = [args[index] for index in group.weights]
-            if ddp is not None:
-                _check_averaged(members)
+            sync = _averaging(members, ddp)
+            if sync is not None:
+                syncs.add(sync)
             if split or group.spec.budget is not None:
                 _check_rank(members[0], group.spec, split)
             subspace = STORE.resolve(members, group.spec, group.features)

@@ -20,21 +20,26 @@ from oasis_fx.gradient_sync import GradientSync
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.torch_private import FsdpParameter, as_shard, fsdp_parameters
 
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
+
 
 def synchronize_shards(model: torch.nn.Module, bucket_bytes: int) -> ShardedSync | None:
     """None where nothing of the model is under FSDP2.
 
     Raises:
-        ValueError: it is under hybrid sharding, or its weights are sharded by another dimension than their first.
+        ValueError: its weights are sharded by another dimension than their first, or over a mesh of other dimensions
+            than those of sharding and, under hybrid sharding, replicas.
     """
     parameters = fsdp_parameters(model)
     if not parameters:
         return None
     for parameter in parameters:
-        if parameter.num_mesh_dims != 1 or parameter.shard_dim != 0:
+        known = 1 if parameter.replicas is None else 2
+        if parameter.group is None or parameter.num_mesh_dims != known or parameter.shard_dim != 0:
             raise ValueError(
-                "the model is under fully_shard with a mesh of more than one dimension, or shards by another dimension "
-                "than the first: hybrid sharding and shard_placement_fn do not go with oasis_fx"
+                f"a parameter of shape {tuple(parameter.whole.shape)} is under fully_shard with a mesh of "
+                f"{parameter.num_mesh_dims} dimensions, sharded by dimension {parameter.shard_dim}: oasis_fx needs its "
+                "rows sharded, over one dimension of a mesh, and at most replicas over another"
             )
     return ShardedSync([p for p in parameters if p.whole.dim() >= 2 and p.whole.requires_grad], bucket_bytes)
 
@@ -42,10 +47,15 @@ def synchronize_shards(model: torch.nn.Module, bucket_bytes: int) -> ShardedSync
 class ShardedSync(GradientSync):
     """Scatters low-rank gradients by rows, and averages statistics. Made by `oasis_fx.distributed.synchronize`."""
 
+    peer = "FSDP2"
+
     def __init__(self, parameters: Sequence[FsdpParameter], bucket_bytes: int) -> None:
         self._parameters = {parameter.whole: parameter for parameter in parameters}
         self._held: dict[torch.nn.Parameter, LowRankGrad] = {}  # summed over micro-batches that were not sent
         super().__init__(list(self._parameters), parameters[0].group if parameters else None, bucket_bytes)
+        self._replicas = parameters[0].replicas if parameters else None
+        if self._replicas is not None:
+            self.ranks *= dist.get_world_size(self._replicas)
         for parameter in parameters:
             parameter.sharded._oasis_whole = parameter.whole  # type: ignore[attr-defined]
 
@@ -104,20 +114,21 @@ class ShardedSync(GradientSync):
         for dtype, batch in by_dtype.items():
             parts = [self._parts(gradient.factor.to(dtype)).flatten(1) for _, gradient in batch]
             given = torch.cat(parts, dim=1).div_(self._divisor(batch[0][0])).flatten()
-            taken = torch.empty(given.numel() // self.world, dtype=dtype, device=given.device)
-            self.sent += given.nbytes
-            work = dist.reduce_scatter_tensor(taken, given, group=self.group, async_op=True)
+            taken = given.new_empty(given.numel() // len(parts[0]))
+            self._count(given)
+            work = _reduce_scatter(taken, given, group=self.group, async_op=True)
             self._scattered.append((work, taken, batch))
 
     def _divisor(self, parameter: FsdpParameter) -> float:
         factor = parameter.gradient_divide_factor
-        return float(self.world if factor is None else factor)
+        return float(self.ranks if factor is None else factor)
 
     def _parts(self, factor: torch.Tensor) -> torch.Tensor:
         """[m, r] as [ranks, rows of a rank, r], as FSDP2 parts a weight; with zeros behind the last row."""
-        rows = -(-factor.shape[0] // self.world)
-        padded = torch.nn.functional.pad(factor, (0, 0, 0, rows * self.world - factor.shape[0]))
-        return padded.view(self.world, rows, factor.shape[1])
+        world = dist.get_world_size(self.group)
+        rows = -(-factor.shape[0] // world)
+        padded = torch.nn.functional.pad(factor, (0, 0, 0, rows * world - factor.shape[0]))
+        return padded.view(world, rows, factor.shape[1])
 
     def _launch_rest(self) -> None:
         if self._leaving:
@@ -128,11 +139,17 @@ class ShardedSync(GradientSync):
         super()._arrive()
         for work, taken, batch in self._scattered:
             work.wait()
-            sizes = [-(-gradient.factor.shape[0] // self.world) * gradient.factor.shape[1] for _, gradient in batch]
+            self._sum_over_replicas(taken)
+            sizes = [self._parts(gradient.factor)[0].numel() for _, gradient in batch]
             for (parameter, gradient), part in zip(batch, torch.split(taken, sizes), strict=True):
                 shard = parameter.sharded.to_local()  # type: ignore[attr-defined]
                 rows = part.view(-1, gradient.factor.shape[1])[: shard.shape[0]]
                 self._give(parameter, LowRankGrad(rows.clone(), gradient.subspace, shard, features=gradient.features))
+
+    def _sum_over_replicas(self, part: torch.Tensor) -> None:
+        if self._replicas is not None:
+            self._count(part)
+            dist.all_reduce(part, group=self._replicas)
 
     def _give(self, parameter: FsdpParameter, gradient: LowRankGrad) -> None:
         present = parameter.sharded.grad

@@ -83,8 +83,14 @@ class FsdpParameter:
         return int(self._of_fsdp.fsdp_placement.dim)
 
     @property
-    def group(self) -> torch.distributed.ProcessGroup:
-        return self._of_fsdp.mesh_info.shard_process_group  # type: ignore[no-any-return]
+    def group(self) -> torch.distributed.ProcessGroup | None:
+        """Over which it is sharded; None where every rank has all of it."""
+        return getattr(self._of_fsdp.mesh_info, "shard_process_group", None)
+
+    @property
+    def replicas(self) -> torch.distributed.ProcessGroup | None:
+        """Those that have the same shard, under hybrid sharding."""
+        return getattr(self._of_fsdp.mesh_info, "replicate_process_group", None)
 
     @property
     def gradient_divide_factor(self) -> float | None:
@@ -92,8 +98,9 @@ class FsdpParameter:
         return self._group_of_fsdp.gradient_divide_factor  # type: ignore[no-any-return]
 
     def is_synchronizing(self) -> bool:
-        """By `set_requires_gradient_sync`."""
-        return bool(self._group_of_fsdp.reduce_grads)
+        """By `set_requires_gradient_sync` and `set_requires_all_reduce`."""
+        whole = self.replicas is None or self._group_of_fsdp.all_reduce_grads
+        return bool(self._group_of_fsdp.reduce_grads and whole)
 
 
 def fsdp_parameters(model: torch.nn.Module) -> list[FsdpParameter]:

@@ -81,16 +81,37 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What `oasis_fx.distributed.synchronize` has sent for a model; `str()` of it is a line.
+
+    Attributes:
+        sent_bytes: measured: what this rank has given to collectives.
+        early_bytes: of it, what it gave while backward passes went on.
+        dense_bytes: what the same gradients have at full size.
+    """
+
+    sent_bytes: int
+    early_bytes: int
+    dense_bytes: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """One compiled graph; `str()` of it is a table. ``totals`` is None where no weight got a basis.
 
-    ``decisions`` are those of each tensor that the backward pass needs.
+    ``decisions`` are those of each tensor that the backward pass needs. ``traffic`` is what has gone from this rank to
+    others so far, of the models that the graph was called for.
     """
 
     rows: tuple[WeightRow, ...]
     skipped: tuple[SkippedRow, ...]
     totals: Totals | None
     decisions: tuple[Decision, ...] = ()
+    traffic: tuple[Traffic, ...] = ()
 
     def __str__(self) -> str:
         return format_report(self)
@@ -134,7 +155,8 @@ def _report_graph(record: CompiledGraph, trace: Trace | None) -> GraphReport:
         *_adam_bytes(record, trace, placeholders),
     )
     rows = _rows(record, trace, placeholders, saved_before, saved_after)
-    return GraphReport(tuple(rows), tuple(skipped), totals, decisions(trace))
+    traffic = tuple(Traffic(sync.sent, sync.early, sync.dense, str(sync)) for sync in record.syncs)
+    return GraphReport(tuple(rows), tuple(skipped), totals, decisions(trace), traffic)
 
 
 def _rows(

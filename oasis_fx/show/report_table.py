@@ -60,6 +60,7 @@ def format_report(report: GraphReport) -> str:
         parts += [str(decision_table(report.decisions)), DECISION_LEGEND]
     if report.totals is not None:
         parts.append(str(totals_table(report.totals)))
+    parts += map(str, report.traffic)
     return "\n\n".join(part for part in parts if part)
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from oasis_fx import LowRankGrad, LowRankGradWarning, OasisAdamW, OasisLion, OasisMuon, oasis_backend
 from oasis_fx.distributed import synchronize
@@ -61,14 +62,14 @@ def batch(step: int, rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]
     return part, (part * 5 + 1) % VOCABULARY
 
 
-def made(backend, sharded: bool, *, optimizer=OasisAdamW, dtype=torch.float64, policy=None):
+def made(backend, sharded: bool, *, optimizer=OasisAdamW, dtype=torch.float64, policy=None, replicas=1):
     torch._dynamo.reset()
     model = Net().to(dtype)
     for block in model.blocks:
         block.compile(backend=backend)
     handle = None
     if sharded:
-        settings = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}
+        settings = {"mesh": mesh_of(replicas)}
         settings |= {"mp_policy": policy} if policy is not None else {}
         for block in model.blocks:
             fully_shard(block, **settings)
@@ -77,14 +78,24 @@ def made(backend, sharded: bool, *, optimizer=OasisAdamW, dtype=torch.float64, p
     return model, optimizer(model.parameters(), lr=1e-2, weight_decay=0.1), handle
 
 
-def train(model, optimizer, sharded, steps=range(STEPS), *, accumulate=1, send_each=False, extra_first=False, clip=1.0):
+def mesh_of(replicas: int):
+    world = dist.get_world_size()
+    if replicas == 1:
+        return init_device_mesh("cpu", (world,))
+    return init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def train(model, optimizer, sharded, steps=range(STEPS), *, accumulate=1, send_each=False, scatter_each=False,
+          extra_first=False, clip=1.0):  # fmt: skip
     losses, norms = [], []
     rank, world = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
     for step in steps:
         total = 0.0
         for micro in range(accumulate):
             if sharded:
-                model.set_requires_gradient_sync(send_each or micro == accumulate - 1)
+                last = micro == accumulate - 1
+                model.set_requires_gradient_sync(send_each or scatter_each or last)
+                model.set_requires_all_reduce(send_each or last)
             loss = model(*batch(step * accumulate + micro, rank, world), extra_first and micro == 0)
             (loss / accumulate).backward()
             total += loss.detach() / accumulate
@@ -117,15 +128,18 @@ def equal() -> dict:
         "accumulated": ({}, {"accumulate": 2}),
         "accumulated, each sent": ({}, {"accumulate": 2, "send_each": True}),
         "used in the first micro-batch alone": ({}, {"accumulate": 2, "extra_first": True}),
+        "hybrid": ({"replicas": 2}, {"accumulate": 2}),
+        "hybrid, each scattered": ({"replicas": 2}, {"accumulate": 2, "scatter_each": True}),
         "lion, random": ({"optimizer": OasisLion, "backend": {"subspace": "random", "subspace_every": 3}}, {}),
         "auto": ({"backend": {"rank": "auto:0.25", "subspace_lr": "auto"}}, {}),
         "inductor": ({"backend": {"inner": "inductor"}}, {}),
     }.items():
-        if dist.get_world_size() > 2 and name not in ("plain", "accumulated"):
+        of_four = name in ("plain", "accumulated") or "hybrid" in name
+        if not of_four if dist.get_world_size() > 2 else "hybrid" in name:
             continue
         subspace_optimizer.RANK_STEPS = (3,) if name == "auto" else (100, 1000)
         backend = {"rank": 8, "inner": "aot_eager"} | settings.pop("backend", {})
-        model, optimizer, _ = made(oasis_backend(**backend), False, **settings)
+        model, optimizer, _ = made(oasis_backend(**backend), False, optimizer=settings.get("optimizer", OasisAdamW))
         alone = train(model, optimizer, False, **options)
         model, optimizer, handle = made(oasis_backend(**backend), True, **settings)
         losses = train(model, optimizer, True, **options)
@@ -193,7 +207,7 @@ def refused() -> dict:
         "muon": lambda: OasisMuon(model.parameters()),
         "eight bits": lambda: OasisAdamW(model.parameters(), state_bits=8),
         "resize": lambda: OasisAdamW(model.parameters()).resize_rank(4),
-        "hybrid": hybrid,
+        "columns": columns,
         "not synchronized": unsynchronized,
         "not finite": not_finite,
     }.items():
@@ -204,10 +218,9 @@ def refused() -> dict:
     return found
 
 
-def hybrid() -> None:
-    block = Block()
-    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
-    synchronize(fully_shard(block, mesh=mesh))
+def columns() -> None:
+    layer = torch.nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+    synchronize(fully_shard(layer, mesh=mesh_of(1), shard_placement_fn=lambda p: Shard(p.dim() - 1)))
 
 
 def unsynchronized() -> None:

@@ -33,10 +33,16 @@ def result(case: str, folder: Path, world: int = 2) -> dict:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_it_trains_as_one_process_on_the_joint_batch(tmp_path, world) -> None:
-    for name, (alone, losses, equal, (sent, dense)) in result("equal", tmp_path, world).items():
+    found = result("equal", tmp_path, world)
+    assert found.pop("report"), "what was sent is not in the report"
+    for name, (alone, losses, equal, (sent, early, dense)) in found.items():
         assert losses == pytest.approx(alone, rel=1e-6), name
         assert equal, name
         assert losses[-1] < losses[0] and 0 < sent < 0.7 * dense, (name, sent / dense)
+        if name == "plain":  # in small buckets: what is left for the end is statistics
+            assert 0.8 * sent < early < sent, (early, sent)
+        if name == "accumulated":  # nothing is sent under no_sync()
+            assert dense == found["plain"][3][2]
 
 
 def test_a_model_that_nobody_synchronizes_is_refused(tmp_path) -> None:
