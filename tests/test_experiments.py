@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -122,6 +123,14 @@ def test_figures_of_what_there_is(kit, tmp_path) -> None:
     made = kit["figures"].draw(tmp_path / "runs", tmp_path / "out", steps=3, longer=2)
     drawn = {f"experiments-{name}.svg" for name in ("curves", "drift", "subspace-lr", "rank")}
     assert {file.name for file in made} == drawn | {"experiments-runs.json"}
+    # On another machine, which has done one run: the others are kept, and count as done where that is asked for.
+    written = json.loads((tmp_path / "out" / "experiments-runs.json").read_text())
+    elsewhere = kit["runs"].Runs(tmp_path / "other", kit["training"].train, kit["figures"].kept(tmp_path / "out"))
+    assert all(elsewhere.known(run["settings"]) == run["result"] for run in written)
+    elsewhere.result(training.settings("pca", 1e-3, 0, **others))
+    kit["figures"].draw(tmp_path / "other", tmp_path / "out", steps=3, longer=2)
+    after = json.loads((tmp_path / "out" / "experiments-runs.json").read_text())
+    assert len(after) == len(written) + 1 and all(run in after for run in written)
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from runs import key
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 Run = dict[str, Any]
+KEPT = "experiments-runs.json"
 
 
 def draw(folder: Path, out: Path, *, steps: int, longer: int) -> list[Path]:
-    """Write what the runs allow; return the files."""
+    """Write what the runs allow, those that ``out`` has from earlier machines among them; return the files."""
     out.mkdir(parents=True, exist_ok=True)
-    runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    file = out / "experiments-runs.json"
-    file.write_text(json.dumps([_summary(run) for run in runs], indent=0) + "\n")
+    file = out / KEPT
+    found = {key(run["settings"]): run for run in kept(out)}
+    fresh = (json.loads(one.read_text()) for one in folder.glob("*.json"))
+    found |= {key(run["settings"]): _summary(run) for run in fresh}
+    runs = [found[name] for name in sorted(found)]
+    file.write_text(json.dumps(runs, indent=0) + "\n")
     made = [file]
     scratch = [run for run in runs if "part" not in run["settings"] and run["settings"]["data"] == "shakespeare"]
     small = [run for run in scratch if run["settings"]["model"] == "small"]
@@ -44,7 +49,15 @@ def draw(folder: Path, out: Path, *, steps: int, longer: int) -> list[Path]:
     return made
 
 
+def kept(out: Path) -> list[Run]:
+    """All runs that were written there."""
+    file = out / KEPT
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
 def _summary(run: Run) -> Run:
+    if "mean_drift" in run["result"]:
+        return run  # taken from where it was summed up
     result = {key: value for key, value in run["result"].items() if key not in ("subspaces", "losses")}
     moves = run["result"].get("subspaces") or []
     result["mean_drift"] = [[step, _mean(drift for drift, _, _ in found)] for step, found in moves]
@@ -72,7 +85,7 @@ def _curves(axes: Any, runs: list[Run]) -> bool:
 def _drift(axes: Any, runs: list[Run]) -> bool:
     drawn = False
     for run in runs:
-        points = [(step, value) for step, value in _summary(run)["result"]["mean_drift"] if value is not None]
+        points = [(step, value) for step, value in run["result"]["mean_drift"] if value is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=_label(run["settings"]))
             drawn = True

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.part == "finetune":
         _finetune(args)
         return
-    runs = Runs(args.runs, training.train)
+    runs = Runs(args.runs, training.train, figures.kept(args.out) if args.kept else ())
     fixed = {key: getattr(args, key) for key in FIXED} | ({"rank_scaling": True} if args.rank_scaling else {})
     if args.part == "sweep":
         _do(runs, lambda: sweep.plan(args.lrs, args.seeds, **fixed), args.limit_hours)
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    runs = Runs(args.runs, finetuning.train)
+    runs = Runs(args.runs, finetuning.train, figures.kept(args.out) if args.kept else ())
     given = {"steps": args.steps, "device": args.device, "inner": args.inner}
     chosen = tuple(p for p in finetuning.POINTS if args.methods == list(methods.METHODS) or p[0] in args.methods)
     _do(runs, lambda: finetuning.plan(args.seeds, chosen, **given), args.limit_hours)
@@ -119,6 +119,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor")
     parser.add_argument("--limit-hours", type=float, default=2.0, help="start no run after this")
+    parser.add_argument("--kept", action="store_true", help="what is in experiments-runs.json counts as done")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(argv)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,24 @@ class Runs:
     Args:
         folder: made where it is missing.
         train: does a run: settings and a `Checkpoint` to a result, plain numbers and lists.
+        kept: runs of elsewhere that count as done, each a dict of its settings and result.
     """
 
-    def __init__(self, folder: Path, train: Callable[[Settings, Checkpoint], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        train: Callable[[Settings, Checkpoint], dict[str, Any]],
+        kept: Iterable[dict[str, Any]] = (),
+    ) -> None:
         self.folder, self.train = folder, train
+        self._kept = {key(run["settings"]): run["result"] for run in kept}
         folder.mkdir(parents=True, exist_ok=True)
 
     def known(self, settings: Settings) -> dict[str, Any] | None:
         file = self._file(settings)
-        return json.loads(file.read_text())["result"] if file.is_file() else None
+        if file.is_file():
+            return json.loads(file.read_text())["result"]
+        return self._kept.get(key(settings))
 
     def result(self, settings: Settings) -> dict[str, Any]:
         """The result of a run: from its file, or by doing it or what is left of it."""
@@ -43,8 +52,12 @@ class Runs:
         return present
 
     def _file(self, settings: Settings) -> Path:
-        text = json.dumps(settings, sort_keys=True)
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        return self.folder / f"{key(settings)}.json"
+
+
+def key(settings: Settings) -> str:
+    """The same for equal settings, in whatever order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Checkpoint:
