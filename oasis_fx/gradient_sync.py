@@ -23,7 +23,7 @@ _syncs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weak references, 
 
 def sync_of(weight: torch.Tensor) -> GradientSync | None:
     """What averages the gradient of a parameter, as compiled graphs see it; None for nothing."""
-    found = _syncs.get(weight)
+    found = _syncs.get(weight) if _syncs else None
     return None if found is None else found()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parents[1] / "benchmarks" / "experiments"
-MODULES = ("byte_lm", "corpus", "methods", "runs", "training", "scratch", "sweep", "figures", "finetuning")
+MODULES = ("byte_lm", "corpus", "methods", "runs", "training", "scratch", "sweep", "figures", "finetuning", "sizes")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,14 @@ def test_a_sweep_has_each_of_its_points_in_its_table(kit) -> None:
 def test_unknown_methods_are_named(kit) -> None:
     with pytest.raises(ValueError, match=r"--methods names 'ojja': it must be of adamw, oja"):
         kit["methods"].known(["oja", "ojja"])
+
+
+def test_what_a_method_keeps(kit) -> None:
+    """At d = 32, r = 4: moments are an eighth and bases are added; rules of the gradient keep the activations."""
+    adamw, oja, power = (kit["sizes"].measure(name, **FIXED) for name in ("adamw", "oja", "gradient_power"))
+    assert oja["activations"] < adamw["activations"] <= power["activations"]
+    assert oja["gradients"] < adamw["gradients"] and power["optimizer"] < adamw["optimizer"]
+    assert all(found["sum"] == sum(v for k, v in found.items() if k != "sum") for found in (adamw, oja, power))
 
 
 def test_figures_of_what_there_is(kit, tmp_path) -> None:

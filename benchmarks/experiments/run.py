@@ -4,6 +4,7 @@
     python benchmarks/experiments/run.py scratch --methods adamw,oja --steps 200 --seeds 1 --limit-hours 0.5
     python benchmarks/experiments/run.py sweep                            # subspace_lr, rank, period
     python benchmarks/experiments/run.py finetune                         # SmolLM2-135M on grade-school maths
+    python benchmarks/experiments/run.py sizes                            # what each method keeps, at the same sizes
     python benchmarks/experiments/run.py figures --steps 300 --longer 10  # drawings, and one file with all runs
 
 Runs lie in runs/experiments; the end of each part writes benchmarks/results/experiments-PART.json and .md.
@@ -23,6 +24,7 @@ import figures
 import finetuning
 import methods
 import scratch
+import sizes
 import sweep
 import training
 from runs import Runs, Settings
@@ -42,6 +44,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.part == "finetune":
         _finetune(args)
+        return
+    if args.part == "sizes":
+        fixed = {key: getattr(args, key) for key in FIXED if key not in ("data", "steps")}
+        _report(args, fixed, sizes.table(args.methods, **fixed), sizes.HEADERS)
         return
     runs = Runs(args.runs, training.train, figures.kept(args.out) if args.kept else ())
     fixed = {key: getattr(args, key) for key in FIXED} | ({"rank_scaling": True} if args.rank_scaling else {})
@@ -87,7 +93,9 @@ def _waiting(runs: Runs, plan: Iterable[Settings]) -> list[Settings]:
 
 def _report(args: argparse.Namespace, fixed: dict[str, Any], rows: list[Any], headers: list[str]) -> None:
     name = f"experiments-{args.part}-{args.steps}"
-    if args.part != "finetune":
+    if args.part == "sizes":
+        name = f"experiments-sizes-{args.model}-r{args.rank}"
+    elif args.part != "finetune":
         name = f"experiments-{args.part}-{args.model}-{args.data}-{args.steps}-r{args.rank}"
         name += "" if args.rank_scaling else "-unscaled"
     text = f"{json.dumps(fixed)}\n\n{tabulate(rows, headers, tablefmt='github', floatfmt='.3g')}\n"
@@ -104,7 +112,7 @@ def _rank(text: str) -> int | float | str:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("scratch", "sweep", "finetune", "figures"))
+    parser.add_argument("part", choices=("scratch", "sweep", "finetune", "sizes", "figures"))
     parser.add_argument("--methods", type=lambda text: methods.known(text.split(",")), default=list(methods.METHODS))
     parser.add_argument("--no-rank-scaling", dest="rank_scaling", action="store_false", help="of our optimizers")
     parser.add_argument("--model", choices=("small", "10m"), default="small")
