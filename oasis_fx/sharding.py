@@ -28,7 +28,7 @@ def synchronize_shards(model: torch.nn.Module, bucket_bytes: int) -> ShardedSync
 
     Raises:
         ValueError: its weights are sharded by another dimension than their first, or over a mesh of other dimensions
-            than those of sharding and, under hybrid sharding, replicas.
+            than those of sharding and, under hybrid sharding, replicas; or not all over the same ranks.
     """
     parameters = fsdp_parameters(model)
     if not parameters:
@@ -41,7 +41,14 @@ def synchronize_shards(model: torch.nn.Module, bucket_bytes: int) -> ShardedSync
                 f"{parameter.num_mesh_dims} dimensions, sharded by dimension {parameter.shard_dim}: oasis_fx needs its "
                 "rows sharded, over one dimension of a mesh, and at most replicas over another"
             )
+    if len({_ranks(parameter) for parameter in parameters}) > 1:
+        raise ValueError("fully_shard was given meshes of several sets of ranks: oasis_fx needs one for all of a model")
     return ShardedSync([p for p in parameters if p.whole.dim() >= 2 and p.whole.requires_grad], bucket_bytes)
+
+
+def _ranks(parameter: FsdpParameter) -> tuple[tuple[int, ...], ...]:
+    groups = parameter.group, parameter.replicas
+    return tuple(tuple(dist.get_process_group_ranks(group)) for group in groups if group is not None)
 
 
 class ShardedSync(GradientSync):

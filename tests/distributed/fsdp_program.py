@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -208,6 +208,7 @@ def refused() -> dict:
         "eight bits": lambda: OasisAdamW(model.parameters(), state_bits=8),
         "resize": lambda: OasisAdamW(model.parameters()).resize_rank(4),
         "columns": columns,
+        "several meshes": several_meshes,
         "not synchronized": unsynchronized,
         "not finite": not_finite,
     }.items():
@@ -221,6 +222,13 @@ def refused() -> dict:
 def columns() -> None:
     layer = torch.nn.Linear(WIDTH, 2 * WIDTH, bias=False)
     synchronize(fully_shard(layer, mesh=mesh_of(1), shard_placement_fn=lambda p: Shard(p.dim() - 1)))
+
+
+def several_meshes() -> None:
+    own = DeviceMesh("cpu", [dist.get_rank()])
+    layers = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH))
+    fully_shard(layers[0], mesh=mesh_of(1)), fully_shard(layers[1], mesh=own)
+    synchronize(layers)
 
 
 def unsynchronized() -> None:
