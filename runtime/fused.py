@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,11 +34,17 @@ def _kernels() -> ModuleType | None:
 _broken = False
 
 
-def _launch(run: Callable[[], None]) -> bool:
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the present device, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _launch(run: Callable[[], None], device: torch.device) -> bool:
     """Whether it ran. A machine that cannot build kernels is told once."""
     global _broken
     try:
-        run()
+        with device_guard(device):
+            run()
     except Exception as error:
         _broken = True
         why = f"{type(error).__name__}: {error}"
@@ -72,7 +79,8 @@ def add_product(
         return False
     seed = None if generator is None else _next_seed(generator)
     done = _launch(
-        lambda: _kernels().add_product_(rows, u, basis, keep=keep, alpha=alpha, gate=gate, seed=seed)  # type: ignore[union-attr]
+        lambda: _kernels().add_product_(rows, u, basis, keep=keep, alpha=alpha, gate=gate, seed=seed),  # type: ignore[union-attr]
+        weight.device,
     )
     if done:
         torch.autograd.graph.increment_version(weight)  # a kernel does not, and autograd looks at it
@@ -90,7 +98,8 @@ def step_dense_bfloat16(
     counts = torch.stack(steps).double() + 1
     biases = torch.stack([1 - beta**counts for beta in (hyper.beta1, hyper.beta2)], dim=1).float()
     for number, update in enumerate(suited):
-        done = _launch(functools.partial(_step_one, update, biases[number], hyper, gate, _next_seed(generator)))
+        step = functools.partial(_step_one, update, biases[number], hyper, gate, _next_seed(generator))
+        done = _launch(step, update.weight.device)
         if not done:
             suited = suited[:number]
             break

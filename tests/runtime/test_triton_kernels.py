@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from oasis_fx.runtime.fused import device_guard
 
 BESIDE = Path(sys.prefix) / "triton"
 
@@ -30,3 +33,9 @@ def test_kernels(what, interpreted, tmp_path) -> None:
         [sys.executable, "-P", str(program), what], capture_output=True, text=True, env=environment, timeout=280
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
+def test_a_kernel_runs_where_its_weight_is() -> None:
+    assert device_guard(torch.device("cuda", 1)).idx == 1
+    with device_guard(torch.device("cpu")):
+        pass
