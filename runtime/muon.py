@@ -2,7 +2,7 @@
 
     M = mu M + G [m, r];   O = U V^T of M = U S V^T, by an exact SVD
     O = O min(1, gamma ||O_before|| / ||O||)                      the norm-growth limiter
-    W = (1 - lr wd) W - lr scale sqrt(max(m, n)) O Q^T
+    W = (1 - lr wd) W - lr scale sqrt(max(m, n)) f O Q^T,   f = sqrt(min(m, n) / r)
 
 One moment only, which goes over to a new basis as M R: no second moment has to be carried. An SVD and not
 Newton-Schulz's iteration, whose error is large for moments of low rank and bad condition. Other parameters (biases,
@@ -10,20 +10,28 @@ norms, embeddings, heads) are AdamW's.
 
 Source: SUMO, arXiv 2505.24749, but for its term G - Q Q^T G, which nobody has here: only dW Q leaves the graph. The
 paper's scale is 1 times its learning rate; 0.2 gives updates of the size of AdamW's (Moonlight, arXiv 2502.16982), so
-that one learning rate serves all parameters.
+that one learning rate serves all parameters. f is ours: O has min(m, r) directions of length 1 where that of a dense
+gradient has min(m, n); with it a step is as long at every rank (docs/results.md has what it is worth).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from oasis_fx.runtime.adamw import Hyper as AdamHyper
 from oasis_fx.runtime.adamw import step_dense_bfloat16, step_fused
-from oasis_fx.runtime.group_settings import check_decays, check_numbers, check_rounding, rounds_stochastically
+from oasis_fx.runtime.group_settings import (
+    check_decays,
+    check_flags,
+    check_numbers,
+    check_rounding,
+    rounds_stochastically,
+)
 from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
 from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, State
 from oasis_fx.runtime.weight_step import step_weight, where
@@ -35,6 +43,7 @@ class Hyper:
     momentum: float
     scale: float
     limit: float
+    rank_scaling: bool
 
 
 class OasisMuon(SubspaceOptimizer):
@@ -49,6 +58,7 @@ class OasisMuon(SubspaceOptimizer):
         limit: gamma: how much an update's norm may grow from one step to the next, over 1; `math.inf` for any.
         betas, eps: of AdamW, for parameters whose gradient is not low-rank.
         stochastic_rounding: as for `OasisAdamW`.
+        rank_scaling: multiply the learning rate of a weight in a subspace by f, see above.
 
     Raises:
         ValueError: naming the value and what is allowed.
@@ -71,6 +81,7 @@ class OasisMuon(SubspaceOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         stochastic_rounding: bool | None = None,
+        rank_scaling: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -81,6 +92,7 @@ class OasisMuon(SubspaceOptimizer):
             "betas": betas,
             "eps": eps,
             "stochastic_rounding": stochastic_rounding,
+            "rank_scaling": rank_scaling,
         }
         super().__init__(params, defaults)
 
@@ -88,6 +100,7 @@ class OasisMuon(SubspaceOptimizer):
         check_numbers(group, "lr", "weight_decay", "scale", "eps")
         check_decays(group)
         check_rounding(group)
+        check_flags(group, "rank_scaling")
         if not 0 <= float(group["momentum"]) < 1:
             raise ValueError(f"momentum is {group['momentum']!r}: it must be a number in [0, 1)")
         if not float(group["limit"]) > 1:
@@ -97,7 +110,8 @@ class OasisMuon(SubspaceOptimizer):
         beta1, beta2 = (float(beta) for beta in group["betas"])
         rounding = rounds_stochastically(group, weight)
         adam = AdamHyper(float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), rounding)
-        return Hyper(adam, float(group["momentum"]), float(group["scale"]), float(group["limit"]))
+        scaling = bool(group.get("rank_scaling", False))
+        return Hyper(adam, float(group["momentum"]), float(group["scale"]), float(group["limit"]), scaling)
 
     def step_low_rank(
         self, updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
@@ -110,11 +124,11 @@ class OasisMuon(SubspaceOptimizer):
         for batch in batches.values():
             directions = orthogonalize(torch.stack([update.state["momentum_buffer"] for update in batch]))
             for update, o in zip(batch, directions, strict=True):
-                n = update.basis.shape[0]
-                adam = replace(hyper.adam, lr=hyper.adam.lr * hyper.scale * max(o.shape[0], n) ** 0.5)
-                # Weight decay goes by the learning rate itself.
-                adam = replace(adam, weight_decay=_divided(hyper.adam.lr * hyper.adam.weight_decay, adam.lr))
-                step_weight(update, where(gate, -self._limited(update.state, o, hyper, gate)), adam, gate, generator)
+                factor = hyper.scale * math.sqrt(max(o.shape[0], update.basis.shape[0]))
+                if hyper.rank_scaling:
+                    factor *= _rank_scale(update, o.shape[0])
+                minus_o = where(gate, -self._limited(update.state, o, hyper, gate))
+                step_weight(update, minus_o, hyper.adam, gate, generator, factor)
                 update.state["step"] += where(gate, torch.ones_like(update.state["step"]))
 
     def _limited(self, state: State, o: torch.Tensor, hyper: Hyper, gate: torch.Tensor | None) -> torch.Tensor:
@@ -142,5 +156,10 @@ def orthogonalize(m: torch.Tensor) -> torch.Tensor:
     return (u * kept.unsqueeze(-2)) @ vh
 
 
-def _divided(a: float, b: float) -> float:
-    return a / b if b else 0.0
+def _rank_scale(update: LowRankUpdate, m: int) -> float:
+    """What makes a step O Q^T as long as that of an orthogonalised dense gradient.
+
+    O is as long as min(m, r) says and not as r, and a dense one as min(m, n): `LowRankUpdate.rank_scale` has neither.
+    """
+    n, r = update.basis.shape
+    return update.rank_scale * math.sqrt(r / n * min(m, n) / min(m, r))

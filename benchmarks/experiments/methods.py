@@ -82,7 +82,7 @@ def build(
     model.compile(backend=oasis_fx.oasis_backend(rank, inner=inner, **settings))
     optimizer = getattr(oasis_fx, method.optimizer)
     options = dict(method.options)
-    if method.optimizer in ("OasisAdamW", "OasisLion"):
+    if method.optimizer != "OasisSGD":
         options["rank_scaling"] = rank_scaling
     return optimizer(parameters, lr=lr, weight_decay=weight_decay, **options)
 

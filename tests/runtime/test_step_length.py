@@ -8,16 +8,16 @@ import math
 import pytest
 import torch
 
-from oasis_fx import OasisAdamW, OasisLion, OasisSGD, oasis_backend
+from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
 
 N, M, RANK, LR = 12, 5, 3, 1e-2
 
 
-def model_and_gradient(subspace="oja", bias: bool = False):
+def model_and_gradient(subspace="oja", bias: bool = False, m: int = M):
     """A layer with a low-rank gradient, and the same with its dense one."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = torch.nn.Linear(N, M, bias=bias).double()
+    model = torch.nn.Linear(N, m, bias=bias).double()
     plain = copy.deepcopy(model)
     x = torch.randn(40, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=subspace, inner="aot_eager"))
@@ -41,15 +41,33 @@ def test_a_step_is_as_long_as_a_dense_one(make) -> None:
     assert float(low.norm()) == pytest.approx(float(dense.norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize("make", [OasisAdamW, OasisLion], ids=lambda make: make.__name__)
-def test_the_factor_is_of_the_step_and_not_of_the_decay(make) -> None:
+@pytest.mark.parametrize("subspace", ["oja", "random"])
+@pytest.mark.parametrize("m", [2, M, 20], ids="{} rows".format)
+def test_a_step_of_muon_is_as_long_as_a_dense_one(subspace, m) -> None:
+    """The orthogonalised gradient of m x n has norm sqrt(min(m, n)), and in a subspace sqrt(min(m, r))."""
+    model, _ = model_and_gradient(subspace, m=m)
+    step = moved(model, OasisMuon(model.parameters(), LR, weight_decay=0.0, scale=0.5))
+    # The columns of a random basis have the length sqrt(n / r) on average only.
+    rel = 1e-6 if subspace == "oja" else 0.5
+    assert float(step.norm()) == pytest.approx(LR * 0.5 * math.sqrt(m * N), rel=rel)
+
+
+MUON_FACTOR = math.sqrt(M / RANK)  # M is under N
+
+
+@pytest.mark.parametrize(
+    ("make", "factor"),
+    [(OasisAdamW, math.sqrt(N / RANK)), (OasisLion, math.sqrt(N / RANK)), (OasisMuon, MUON_FACTOR)],
+    ids=["OasisAdamW", "OasisLion", "OasisMuon"],
+)
+def test_the_factor_is_of_the_step_and_not_of_the_decay(make, factor) -> None:
     found = {}
     for scaling in (True, False):
         model, _ = model_and_gradient()
         start = model.weight.detach().clone()
         step = moved(model, make(model.parameters(), LR, weight_decay=0.3, rank_scaling=scaling))
         found[scaling] = step + LR * 0.3 * start
-    torch.testing.assert_close(found[True], math.sqrt(N / RANK) * found[False], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found[True], factor * found[False], rtol=1e-9, atol=1e-12)
 
 
 def test_a_basis_that_has_the_factor_in_it_gets_no_other() -> None:
