@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torchao==0.18.0
 
-.PHONY: setup demo test coverage contenders bench bench-large bench-models bench-growth bench-gpu experiments lint typecheck docs release clean
+.PHONY: setup demo test test-slow test-all coverage contenders bench bench-large bench-models bench-growth bench-gpu experiments lint typecheck docs release clean
 
 setup: $(VENV)/.installed
 
@@ -25,9 +25,13 @@ $(VENV)/.installed: pyproject.toml
 demo: setup  ## fine-tune SmolLM2-135M on grade-school maths, beside stock torch.compile + AdamW
 	$(BIN)/python examples/finetune.py --out runs/demo
 
-test: setup  ## all tests but those for a GPU
+test: TESTS := not gpu and not slow
+test-slow: TESTS := not gpu and slow
+test-all: TESTS := not gpu
+
+test test-slow test-all: setup  ## test: under 15 min on 2 cores; test-slow: the rest, but for tests that need a GPU
 	# Compiling is one thread's work: a worker a core, each with one thread for its sums.
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m 'not gpu' -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m '$(TESTS)' -n auto --maxprocesses 4 --dist loadfile
 
 coverage: setup  ## write docs/coverage.md
 	$(BIN)/python tests/coverage/test_coverage.py
@@ -59,10 +63,11 @@ bench-growth: setup  ## one size at a time
 	$(BENCH) --model 512x4 --batch 4 --seq 512 --steps 3 --contenders stock,oasis \
 		--grow seq=128,512,2048 --grow batch=1,4,16 --grow width=256,512,1024 --grow depth=2,4,8 --grow rank=16,64,128
 
-experiments: setup  ## learning quality of every method; runs are kept in runs/experiments, stop and go on at any time
+experiments: contenders  ## learning quality of every method; runs are kept in runs/experiments, stop and go on at any time
 	$(BIN)/python benchmarks/experiments/run.py scratch $(EXPERIMENT)
 	$(BIN)/python benchmarks/experiments/run.py sweep $(EXPERIMENT)
 	$(BIN)/python benchmarks/experiments/run.py finetune
+	$(BIN)/python benchmarks/experiments/run.py sizes
 
 bench-gpu: contenders  ## the same on a GPU
 	$(BENCH) --device cuda --dtype bfloat16 --model llama-1b --batch 2 --seq 4096 --together 1 \

@@ -69,6 +69,7 @@ def test_names_of_no_contender(name) -> None:
         contenders.parse(name)
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path) -> None:
     import run
 

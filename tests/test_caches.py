@@ -72,6 +72,7 @@ def assert_exact(result: dict, rank: int, names: set[str], scale: float = 1.0) -
         assert abs(low - scale) < 1e-6 and abs(high - scale) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subspace", ["pca", "gradient_svd"])
 def test_a_basis_that_goes_by_the_batch_is_found_from_a_warm_cache(site: Path, cache: Path, subspace: str) -> None:
     """Its operator is told a handle, which means another subspace in each process."""

@@ -45,6 +45,7 @@ def test_interval_by_hand(kit) -> None:
     assert math.isnan(kit["runs"].mean_and_interval([1.0])[1])
 
 
+@pytest.mark.slow
 def test_every_method_trains(kit, tmp_path) -> None:
     runs = kit["runs"].Runs(tmp_path, kit["training"].train)
     for name, method in kit["methods"].METHODS.items():

@@ -70,6 +70,7 @@ def test_comparison(folder: Path) -> None:
     assert "| held-out loss after" in done.stdout and "saved activations, MiB" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(folder: Path) -> None:
     oasis = ("--method", "oasis", "--lr", 1e-3, "--steps", 6)
     assert run(folder, *oasis).returncode == 0
@@ -123,12 +124,14 @@ def test_a_line_without_answer_is_named(folder: Path) -> None:
     assert done.returncode == 2 and "line 1 of" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_ends_the_comparison(folder: Path) -> None:
     done = run(folder, "--steps", 2, data="broken.jsonl")
     assert done.returncode != 0
     assert "line 1 of" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "options", "saved"),
     [

@@ -94,6 +94,9 @@ def _run(s: Settings) -> Any:
             if self.method != "galore":
                 return super()._compile()
             from galore_torch import GaLoreAdamW
+            from galore_torch.galore_projector import GaLoreProjector
+
+            torch.serialization.add_safe_globals([GaLoreProjector])  # in its state, which a run that goes on loads
 
             low = [p for name, p in self.model.named_parameters() if p.dim() == 2 and ".layers." in name]
             others = [p for p in self.model.parameters() if all(p is not w for w in low)]

@@ -49,10 +49,17 @@ def assert_right(entry: Entry, name: str, found: torch.Tensor | None, expected: 
     assert error <= entry.tolerance * projected.abs().max(), f"{name}: {error}"
 
 
-RUNS = [(entry, "aot_eager") for entry in load_all()] + [(e, "inductor") for e in load_all() if not e.alike]
+RUNS = [
+    *(pytest.param(entry, "aot_eager", id=f"{entry.name}-aot_eager") for entry in load_all()),
+    *(
+        pytest.param(entry, "inductor", id=f"{entry.name}-inductor", marks=pytest.mark.slow)
+        for entry in load_all()
+        if not entry.alike
+    ),
+]
 
 
-@pytest.mark.parametrize("entry, inner", RUNS, ids=[f"{entry.name}-{inner}" for entry, inner in RUNS])
+@pytest.mark.parametrize(("entry", "inner"), RUNS)
 def test_model(entry: Entry, inner: str) -> None:
     expected, found, backend, model = compare(entry, inner)
     assert len(found.outputs) == len(expected.outputs) > 0

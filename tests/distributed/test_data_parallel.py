@@ -31,7 +31,7 @@ def result(case: str, folder: Path, world: int = 2) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_it_trains_as_one_process_on_the_joint_batch(tmp_path, world) -> None:
     found = result("equal", tmp_path, world)
     assert found.pop("report"), "what was sent is not in the report"
@@ -64,6 +64,7 @@ def test_rules_that_go_by_the_batch_are_refused(tmp_path) -> None:
     assert done.returncode != 0 and "subspace='pca' goes by the batch of one rank" in done.stderr
 
 
+@pytest.mark.slow
 def test_trainer(tmp_path) -> None:
     pytest.importorskip("accelerate")
     one, two = result("trainer", tmp_path, 1), result("trainer", tmp_path, 2)

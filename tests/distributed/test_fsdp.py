@@ -23,7 +23,7 @@ def result(case: str, folder: Path, world: int = 2) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_it_trains_as_one_process_on_the_joint_batch(tmp_path, world) -> None:
     """Losses and clipped norms; each rank has the moments of its rows, and the same bases."""
     found = result("equal", tmp_path, world)

@@ -71,7 +71,12 @@ def test_accelerate(tmp_path, precision, accumulate) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "precision", ["32-true", pytest.param("bf16-mixed", marks=SLOW), pytest.param("bf16-true", marks=SLOW)]
+)
 def test_lightning(tmp_path, precision) -> None:
     lightning = pytest.importorskip("lightning")
     batches = list(loader())
