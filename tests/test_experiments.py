@@ -54,6 +54,13 @@ def test_every_method_trains(kit, tmp_path) -> None:
         assert result["sizes"]["optimizer"] > 0
 
 
+def test_a_stock_optimizer_has_one_run_for_both_tables_and_sgd_does_not_decay(kit) -> None:
+    settings = kit["training"].settings
+    assert settings("adamw", 1e-3, 0, rank_scaling=True) == settings("adamw", 1e-3, 0)
+    assert settings("oja", 1e-3, 0, rank_scaling=True) != settings("oja", 1e-3, 0)
+    assert settings("sgd", 1.0, 0)["weight_decay"] == settings("oja-sgd", 1.0, 0)["weight_decay"] == 0.0
+
+
 def test_seeds_run_at_the_best_rate_and_nothing_runs_twice(kit, tmp_path) -> None:
     done = []
 
@@ -107,7 +114,7 @@ def test_a_sweep_has_each_of_its_points_in_its_table(kit) -> None:
 
 
 def test_unknown_methods_are_named(kit) -> None:
-    with pytest.raises(ValueError, match=r"--methods names 'ojja': it must be of adamw, oja"):
+    with pytest.raises(ValueError, match=r"--methods names 'ojja': it must be of adamw, sgd, oja"):
         kit["methods"].known(["oja", "ojja"])
 
 

@@ -71,7 +71,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 def _label(s: Run) -> str:
-    return f"{s['method']}, r = {s['rank']}" if s["method"] != "adamw" else "adamw"
+    return s["method"] if s["method"] in ("adamw", "sgd") else f"{s['method']}, r = {s['rank']}"
 
 
 def _curves(axes: Any, runs: list[Run]) -> bool:

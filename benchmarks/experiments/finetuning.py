@@ -24,10 +24,7 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 # The best of a first search over 40 steps on generated problems (docs/performance.md); GaLore's is its authors' 0.01
 # for pretraining times the ratio of AdamW's two.
 RATES = {"adamw": 1e-4, "lora": 5e-4, "galore": 1e-3, "oasis": 1e-4}
-POINTS = (
-    *(("adamw", 0), ("lora", 32), ("oasis", 32), ("oasis", 128)),
-    *(("galore", 32), ("oasis", 64), ("oasis", 16)),
-)
+POINTS = (("adamw", 0), *((method, rank) for rank in (32, 128, 64, 16) for method in ("oasis", "lora", "galore")))
 PROBLEMS, NEW_TOKENS = 100, 160
 Result = Callable[[Settings], dict[str, Any] | None]
 

@@ -18,6 +18,7 @@ class Method:
         rates: learning rates to try.
         backend: arguments of `oasis_backend`; None for stock `torch.compile`.
         options: of the optimizer.
+        weight_decay: at learning rates as high as SGD's the usual 0.1 would halve weights in ten steps.
         exact_every: at each so many steps the gradient is dense, by stock `torch.compile`; 0: never.
         schedule: factors of the rank, from shares of all steps on.
     """
@@ -26,13 +27,16 @@ class Method:
     rates: tuple[float, ...]
     backend: dict[str, Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    weight_decay: float = 0.1
     exact_every: int = 0
     schedule: dict[float, float] = field(default_factory=dict)
 
 
 LOW = (5e-4, 1e-3, 2e-3, 4e-3)
+SGD = (0.1, 0.3, 1.0, 3.0)
 METHODS = {
-    "adamw": Method("AdamW", (3e-4, 1e-3, 2e-3, 4e-3)),
+    "adamw": Method("AdamW", LOW, options={"fused": True}),
+    "sgd": Method("SGD", SGD, options={"momentum": 0.9}, weight_decay=0.0),
     "oja": Method("OasisAdamW", LOW, {"subspace": "oja"}),
     "oja-auto": Method("OasisAdamW", LOW, {"subspace": "oja", "subspace_lr": "auto"}),
     "oja-exact20": Method("OasisAdamW", LOW, {"subspace": "oja"}, {"residual": True}, exact_every=20),
@@ -42,18 +46,18 @@ METHODS = {
     "principal_random": Method("OasisAdamW", LOW, {"subspace": "principal_random", "subspace_every": 50}),
     "principal_random-full": Method(
         "OasisAdamW",
-        (3e-4, 1e-3, 2e-3, 4e-3),
+        LOW,
         {"subspace": "principal_random", "subspace_every": 50},
         {"full_rank": True},
     ),
-    "sampled": Method("OasisAdamW", (3e-4, 1e-3, 2e-3, 4e-3), {"subspace": "sampled"}),
+    "sampled": Method("OasisAdamW", LOW, {"subspace": "sampled"}),
     "gradient_svd": Method("OasisAdamW", LOW, {"subspace": "gradient_svd", "subspace_every": 50}),
     "gradient_oja": Method("OasisAdamW", LOW, {"subspace": "gradient_oja"}),
     "gradient_power": Method("OasisAdamW", LOW, {"subspace": "gradient_power"}),
     "dct": Method("OasisAdamW", LOW, {"subspace": "dct"}),
-    "oja-sgd": Method("OasisSGD", (0.1, 0.3, 1.0, 3.0), {"subspace": "oja"}),
+    "oja-sgd": Method("OasisSGD", SGD, {"subspace": "oja"}, weight_decay=0.0),
     "oja-lion": Method("OasisLion", (1e-4, 3e-4, 1e-3, 3e-3), {"subspace": "oja"}),
-    "oja-muon": Method("OasisMuon", LOW, {"subspace": "oja"}),
+    "oja-muon": Method("OasisMuon", (1e-3, 3e-3, 1e-2, 3e-2), {"subspace": "oja"}),
 }
 
 
@@ -77,7 +81,8 @@ def build(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if method.backend is None:
         model.compile(backend=inner)
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        stock = getattr(torch.optim, method.optimizer)
+        return stock(parameters, lr=lr, weight_decay=weight_decay, **method.options)
     settings = {**method.backend, **overrides}
     model.compile(backend=oasis_fx.oasis_backend(rank, inner=inner, **settings))
     optimizer = getattr(oasis_fx, method.optimizer)

@@ -4,6 +4,7 @@
     python benchmarks/experiments/run.py scratch --methods adamw,oja --steps 200 --seeds 1 --limit-hours 0.5
     python benchmarks/experiments/run.py sweep                            # subspace_lr, rank, period
     python benchmarks/experiments/run.py finetune                         # SmolLM2-135M on grade-school maths
+    python benchmarks/experiments/run.py finetune --methods oasis,lora --rank 64
     python benchmarks/experiments/run.py sizes                            # what each method keeps, at the same sizes
     python benchmarks/experiments/run.py figures --steps 300 --longer 10  # drawings, and one file with all runs
 
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
 def _finetune(args: argparse.Namespace) -> None:
     runs = Runs(args.runs, finetuning.train, figures.kept(args.out) if args.kept else ())
     given = {"steps": args.steps, "device": args.device, "inner": args.inner}
-    chosen = tuple(p for p in finetuning.POINTS if args.methods == list(methods.METHODS) or p[0] in args.methods)
+    named = methods.FINETUNED if args.methods == list(methods.METHODS) else args.methods
+    chosen = tuple(p for p in finetuning.POINTS if p[0] in named and args.rank in (None, p[1]))
     _do(runs, lambda: finetuning.plan(args.seeds, chosen, **given), args.limit_hours)
     _report(args, given, finetuning.table(runs.known, args.seeds, chosen, **given), finetuning.HEADERS)
 
@@ -98,7 +100,8 @@ def _report(args: argparse.Namespace, fixed: dict[str, Any], rows: list[Any], he
     elif args.part != "finetune":
         name = f"experiments-{args.part}-{args.model}-{args.data}-{args.steps}-r{args.rank}"
         name += "" if args.rank_scaling else "-unscaled"
-    text = f"{json.dumps(fixed)}\n\n{tabulate(rows, headers, tablefmt='github', floatfmt='.3g')}\n"
+    short = [[f"{cell:.3g}" if isinstance(cell, float) else cell for cell in row] for row in rows]  # strings stay
+    text = f"{json.dumps(fixed)}\n\n{tabulate(short, headers, tablefmt='github', disable_numparse=True)}\n"
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +120,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-rank-scaling", dest="rank_scaling", action="store_false", help="of our optimizers")
     parser.add_argument("--model", choices=("small", "10m"), default="small")
     parser.add_argument("--data", choices=corpus.NAMES, default="shakespeare")
-    parser.add_argument("--rank", type=_rank, default=64, help="columns, a fraction of n, or auto:FRACTION")
+    parser.add_argument(
+        "--rank", type=_rank, help="columns, a fraction of n, or auto:FRACTION; default 64, for finetune all its ranks"
+    )
     parser.add_argument("--steps", type=int, help="default: 500, or 100 for finetune")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
@@ -132,6 +137,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(argv)
     args.steps = args.steps or (100 if args.part == "finetune" else 500)
+    args.rank = args.rank or (None if args.part == "finetune" else 64)
     return args
 
 

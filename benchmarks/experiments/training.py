@@ -18,7 +18,10 @@ VALIDATION = 32  # windows
 def settings(method: str, lr: float, seed: int, **others: Any) -> Settings:
     """The settings of a run, all of them: what is not given has its default written out."""
     fixed = {"model": "small", "data": "shakespeare", "rank": 64, "steps": 500, "batch": 8, "length": 128}
-    rest = {"weight_decay": 0.1, "inner": "inductor", "device": "cpu", "backend": {}}
+    chosen = methods.METHODS[method]
+    rest = {"weight_decay": chosen.weight_decay, "inner": "inductor", "device": "cpu", "backend": {}}
+    if chosen.backend is None:
+        others.pop("rank_scaling", None)  # a stock optimizer has none: one run serves both tables
     return {"method": method, "lr": lr, "seed": seed} | fixed | rest | others
 
 

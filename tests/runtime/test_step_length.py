@@ -88,12 +88,16 @@ def test_a_checkpoint_from_before_it_goes_on_without_it() -> None:
     assert float(moved(model, optimizer).norm()) == pytest.approx(LR * math.sqrt(M * RANK), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["rank_scaling", "residual"])
 @pytest.mark.parametrize("value", [None, 1, "yes"])
-def test_flags_are_flags(name, value) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
-        OasisAdamW([torch.nn.Parameter(torch.zeros(2, 2))], **{name: value})
-    assert not hasattr(OasisSGD([torch.nn.Parameter(torch.zeros(2, 2))]).defaults, name)
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [(OasisAdamW, "rank_scaling"), (OasisAdamW, "residual"), (OasisLion, "rank_scaling"), (OasisMuon, "rank_scaling")],
+)
+def test_flags_are_flags(optimizer, name, value) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=f"{name} is {value!r}: it must be True or False"):
+        optimizer([weight], **{name: value})
+    assert name not in OasisSGD([weight]).defaults
 
 
 def test_a_dense_gradient_moves_the_weight_outside_of_its_subspace_too() -> None:
