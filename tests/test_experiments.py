@@ -82,8 +82,19 @@ def test_seeds_run_at_the_best_rate_and_nothing_runs_twice(kit, tmp_path) -> Non
     do(lambda: scratch.longer(runs.known, ["oja", "adamw"], rates, 10, **FIXED))
     assert done[5:] == [(0.2, 0, 30)]  # adamw has no result yet
     (row, missing) = scratch.table(runs.known, ["oja", "adamw"], 3, rates, **FIXED)
-    assert row[2] == "0.2" and row[3].startswith("0.0100 ± ") and row[4] == 3
+    assert row[2] == "0.2" and row[3].startswith("0.0100 ± ") and row[4:6] == ["", 3]
     assert missing == ["adamw", "not run"]
+
+
+def test_methods_are_compared_seed_by_seed(kit) -> None:
+    """Seeds differ by far more than methods do: 1, 2, 3 against 0.9, 1.9, 2.8 leave -0.1333 ± 4.303 x sqrt(1/300/3)."""
+    by_seed = {"adamw": (1.0, 2.0, 3.0), "oja": (0.9, 1.9, 2.8)}
+
+    def known(s):
+        return {"loss": by_seed[s["method"]][s["seed"]], "sizes": {}, "median_seconds": 1.0}
+
+    adamw, oja = kit["scratch"].table(known, ["adamw", "oja"], 3, [0.1], **FIXED)
+    assert adamw[4] == "" and oja[4] == "-0.1333 ± 0.1434"
 
 
 @pytest.mark.parametrize("method", ["oja", "oja-growing", "oja-exact20"])

@@ -94,3 +94,11 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
         return mean, math.nan
     variance = sum((v - mean) ** 2 for v in values) / (count - 1)
     return mean, _T95[count - 1] * math.sqrt(variance / count)
+
+
+def with_interval(values: list[float]) -> str:
+    """``"1.9500 ± 0.0200"``; without the interval for one value, empty for none."""
+    if not values:
+        return ""
+    mean, half = mean_and_interval(values)
+    return f"{mean:.4f}" + (f" ± {half:.4f}" if half == half else "")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from methods import METHODS
-from runs import Settings, mean_and_interval
+from runs import Settings, with_interval
 from training import settings
 
 Result = Callable[[Settings], dict[str, Any] | None]
@@ -48,23 +48,33 @@ def longer(known: Result, names: list[str], rates: list[float] | None, times: in
 
 
 def table(known: Result, names: list[str], seeds: int, rates: list[float] | None, **fixed: Any) -> list[list[Any]]:
-    """Rows: method, grid, best rate, loss with its interval, MiB of gradients and optimizer, seconds a step."""
+    """Rows as `HEADERS` has them. A seed fixes initial weights and batches, so methods are compared seed by seed."""
     rows = []
+    base = _at_best(known, "adamw", seeds, rates, **fixed)
     for name in names:
         lr = best_rate(known, name, rates, **fixed)
         if lr is None:
             rows.append([name, "not run"])
             continue
-        runs = [known(settings(name, lr, seed, **fixed)) for seed in range(seeds)]
-        done = [run for run in runs if run is not None]
-        mean, half = mean_and_interval([run["loss"] for run in done])
+        runs = _at_best(known, name, seeds, rates, **fixed)
+        done = list(runs.values())
+        behind = [run["loss"] - base[seed]["loss"] for seed, run in runs.items() if seed in base and name != "adamw"]
         grid = {rate: known(settings(name, rate, 0, **fixed)) for rate in rates or METHODS[name].rates}
         losses = ", ".join(f"{rate:g}: {r['loss']:.3f}" for rate, r in grid.items() if r is not None)
         sizes = done[0]["sizes"]
         kept = (sizes["gradients"] + sizes["optimizer"]) / 2**20 if sizes else None
-        loss = f"{mean:.4f}" + (f" ± {half:.4f}" if half == half else "")
-        rows.append([name, losses, f"{lr:g}", loss, len(done), kept, done[0]["median_seconds"]])
+        loss = with_interval([run["loss"] for run in done])
+        rows.append([name, losses, f"{lr:g}", loss, with_interval(behind), len(done), kept])
     return rows
 
 
-HEADERS = ["method", "loss by learning rate, one seed", "best", "loss", "seeds", "grad+opt MiB", "s/step"]
+def _at_best(
+    known: Result, name: str, seeds: int, rates: list[float] | None, **fixed: Any
+) -> dict[int, dict[str, Any]]:
+    """By seed, the runs at the best rate."""
+    lr = best_rate(known, name, rates, **fixed)
+    runs = {} if lr is None else {seed: known(settings(name, lr, seed, **fixed)) for seed in range(seeds)}
+    return {seed: run for seed, run in runs.items() if run is not None}
+
+
+HEADERS = ["method", "loss by learning rate", "best", "loss", "loss - adamw's", "seeds", "grad+opt MiB"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from runs import Settings, mean_and_interval
+from runs import Settings, with_interval
 from training import settings
 
 RATES = (0.001, 0.01, 0.1, 1.0, 10.0, "auto")
@@ -38,8 +38,7 @@ def table(
         runs = [known(settings(method, lr, seed, **others)) for seed in range(seeds)]
         losses = [run["loss"] for run in runs if run is not None]
         if losses:
-            mean, half = mean_and_interval(losses)
-            rows.append([what, str(value), f"{mean:.4f}" + (f" ± {half:.4f}" if half == half else ""), len(losses)])
+            rows.append([what, str(value), with_interval(losses), len(losses)])
     return rows
 
 
