@@ -123,7 +123,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rank", type=_rank, help="columns, a fraction of n, or auto:FRACTION; default 64, for finetune all its ranks"
     )
-    parser.add_argument("--steps", type=int, help="default: 500, or 100 for finetune")
+    parser.add_argument("--steps", type=int, help="default: 300, or 100 for finetune")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3, help="at the best learning rate; the grid has one")
@@ -136,7 +136,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(argv)
-    args.steps = args.steps or (100 if args.part == "finetune" else 500)
+    args.steps = args.steps or (100 if args.part == "finetune" else 300)
     args.rank = args.rank or (None if args.part == "finetune" else 64)
     return args
 

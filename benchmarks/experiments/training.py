@@ -17,7 +17,7 @@ VALIDATION = 32  # windows
 
 def settings(method: str, lr: float, seed: int, **others: Any) -> Settings:
     """The settings of a run, all of them: what is not given has its default written out."""
-    fixed = {"model": "small", "data": "shakespeare", "rank": 64, "steps": 500, "batch": 8, "length": 128}
+    fixed = {"model": "small", "data": "shakespeare", "rank": 64, "steps": 300, "batch": 8, "length": 128}
     chosen = methods.METHODS[method]
     rest = {"weight_decay": chosen.weight_decay, "inner": "inductor", "device": "cpu", "backend": {}}
     if chosen.backend is None:
