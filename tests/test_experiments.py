@@ -81,7 +81,7 @@ def test_seeds_run_at_the_best_rate_and_nothing_runs_twice(kit, tmp_path) -> Non
     assert len(done) == 5
     do(lambda: scratch.longer(runs.known, ["oja", "adamw"], rates, 10, **FIXED))
     assert done[5:] == [(0.2, 0, 30)]  # adamw has no result yet
-    (row, missing) = scratch.table(runs.known, ["oja", "adamw"], 3, rates, **FIXED)
+    (row, missing) = scratch.table(runs.known, ["oja", "adamw"], 3, rates, "adamw", **FIXED)
     assert row[2] == "0.2" and row[3].startswith("0.0100 ± ") and row[4:6] == ["", 3]
     assert missing == ["adamw", "not run"]
 
@@ -93,8 +93,9 @@ def test_methods_are_compared_seed_by_seed(kit) -> None:
     def known(s):
         return {"loss": by_seed[s["method"]][s["seed"]], "sizes": {}, "median_seconds": 1.0}
 
-    adamw, oja = kit["scratch"].table(known, ["adamw", "oja"], 3, [0.1], **FIXED)
+    adamw, oja = kit["scratch"].table(known, ["adamw", "oja"], 3, [0.1], "adamw", **FIXED)
     assert adamw[4] == "" and oja[4] == "-0.1333 ± 0.1434"
+    assert kit["scratch"].table(known, ["adamw"], 3, [0.1], "oja", **FIXED)[0][4] == "0.1333 ± 0.1434"
 
 
 @pytest.mark.parametrize("method", ["oja", "oja-growing", "oja-exact20"])

@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     _do(runs, lambda: scratch.plan(*chosen, args.seeds, args.lrs, **fixed), args.limit_hours)
     if args.longer > 1:
         _do(runs, lambda: scratch.longer(*chosen, args.lrs, args.longer, **fixed), args.limit_hours)
-    _report(args, fixed, scratch.table(*chosen, args.seeds, args.lrs, **fixed), scratch.HEADERS)
+    _report(
+        args, fixed, scratch.table(*chosen, args.seeds, args.lrs, args.against, **fixed), scratch.headers(args.against)
+    )
 
 
 def _finetune(args: argparse.Namespace) -> None:
@@ -128,6 +130,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3, help="at the best learning rate; the grid has one")
     parser.add_argument("--lrs", type=lambda text: [float(x) for x in text.split(",")], help="in place of the methods'")
+    parser.add_argument("--against", choices=methods.METHODS, default="adamw", help="losses are compared with, by seed")
     parser.add_argument("--longer", type=int, default=1, help="then the best three and adamw so many times longer")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor")

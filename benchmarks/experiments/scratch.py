@@ -47,10 +47,12 @@ def longer(known: Result, names: list[str], rates: list[float] | None, times: in
         yield settings(name, lr, 0, **{**fixed, "steps": fixed["steps"] * times})
 
 
-def table(known: Result, names: list[str], seeds: int, rates: list[float] | None, **fixed: Any) -> list[list[Any]]:
-    """Rows as `HEADERS` has them. A seed fixes initial weights and batches, so methods are compared seed by seed."""
+def table(
+    known: Result, names: list[str], seeds: int, rates: list[float] | None, against: str, **fixed: Any
+) -> list[list[Any]]:
+    """Rows as `headers` has them. A seed fixes initial weights and batches, so methods are compared seed by seed."""
     rows = []
-    base = _at_best(known, "adamw", seeds, rates, **fixed)
+    base = _at_best(known, against, seeds, rates, **fixed)
     for name in names:
         lr = best_rate(known, name, rates, **fixed)
         if lr is None:
@@ -58,7 +60,7 @@ def table(known: Result, names: list[str], seeds: int, rates: list[float] | None
             continue
         runs = _at_best(known, name, seeds, rates, **fixed)
         done = list(runs.values())
-        behind = [run["loss"] - base[seed]["loss"] for seed, run in runs.items() if seed in base and name != "adamw"]
+        behind = [run["loss"] - base[seed]["loss"] for seed, run in runs.items() if seed in base and name != against]
         grid = {rate: known(settings(name, rate, 0, **fixed)) for rate in rates or METHODS[name].rates}
         losses = ", ".join(f"{rate:g}: {r['loss']:.3f}" for rate, r in grid.items() if r is not None)
         sizes = done[0]["sizes"]
@@ -77,4 +79,5 @@ def _at_best(
     return {seed: run for seed, run in runs.items() if run is not None}
 
 
-HEADERS = ["method", "loss by learning rate", "best", "loss", "loss - adamw's", "seeds", "grad+opt MiB"]
+def headers(against: str) -> list[str]:
+    return ["method", "loss by learning rate", "best", "loss", f"loss - {against}'s", "seeds", "grad+opt MiB"]
