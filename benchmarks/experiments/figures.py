@@ -29,7 +29,7 @@ def draw(folder: Path, out: Path, *, steps: int, longer: int) -> list[Path]:
     fresh = (json.loads(one.read_text()) for one in folder.glob("*.json"))
     found |= {key(run["settings"]): _summary(run) for run in fresh}
     runs = [found[name] for name in sorted(found)]
-    file.write_text(json.dumps(runs, indent=0) + "\n")
+    file.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")  # a line a run
     made = [file]
     scratch = [run for run in runs if "part" not in run["settings"] and run["settings"]["data"] == "shakespeare"]
     small = [run for run in scratch if run["settings"]["model"] == "small"]
