@@ -11,7 +11,19 @@ import pytest
 import torch
 
 HERE = Path(__file__).parents[1] / "benchmarks" / "experiments"
-MODULES = ("byte_lm", "corpus", "methods", "runs", "training", "scratch", "sweep", "figures", "finetuning", "sizes")
+MODULES = (
+    "byte_lm",
+    "corpus",
+    "methods",
+    "runs",
+    "training",
+    "scratch",
+    "sweep",
+    "figures",
+    "finetuning",
+    "sizes",
+    "run",
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +140,12 @@ def test_a_sweep_has_each_of_its_points_in_its_table(kit) -> None:
 def test_unknown_methods_are_named(kit) -> None:
     with pytest.raises(ValueError, match=r"--methods names 'ojja': it must be of adamw, sgd, oja"):
         kit["methods"].known(["oja", "ojja"])
+
+
+@pytest.mark.parametrize("words", [["--rank", "48"], ["--methods", "oja"]])
+def test_a_choice_that_leaves_no_fine_tuning_says_so(kit, tmp_path, words) -> None:
+    with pytest.raises(ValueError, match="no run of"):
+        kit["run"].main(["finetune", *words, "--runs", str(tmp_path), "--out", str(tmp_path)])
 
 
 def test_what_a_method_keeps(kit) -> None:

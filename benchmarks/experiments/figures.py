@@ -31,6 +31,7 @@ def draw(folder: Path, out: Path, *, steps: int, longer: int) -> list[Path]:
     runs = [found[name] for name in sorted(found)]
     file.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")  # a line a run
     made = [file]
+    runs.sort(key=lambda run: (run["settings"]["method"], str(run["settings"]["rank"]).zfill(4)))  # as legends have it
     scratch = [run for run in runs if "part" not in run["settings"] and run["settings"]["data"] == "shakespeare"]
     small = [run for run in scratch if run["settings"]["model"] == "small"]
     for name, function, chosen in (
@@ -89,7 +90,7 @@ def _drift(axes: Any, runs: list[Run]) -> bool:
         if points:
             axes.plot(*zip(*points, strict=True), label=_label(run["settings"]))
             drawn = True
-    axes.set(xlabel="step", ylabel="drift of a basis a step, mean over subspaces", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="drift of a basis at its last move, mean", ylim=(0, None))
     axes.legend() if drawn else None
     return drawn
 

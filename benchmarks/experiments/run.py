@@ -70,6 +70,8 @@ def _finetune(args: argparse.Namespace) -> None:
     given = {"steps": args.steps, "device": args.device, "inner": args.inner}
     named = methods.FINETUNED if args.methods == list(methods.METHODS) else args.methods
     chosen = tuple(p for p in finetuning.POINTS if p[0] in named and args.rank in (None, p[1]))
+    if not chosen:
+        raise ValueError(f"no run of {', '.join(named)} at rank {args.rank}: of {finetuning.POINTS} none is left")
     _do(runs, lambda: finetuning.plan(args.seeds, chosen, **given), args.limit_hours)
     _report(args, given, finetuning.table(runs.known, args.seeds, chosen, **given), finetuning.HEADERS)
 
@@ -140,7 +142,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(argv)
     args.steps = args.steps or (100 if args.part == "finetune" else 300)
-    args.rank = args.rank or (None if args.part == "finetune" else 64)
+    if args.rank is None and args.part != "finetune":
+        args.rank = 64
     return args
 
 

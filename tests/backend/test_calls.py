@@ -52,17 +52,6 @@ def test_parameters_not_reached_have_no_gradient() -> None:
         assert model.unused.weight.grad.norm() == 0 == stock.unused.weight.grad.norm()
 
 
-def test_compiled_autograd_delivers_low_rank_gradients() -> None:
-    model, x = net(), batch()
-    reference = copy.deepcopy(model)
-    backward(reference, x)
-    with torch._dynamo.config.patch(compiled_autograd=True):
-        backward(torch.compile(model, backend=oasis_backend(rank=3, **EAGER)), x)
-    dense = model[0].weight.grad
-    basis_gradient = dense.to_dense() if isinstance(dense, LowRankGrad) else dense
-    assert torch.linalg.matrix_rank(basis_gradient) == 3
-
-
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_a_nested_compile_region_is_right_rewritten_or_not(inner) -> None:
     layers = torch.nn.ModuleList(torch.nn.Linear(8, 8, dtype=torch.float64) for _ in range(2))

@@ -60,6 +60,15 @@ times.register_autograd(
 )
 
 
+def stays_dense(warning: str) -> None:
+    model, x = net(), batch()
+    reference = copy.deepcopy(model)
+    backward(reference, x)
+    with pytest.warns(OasisWarning, match=warning):
+        backward(torch.compile(model, backend=oasis_backend(rank=3, **EAGER)), x)
+    assert_exact(model, reference, set())
+
+
 def test_a_failing_pass_leaves_dense_gradients_and_warns(monkeypatch) -> None:
     from oasis_fx.graph import PassError
 
@@ -67,12 +76,7 @@ def test_a_failing_pass_leaves_dense_gradients_and_warns(monkeypatch) -> None:
         raise PassError("project_activations", None, "on purpose")
 
     monkeypatch.setattr("oasis_fx.pipeline.project_activations", fail)
-    model, x = net(), batch()
-    reference = copy.deepcopy(model)
-    backward(reference, x)
-    with pytest.warns(OasisWarning, match="gradients of this graph stay dense.*on purpose"):
-        backward(torch.compile(model, backend=oasis_backend(rank=3, **EAGER)), x)
-    assert_exact(model, reference, set())
+    stays_dense("gradients of this graph stay dense.*on purpose")
 
 
 def test_a_surprise_in_torch_leaves_dense_gradients_and_warns(monkeypatch) -> None:
@@ -80,20 +84,10 @@ def test_a_surprise_in_torch_leaves_dense_gradients_and_warns(monkeypatch) -> No
         raise AttributeError("'GraphModule' object has no attribute 'private'")
 
     monkeypatch.setattr("oasis_fx.passes.lift_runtime_inputs.copy_dynamo_attributes", gone)
-    model, x = net(), batch()
-    reference = copy.deepcopy(model)
-    backward(reference, x)
-    with pytest.warns(OasisWarning, match="torch surprised oasis_fx.*has no attribute 'private'"):
-        backward(torch.compile(model, backend=oasis_backend(rank=3, **EAGER)), x)
-    assert_exact(model, reference, set())
+    stays_dense("torch surprised oasis_fx.*has no attribute 'private'")
 
 
 def test_a_torch_without_the_private_names_is_plain_inductor(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "oasis_fx.lowering", None)
     monkeypatch.delattr("oasis_fx.lowering", raising=False)
-    model, x = net(), batch()
-    reference = copy.deepcopy(model)
-    backward(reference, x)
-    with pytest.warns(OasisWarning, match="does not know this torch"):
-        backward(torch.compile(model, backend=oasis_backend(rank=3, **EAGER)), x)
-    assert_exact(model, reference, set())
+    stays_dense("does not know this torch")
