@@ -22,7 +22,8 @@ from torch.optim.adamw import adamw
 
 from oasis_fx.runtime.layout import as_rows, from_rows
 from oasis_fx.runtime.stochastic_rounding import round_stochastically_
-from oasis_fx.runtime.updates import LowRankUpdate, State
+from oasis_fx.runtime.strides import all_plain, is_packed, laid_out_as
+from oasis_fx.runtime.updates import LowRankUpdate, State, real_view
 from oasis_fx.runtime.weight_step import step_weight, store_weight, zeros_like
 
 
@@ -98,12 +99,26 @@ def step_fused(
     hyper: Hyper,
     gate: torch.Tensor | None,
 ) -> None:
-    """torch's fused AdamW on tensors of one device; with ``gate`` as in `step_low_rank`."""
+    """torch's fused AdamW on tensors of one device, of any strides; with ``gate`` as in `step_low_rank`.
+
+    The kernel pairs elements by their order in memory (`oasis_fx.runtime.strides`): what is laid out otherwise than
+    its weight goes in as a copy, and what the kernel has written to a copy comes back. Complex numbers are pairs of
+    real ones, as in torch's AdamW. The kernel does not bump versions, which autograd compares to find out whether a
+    saved weight has changed: it is done here.
+    """
+    means, seconds = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+    written = [weights, means, seconds]
+    passed = [*written, gradients]
+    if not all_plain(*passed):
+        written = [[real_view(tensor) for tensor in tensors] for tensors in written]
+        plain = [weight if is_packed(weight) else weight.contiguous() for weight in written[0]]
+        columns = [*written, [real_view(gradient) for gradient in gradients]]
+        passed = [[laid_out_as(tensor, w) for tensor, w in zip(column, plain, strict=True)] for column in columns]
     adamw(
-        weights,
-        gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        passed[0],
+        passed[3],
+        passed[1],
+        passed[2],
         [],
         [state["step"] for state in states],
         fused=True,
@@ -116,6 +131,11 @@ def step_fused(
         eps=hyper.eps,
         maximize=False,
     )
+    for tensors, copies in zip(written, passed[:3], strict=True):
+        for tensor, copy in zip(tensors, copies, strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)
+    torch.autograd.graph.increment_version(weights)
 
 
 def step_dense_bfloat16(

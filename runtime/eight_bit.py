@@ -31,7 +31,12 @@ def require_torchao() -> None:
 
 def quantizes(like: torch.Tensor) -> bool:
     """Whether a state of this shape is kept in eight bits."""
-    return like.numel() >= SMALLEST and like.numel() % BLOCK == 0 and like.dtype != torch.float64
+    return (
+        like.numel() >= SMALLEST
+        and like.numel() % BLOCK == 0
+        and like.is_floating_point()
+        and like.dtype != torch.float64
+    )
 
 
 def new_codes(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optimizer_state import basis_before, note_basis
 from oasis_fx.runtime.shards import local, local_gradient
+from oasis_fx.runtime.strides import state_layout
 from oasis_fx.runtime.subspace import Subspace
 from oasis_fx.runtime.updates import State, is_low_rank
 
@@ -111,12 +112,14 @@ def _follow(optimizer: SubspaceOptimizer, weight: torch.Tensor, state: State) ->
     wide = torch.promote_types(weight.dtype, torch.float32)
     for key in (*optimizer.states_of(is_low_rank(state)), "basis"):
         if key in state:
-            if not state[key].is_floating_point():  # codes of numbers
+            if f"{key}_scale" in state:  # codes of numbers
                 state[key] = state[key].to(weight.device)
                 state[f"{key}_scale"] = state[f"{key}_scale"].to(weight.device)
                 continue
             dtype = wide if key == "basis" or is_low_rank(state) else weight.dtype
             state[key] = state[key].to(weight.device, dtype)
+            if key != "basis" and not is_low_rank(state) and state[key].shape == local(weight).shape:
+                state[key] = state_layout(state[key], local(weight))
     if "step" in state:
         state["step"] = state["step"].to(weight.device)
 

@@ -24,7 +24,7 @@ from oasis_fx.runtime.group_settings import (
     rounds_stochastically,
 )
 from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
-from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate
+from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, real_update
 from oasis_fx.runtime.weight_step import step_dense_weight, step_weight, where
 
 
@@ -100,7 +100,7 @@ class OasisLion(SubspaceOptimizer):
     def step_dense(
         self, updates: Sequence[DenseUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
     ) -> None:
-        for update in updates:
+        for update in map(real_update, updates):
             minus_u = _advance(update.state["exp_avg"], update.gradient, hyper, gate)
             step_dense_weight(update.weight, minus_u, hyper, gate, generator)
             update.state["step"] += where(gate, torch.ones_like(update.state["step"]))

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oasis_fx.runtime.layout import num_features, num_rows
-from oasis_fx.runtime.shards import from_checkpoint, full, is_sharded, to_checkpoint, whole
+from oasis_fx.runtime.shards import from_checkpoint, full, is_sharded, local, to_checkpoint, whole
 from oasis_fx.runtime.store import STORE, Preloaded
+from oasis_fx.runtime.strides import state_layout
 from oasis_fx.runtime.subspace import Momentum, Subspace
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ def restore_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> N
             if f"{key}_scale" in saved:  # codes, of which torch has made floating point numbers
                 state[key] = value.to(weight.device, copy=True)
                 state[f"{key}_scale"] = saved[f"{key}_scale"].to(weight.device, torch.float32, copy=True)
+            elif key in state and isinstance(value, torch.Tensor):
+                state[key] = _own_copy(state[key], value, local(weight))
         if "features" not in saved:
             continue
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -182,6 +185,13 @@ def restore_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> N
         del state["subspace"]
     if outgrown:
         torch.compiler.reset()
+
+
+def _own_copy(loaded: torch.Tensor, saved: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What torch has loaded, laid out as a state of the weight, and in no memory that the checkpoint goes on using."""
+    laid_out = state_layout(loaded, weight) if loaded.shape == weight.shape else loaded
+    same = laid_out.device == saved.device and laid_out.data_ptr() == saved.data_ptr()
+    return laid_out.clone() if same else laid_out
 
 
 def _basis_shape(weight: torch.Tensor, saved: dict[str, Any], states: tuple[str, ...]) -> tuple[int, int]:

@@ -57,13 +57,30 @@ def is_low_rank(state: State) -> bool:
 
 
 def all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Whether every gradient is finite, as a bool scalar on the first one's device; nothing waits for it."""
+    """Whether every gradient is finite, as a bool scalar on the first one's device; nothing waits for it.
+
+    By the largest entry of each: unlike a sum of squares it is finite wherever all entries are, and NaN where one is.
+    """
     by_kind: dict[Any, list[torch.Tensor]] = {}
     for gradient in gradients:
         values = gradient.factor if isinstance(gradient, LowRankGrad) else gradient
-        by_kind.setdefault((values.device, values.dtype), []).append(values)
-    verdicts: list[torch.Tensor] = []
-    for (_, dtype), batch in by_kind.items():
-        wide = torch.float64 if dtype == torch.float64 else torch.float32  # a float16 norm could overflow
-        verdicts.append(torch.stack(list(torch._foreach_norm(batch, 2, dtype=wide))).isfinite().all())
-    return torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all()
+        if values.numel():
+            by_kind.setdefault((values.device, values.dtype), []).append(real_view(values))
+    verdicts = [torch.stack(list(torch._foreach_norm(batch, math.inf))).isfinite().all() for batch in by_kind.values()]
+    device = gradients[0].device
+    if not verdicts:
+        return torch.ones((), dtype=torch.bool, device=device)
+    return torch.stack([verdict.to(device) for verdict in verdicts]).all()
+
+
+def real_view(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of real numbers, which is how torch's optimizers take one; any other as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def real_update(update: DenseUpdate) -> DenseUpdate:
+    """The update of a complex weight as that of a real one, which lies in the same memory; any other as it is."""
+    if not update.weight.is_complex():
+        return update
+    state = {key: real_view(value) if isinstance(value, torch.Tensor) else value for key, value in update.state.items()}
+    return DenseUpdate(real_view(update.weight), real_view(update.gradient), state)
