@@ -39,6 +39,7 @@ class Item:
 def gather(optimizer: SubspaceOptimizer) -> Iterator[Item]:
     """Everything that this step updates. Raises before anything has changed."""
     for index, group in enumerate(optimizer.param_groups):
+        optimizer.check_group(group)  # it may have been set since the last step
         for number, weight in enumerate(group["params"]):
             if weight.grad is None:
                 continue

@@ -59,7 +59,7 @@ class OasisLion(SubspaceOptimizer):
         self,
         params: Any,
         lr: float | torch.Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
         stochastic_rounding: bool | None = None,

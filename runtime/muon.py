@@ -28,6 +28,8 @@ from oasis_fx.runtime.adamw import step_dense_bfloat16, step_fused
 from oasis_fx.runtime.group_settings import (
     check_decays,
     check_flags,
+    check_limit,
+    check_momentum,
     check_numbers,
     check_rounding,
     rounds_stochastically,
@@ -78,7 +80,7 @@ class OasisMuon(SubspaceOptimizer):
         *,
         scale: float = 0.2,
         limit: float = 1.1,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         stochastic_rounding: bool | None = None,
         rank_scaling: bool = True,
@@ -101,10 +103,8 @@ class OasisMuon(SubspaceOptimizer):
         check_decays(group)
         check_rounding(group)
         check_flags(group, "rank_scaling")
-        if not 0 <= float(group["momentum"]) < 1:
-            raise ValueError(f"momentum is {group['momentum']!r}: it must be a number in [0, 1)")
-        if not float(group["limit"]) > 1:
-            raise ValueError(f"limit is {group['limit']!r}: it must be a number over 1 (inf: no limit)")
+        check_momentum(group)
+        check_limit(group)
 
     def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hyper:
         beta1, beta2 = (float(beta) for beta in group["betas"])

@@ -12,6 +12,7 @@ from oasis_fx.runtime import fused
 from oasis_fx.runtime.adamw import Hyper, bias_correction, step_dense_bfloat16, step_fused, step_low_rank
 from oasis_fx.runtime.eight_bit import in_float32, new_codes, quantizes, require_torchao
 from oasis_fx.runtime.group_settings import (
+    check_bits,
     check_decays,
     check_flags,
     check_numbers,
@@ -38,7 +39,7 @@ class OasisAdamW(SubspaceOptimizer):
         params: parameters, named parameters, or groups of either, as torch's optimizers take them. Weights
             that share a basis must all be in one optimizer.
         lr: learning rate, from 0; a float or a one-element tensor.
-        betas: decay of the moments a step, each in [0, 1).
+        betas: decay of the moments a step, each in [0, 1); floats or one-element tensors.
         eps: added to the root of the second moment, from 0.
         weight_decay: decoupled: each step multiplies weights by ``1 - lr * weight_decay``; from 0.
         stochastic_rounding: round bfloat16 weights at random, so that updates below half a step are not lost.
@@ -53,8 +54,11 @@ class OasisAdamW(SubspaceOptimizer):
         state_bits: 32, or 8: all moments of 4096 numbers and more as eight-bit codes in blocks of 256, by torchao. A
             setting of a group; for weights whose moments have not begun.
 
+    Settings of groups are read at each step: schedulers may set them, or change tensors in place.
+
     Raises:
-        ValueError: naming the value and what is allowed; torchao is asked for and missing.
+        ValueError: naming the value and what is allowed, here, in `add_param_group`, and at the step that follows where
+            one was set in ``param_groups``; torchao is asked for and missing.
 
     Source: OASIS, arXiv 2604.09406; transport of moments: LDAdam, arXiv 2410.16103; eight bits: arXiv 2110.02861.
     """
@@ -66,7 +70,7 @@ class OasisAdamW(SubspaceOptimizer):
         self,
         params: Any,
         lr: float | torch.Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
@@ -94,8 +98,7 @@ class OasisAdamW(SubspaceOptimizer):
         check_decays(group)
         check_rounding(group)
         check_flags(group, "rank_scaling", "residual", "full_rank")
-        if group.get("state_bits", 32) not in (8, 32):
-            raise ValueError(f"state_bits is {group['state_bits']!r}: it must be 8 or 32")
+        check_bits(group)
         if group.get("state_bits", 32) == 8:
             require_torchao()
 

@@ -14,7 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from oasis_fx.runtime.group_settings import check_numbers, check_rounding, rounds_stochastically
+from oasis_fx.runtime.group_settings import (
+    check_flags,
+    check_momentum,
+    check_numbers,
+    check_rounding,
+    rounds_stochastically,
+)
 from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
 from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate
 from oasis_fx.runtime.weight_step import step_dense_weight, step_weight, where
@@ -68,9 +74,9 @@ class OasisSGD(SubspaceOptimizer):
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         check_numbers(group, "lr", "weight_decay")
+        check_momentum(group)
         check_rounding(group)
-        if not 0 <= float(group["momentum"]) < 1:
-            raise ValueError(f"momentum is {group['momentum']!r}: it must be a number in [0, 1)")
+        check_flags(group, "nesterov")
 
     def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hyper:
         return Hyper(
