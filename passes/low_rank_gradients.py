@@ -4,7 +4,8 @@
     after    G [m,r] = dY^T[m,N] @ P[N,r]     in the slot of S; None in the slot of W
                                               G == dW @ Q exactly, in real arithmetic
 
-A basis that is asked to leave nothing behind gives W's slot G Q^T in place of S's G.
+Under a rule whose gradients leave the graph dense, W's slot gets G Q^T and S's slot stays empty. Each contraction has
+the Q that its own P was made with: a rule may choose one for each activation.
 
 Rows of experts are stacked: m counts those of all of them. With P in place of what a convolution reads, the layer is
 one of kernel size 1, and G its weight gradient.
@@ -25,6 +26,7 @@ from torch import fx
 from oasis_fx.graph import (
     Contraction,
     Kind,
+    LiftedWeight,
     WeightGradient,
     aten,
     insert_after,
@@ -35,58 +37,76 @@ from oasis_fx.graph import (
     shape,
     value,
 )
-from oasis_fx.passes.project_activations import convolution_arguments, projection_key
+from oasis_fx.passes.project_activations import Projection, convolution_arguments, projection_key
 from oasis_fx.torch_private import gradient_positions, input_placeholders
 
 
 def low_rank_gradients(
-    graph: fx.Graph, sites: Sequence[WeightGradient], projections: Mapping[Hashable, fx.Node]
+    graph: fx.Graph, sites: Sequence[WeightGradient], projections: Mapping[Hashable, Projection]
 ) -> int:
     """Fill the coordinate slots and empty the weights' slots; return how many weights changed."""
     placeholders = input_placeholders(graph)
     positions = gradient_positions(graph)
     for site in sites:
-        slot = value(placeholders[site.inputs.slot])
-        blocks = []
-        for block in site.blocks:
-            parts = []
-            for term in block:
-                contract = _CONTRACT[term.kind]
-                g = contract(graph, term, projections[projection_key(term, site.inputs.basis)])
-                if value(g).dtype != slot.dtype:
-                    g = insert_before(graph, term.dense, prims.convert_element_type.default, g, slot.dtype)
-                parts.append(g)
-            blocks.append(_sum(graph, parts))
-        total = blocks[0]
-        if len(blocks) > 1:
-            total = insert_after(graph, max(blocks), aten.cat.default, blocks)
+        dtype = value(placeholders[site.inputs.slot]).dtype
+        blocks = [_in_bases(graph, site, block, projections, dtype) for block in site.blocks]
         if site.inputs.dense:
-            set_output(graph, site.position, _dense_again(graph, site, total, projections))
+            set_output(graph, site.position, _at_full_size(graph, site, blocks))
             continue
-        set_output(graph, positions[site.inputs.slot], total)
+        set_output(graph, positions[site.inputs.slot], _stacked(graph, [_sum(graph, list(b.values())) for b in blocks]))
         set_output(graph, site.position, None)
     return len(sites)
 
 
-def _dense_again(graph: fx.Graph, site: WeightGradient, g: fx.Node, projections: Mapping[Hashable, fx.Node]) -> fx.Node:
-    """``G Q^T`` laid out as the weight is."""
-    old = outputs(graph)[site.position]
-    sizes, rows = shape(old), site.inputs.rows(len(shape(old)))
-    order = [*rows, *range(*site.inputs.features)]
-    basis = _basis_of(projections[projection_key(site.terms[0], site.inputs.basis)])
-    q_t = insert_after(graph, g, aten.permute.default, basis, [1, 0])
-    dense = insert_after(graph, q_t, aten.mm.default, g, q_t)
-    dense = insert_after(graph, dense, aten.view.default, dense, [sizes[dim] for dim in order])
+def _in_bases(
+    graph: fx.Graph,
+    site: WeightGradient,
+    block: Sequence[Contraction],
+    projections: Mapping[Hashable, Projection],
+    dtype: torch.dtype,
+) -> dict[fx.Node, fx.Node]:
+    """G [m, r] of a block of rows by the basis that it is in: the sum of the contractions in that basis."""
+    parts: dict[fx.Node, list[fx.Node]] = {}
+    for term in block:
+        projection = projections[projection_key(term, site.inputs.basis)]
+        g = _CONTRACT[term.kind](graph, term, projection.p)
+        if value(g).dtype != dtype:
+            g = insert_before(graph, term.dense, prims.convert_element_type.default, g, dtype)
+        parts.setdefault(projection.basis, []).append(g)
+    return {basis: _sum(graph, found) for basis, found in parts.items()}
+
+
+def _at_full_size(graph: fx.Graph, site: WeightGradient, blocks: Sequence[Mapping[fx.Node, fx.Node]]) -> fx.Node:
+    """The sum of all ``G Q^T``, laid out as the weight is."""
+    bases = {basis for block in blocks for basis in block}
+    if len(bases) == 1:  # one product for all rows
+        (basis,) = bases
+        rows = full_size(graph, _stacked(graph, [block[basis] for block in blocks]), basis)
+    else:
+        parts = [[full_size(graph, g, basis) for basis, g in block.items()] for block in blocks]
+        rows = _stacked(graph, [_sum(graph, found) for found in parts])
+    return stored_layout(graph, rows, shape(outputs(graph)[site.position]), site.inputs)
+
+
+def full_size(graph: fx.Graph, g: fx.Node, basis: fx.Node) -> fx.Node:
+    """``G Q^T`` [m, n] in the dtype of G, whatever that of Q is."""
+    last = max(g, basis)
+    if value(basis).dtype != value(g).dtype:
+        basis = last = insert_after(graph, last, prims.convert_element_type.default, basis, value(g).dtype)
+    q_t = insert_after(graph, last, aten.permute.default, basis, [1, 0])
+    return insert_after(graph, q_t, aten.mm.default, g, q_t)
+
+
+def stored_layout(graph: fx.Graph, rows: fx.Node, sizes: Sequence[Any], inputs: LiftedWeight) -> fx.Node:
+    """[m, n] as the weight is stored, which has ``sizes``."""
+    order = [*inputs.rows(len(sizes)), *range(*inputs.features)]
+    viewed = insert_after(graph, rows, aten.view.default, rows, [sizes[dim] for dim in order])
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return insert_after(graph, dense, aten.permute.default, dense, inverse)
+    return insert_after(graph, viewed, aten.permute.default, viewed, inverse)
 
 
-def _basis_of(projection: fx.Node) -> fx.Node:
-    """What `batch_basis` gave to a projection, behind views of it."""
-    node = projection
-    while node.target is not torch.ops.oasis_fx.batch_basis.default:
-        node = node.all_input_nodes[-1]  # P = X Q: the basis is the second operand
-    return node
+def _stacked(graph: fx.Graph, blocks: list[fx.Node]) -> fx.Node:
+    return blocks[0] if len(blocks) == 1 else insert_after(graph, max(blocks), aten.cat.default, blocks)
 
 
 def _sum(graph: fx.Graph, parts: Sequence[fx.Node]) -> fx.Node:

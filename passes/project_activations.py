@@ -3,10 +3,10 @@
     before   X [N,n]
     after    X [N,n]
              P [N,r] = X @ Q            what the backward pass may keep in place of X
-             C [n,r] = X^T @ P          goes to the gradient slot of Q, where the basis goes by it
+             C [n,r] = X^T @ P          goes to the gradient slot of Q, where the rule wants a statistic
              ||X||^2                    goes to the gradient slot of Q's energy, where there is one
 
-Where the basis goes by the batch itself, Q is what `batch_basis` makes of X (oasis_fx/runtime/in_graph.py).
+Where the rule wants the batch itself, Q is what `batch_basis` makes of X (oasis_fx/runtime/in_graph.py).
 
 The rows of X are the tokens of all experts, or the patches that a convolution reads; these are never laid out: P is
 then a convolution itself, with Q^T as its weight, and C its weight gradient.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,18 +41,32 @@ from oasis_fx.graph import (
 )
 from oasis_fx.torch_private import gradient_positions, input_placeholders
 
-# X^T X over many tokens passes 65504, the largest float16. A basis moves by the direction of C alone.
+# X^T X over many tokens passes 65504, the largest float16. C is formed in float16 with this factor, which is taken out
+# again in the dtype of the basis: other uses of the same basis may add a C that was formed without it.
 _FLOAT16_SCALE = 2.0**-10
 
 
-def project_activations(graph: fx.Graph, sites: Sequence[WeightGradient]) -> Mapping[Hashable, fx.Node]:
-    """Insert P and C next to each activation; return the P nodes by `projection_key`.
+@dataclass(frozen=True)
+class Projection:
+    """What takes the place of an activation in its gradient matmul.
 
-    Requires: a term whose basis goes by the batch is no convolution, whose patches are nowhere laid out.
+    Attributes:
+        p: P [N, r] = X Q, or the patches' in the layout of a convolution's result.
+        basis: Q [n, r], which takes G back to full size: the runtime's, or what this batch was given.
+    """
+
+    p: fx.Node
+    basis: fx.Node
+
+
+def project_activations(graph: fx.Graph, sites: Sequence[WeightGradient]) -> Mapping[Hashable, Projection]:
+    """Insert P and C next to each activation; return the projections by `projection_key`.
+
+    Requires: a term whose rule wants the batch itself is no convolution, whose patches are nowhere laid out.
     """
     placeholders = input_placeholders(graph)
     positions = gradient_positions(graph)
-    projections: dict[Hashable, fx.Node] = {}
+    projections: dict[Hashable, Projection] = {}
     for site in sites:
         basis = placeholders[site.inputs.basis]
         for term in site.terms:
@@ -61,10 +76,7 @@ def project_activations(graph: fx.Graph, sites: Sequence[WeightGradient]) -> Map
                 projections[key], statistic = project(graph, term, basis, site.inputs)
                 if statistic is None:
                     continue
-                if value(statistic).dtype != value(basis).dtype:
-                    to_dtype = prims.convert_element_type.default
-                    statistic = insert_after(graph, statistic, to_dtype, statistic, value(basis).dtype)
-                _add_to_slot(graph, positions[site.inputs.basis], statistic)
+                _add_to_slot(graph, positions[site.inputs.basis], _in_units_of(graph, basis, statistic))
                 if site.inputs.energy is not None:
                     energy = _energy(graph, term, value(basis).dtype)
                     _add_to_slot(graph, positions[site.inputs.energy], energy)
@@ -88,7 +100,7 @@ def convolution_arguments(term: Contraction) -> tuple[Any, ...]:
 
 def _project(
     graph: fx.Graph, term: Contraction, basis: fx.Node, inputs: LiftedWeight
-) -> tuple[fx.Node, fx.Node | None]:
+) -> tuple[Projection, fx.Node | None]:
     # Next to X, not next to the gradient: the partitioner must see P as a value of the forward pass.
     x = last = term.x
     if len(shape(x)) == 3:  # a batched matmul with a batch of one
@@ -98,15 +110,16 @@ def _project(
     _check_features(term, shape(x)[1], basis)
     q, last = _lent_basis(graph, x, basis, last, inputs)
     p = insert_after(graph, last, aten.mm.default, x, q)
+    made = Projection(p, q if inputs.control is not None else basis)
     if not inputs.statistic:
-        return p, None
+        return made, None
     scaled = _scaled(graph, p)
-    return p, insert_after(graph, scaled, aten.mm.default, x_t, scaled)
+    return made, insert_after(graph, scaled, aten.mm.default, x_t, scaled)
 
 
 def _project_batch(
     graph: fx.Graph, term: Contraction, basis: fx.Node, inputs: LiftedWeight
-) -> tuple[fx.Node, fx.Node | None]:
+) -> tuple[Projection, fx.Node | None]:
     x = last = term.x
     swapped = last = insert_after(graph, last, aten.permute.default, x, [0, 2, 1])
     x, x_t = (swapped, x) if term.x_transposed else (x, swapped)
@@ -114,20 +127,21 @@ def _project_batch(
     rows = x
     if inputs.control is not None:
         rows = last = insert_after(graph, last, aten.reshape.default, x, [-1, shape(x)[2]])
-    q, last = _lent_basis(graph, rows, basis, last, inputs)
-    q = last = insert_after(graph, last, aten.unsqueeze.default, q, 0)
+    lent, last = _lent_basis(graph, rows, basis, last, inputs)
+    q = last = insert_after(graph, last, aten.unsqueeze.default, lent, 0)
     q = last = insert_after(graph, last, aten.expand.default, q, [int(shape(x)[0]), *shape(basis)])
     p = insert_after(graph, last, aten.bmm.default, x, q)
+    made = Projection(p, lent if inputs.control is not None else basis)
     if not inputs.statistic:
-        return p, None
+        return made, None
     scaled = _scaled(graph, p)
     c = insert_after(graph, scaled, aten.bmm.default, x_t, scaled)
-    return p, insert_after(graph, c, aten.sum.dim_IntList, c, [0])
+    return made, insert_after(graph, c, aten.sum.dim_IntList, c, [0])
 
 
 def _project_patches(
     graph: fx.Graph, term: Contraction, basis: fx.Node, inputs: LiftedWeight
-) -> tuple[fx.Node, fx.Node | None]:
+) -> tuple[Projection, fx.Node | None]:
     _, x, weight, _, *geometry, _ = convolution_arguments(term)
     kernel, (n, rank), num_dims = shape(weight)[1:], shape(basis), len(shape(weight))
     _check_features(term, torch.Size(kernel).numel(), basis)
@@ -135,19 +149,20 @@ def _project_patches(
     q = last = insert_after(graph, last, aten.view.default, q, [*kernel, rank])
     q = last = insert_after(graph, last, aten.permute.default, q, [num_dims - 1, *range(num_dims - 1)])
     p = insert_after(graph, last, aten.convolution.default, x, q, None, *geometry)
+    made = Projection(p, basis)
     if not inputs.statistic:
-        return p, None
+        return made, None
     scaled = _scaled(graph, p)
     mask = [False, True, False]
     c = last = insert_after(graph, scaled, aten.convolution_backward.default, scaled, x, q, None, *geometry, mask)
     c = last = insert_after(graph, last, operator.getitem, c, 1)
     c = last = insert_after(graph, last, aten.permute.default, c, [*range(1, num_dims), 0])
     c = last = insert_after(graph, last, aten.clone.default, c, memory_format=torch.contiguous_format)
-    return p, insert_after(graph, last, aten.view.default, c, [n, rank])
+    return made, insert_after(graph, last, aten.view.default, c, [n, rank])
 
 
 def _energy(graph: fx.Graph, term: Contraction, dtype: torch.dtype) -> fx.Node:
-    """||X||^2 in the basis' dtype and in the units of C: summed over rows, so over patches where they overlap."""
+    """||X||^2 in the dtype of the basis: summed over rows, so over patches where they overlap."""
     last = x = term.x
     if value(x).dtype != dtype:
         x = last = insert_after(graph, last, prims.convert_element_type.default, x, dtype)
@@ -160,12 +175,7 @@ def _energy(graph: fx.Graph, term: Contraction, dtype: torch.dtype) -> fx.Node:
         squares = last = insert_after(graph, last, aten.convolution.default, squares, ones, None, *geometry)
     # Row by row first: Inductor then sums within the kernel that makes X, and does not read X again for it.
     rows = insert_after(graph, last, aten.sum.dim_IntList, squares, [-1])
-    energy = insert_after(graph, rows, aten.sum.default, rows)
-    return (
-        energy
-        if value(term.x).dtype != torch.float16
-        else insert_after(graph, energy, aten.mul.Tensor, energy, _FLOAT16_SCALE)
-    )
+    return insert_after(graph, rows, aten.sum.default, rows)
 
 
 def _check_features(term: Contraction, n: Any, basis: fx.Node) -> None:
@@ -189,6 +199,17 @@ def _lent_basis(
 
 def _scaled(graph: fx.Graph, p: fx.Node) -> fx.Node:
     return p if value(p).dtype != torch.float16 else insert_after(graph, p, aten.mul.Tensor, p, _FLOAT16_SCALE)
+
+
+def _in_units_of(graph: fx.Graph, basis: fx.Node, statistic: fx.Node) -> fx.Node:
+    """C in the dtype of the basis, without the factor of `_scaled`."""
+    formed_in = value(statistic).dtype
+    if formed_in != value(basis).dtype:
+        to_dtype = prims.convert_element_type.default
+        statistic = insert_after(graph, statistic, to_dtype, statistic, value(basis).dtype)
+    if formed_in == torch.float16:
+        statistic = insert_after(graph, statistic, aten.mul.Tensor, statistic, 1 / _FLOAT16_SCALE)
+    return statistic
 
 
 def _add_to_slot(graph: fx.Graph, position: int, statistic: fx.Node) -> None:

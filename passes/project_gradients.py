@@ -5,7 +5,8 @@
              C [n,r] = dW^T @ G           goes to the gradient slot of Q, where the basis goes by it
              ||dW||^2                     goes to the gradient slot of Q's energy, where there is one
 
-Where the basis goes by the gradient itself, G is what `project_gradient` makes of dW (oasis_fx/runtime/in_graph.py).
+Where the rule wants the gradient itself, G is what `project_gradient` makes of dW (oasis_fx/runtime/in_graph.py).
+Under a rule whose gradients leave the graph dense, W's slot gets G Q^T and S's slot stays empty.
 X is kept as it was; dW is dropped as soon as G is there. It need not be a matmul: any dense gradient will do.
 
 Ensures:  no user of dW is left among the rewritten slots but its projection.
@@ -30,6 +31,7 @@ from oasis_fx.graph import (
     shape,
     value,
 )
+from oasis_fx.passes.low_rank_gradients import full_size, stored_layout
 from oasis_fx.torch_private import gradient_positions, input_placeholders
 
 
@@ -60,7 +62,8 @@ def project_gradients(graph: fx.Graph, sites: Sequence[WeightGradient]) -> int:
         dense = outputs(graph)[site.position]
         rows = last = _as_rows(graph, dense, inputs)
         if inputs.control is not None:
-            operator = torch.ops.oasis_fx.project_gradient.default
+            operators = torch.ops.oasis_fx
+            operator = (operators.compress_gradient if inputs.dense else operators.project_gradient).default
             g = last = insert_after(graph, last, operator, rows, basis, placeholders[inputs.control])
         else:
             q = basis
@@ -69,6 +72,10 @@ def project_gradients(graph: fx.Graph, sites: Sequence[WeightGradient]) -> int:
             g = last = insert_after(graph, last, aten.mm.default, rows, q)
         if inputs.statistic:
             last = _fill_statistic(graph, rows, g, basis, inputs, last)
+        if inputs.dense:
+            rows = g if inputs.control is not None else full_size(graph, g, basis)
+            set_output(graph, site.position, stored_layout(graph, rows, shape(dense), inputs))
+            continue
         if value(g).dtype != value(slot).dtype:
             g = insert_after(graph, last, prims.convert_element_type.default, g, value(slot).dtype)
         set_output(graph, positions[inputs.slot], g)

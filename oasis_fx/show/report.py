@@ -241,10 +241,12 @@ def _gradient_bytes(trace: Trace, placeholders: Mapping[int, fx.Node]) -> tuple[
 
 def _adam_bytes(record: CompiledGraph, trace: Trace, placeholders: Mapping[int, fx.Node]) -> tuple[int, int]:
     dense = sum(2 * _placed(placeholders, site.inputs.weight) for site in trace.sites)
-    stored = not record.groups[0].spec.rule.coded if record.groups else True
+    rule = record.groups[0].spec.rule if record.groups else None
+    stored = not (rule is not None and (rule.coded or getattr(rule, "each_batch", False)))
     low_rank = 0
     for basis, sites in _by_basis(trace).items():
         if sites[0].inputs.dense:
+            low_rank += stored * _placed(placeholders, basis)
             low_rank += sum(2 * _placed(placeholders, site.inputs.weight) for site in sites)
             continue
         element: Any = value(placeholders[basis]).element_size()

@@ -38,7 +38,8 @@ class Rule:
         transports: whether optimizer states are carried over to a basis that has moved (LDAdam's way), or kept as they
             are, in coordinates that now mean something else (GaLore's).
         orthonormal: whether ``Q^T Q = I``.
-        dense: whether the gradient leaves the graph at full size, ``(dY^T P) Q^T``, so that nothing outlives the pass.
+        dense: whether the gradient leaves the graph at full size, ``(dY^T P) Q^T`` (``(dW Q) Q^T`` on gradients), to be
+            stepped by any optimizer with states at full size. The basis moves as it would otherwise.
         coded: whether the basis is a function of a few numbers, ``expand(code)``, and not stored.
         draws: whether each subspace needs a seed, which comes from torch's generator as first weights do.
     """
@@ -94,22 +95,30 @@ class StatisticRule(Rule):
 
 
 class BatchRule(Rule):
-    """A rule that goes by the batch itself. It runs within the compiled graph, as an opaque operator."""
+    """A rule that goes by the batch itself. It runs within the compiled graph, as an opaque operator.
+
+    Attributes:
+        uses_momentum: whether `choose` is to find the first moment of an optimizer in the subspace.
+        each_batch: whether every batch gets a basis of its own, which nothing outlives. Its gradients have to be
+            ``dense``, since nothing would be left to read a factor by; ``every`` and ``subspace_every`` say nothing.
+    """
 
     uses_momentum: ClassVar[bool] = False
+    each_batch: ClassVar[bool] = False
 
     def choose(self, batch: torch.Tensor, subspace: Subspace, generator: torch.Generator) -> torch.Tensor:
         """The new basis [n, r], or its code where the rule is ``coded``.
 
         Args:
-            batch: A [N or m, n], finite, in the dtype of the basis; not to be changed.
+            batch: A [N or m, n], finite and not all zeros, in the dtype of the basis; not to be changed. N may be
+                smaller than r. Where the rule is ``each_batch`` it may be anything, without rows too.
             subspace: with its present basis, ``num_updates``, and ``momentum`` where the rule ``uses_momentum``.
             generator: on the CPU, for whatever is random; a function of the subspace and its ``num_updates``.
         """
         raise NotImplementedError
 
     def weights(self, n: int, r: int) -> torch.Tensor | None:
-        """Factors [r] of the columns in the projection ``A Q diag(weights)``; None for ones."""
+        """Factors [r] of the columns in the projection ``A Q diag(weights)``; None for ones. From 0 where ``dense``."""
         return None
 
     def project_gradient(self, gradient: torch.Tensor, subspace: Subspace, old: torch.Tensor | None) -> torch.Tensor:
@@ -133,10 +142,10 @@ def register(rule: Rule) -> Rule:
     """Make a rule known by its name.
 
     Raises:
-        ValueError: another rule has the name, or it derives from none of the three classes.
+        ValueError: another rule has the name, it derives from none of the three classes, or its class attributes
+            contradict each other.
     """
-    if not isinstance(rule, StatisticRule | BatchRule | DrawnRule):
-        raise ValueError(f"rule is {rule!r}: it must derive from StatisticRule, BatchRule or DrawnRule")
+    _check(rule)
     if type(RULES.get(rule.name, rule)) is not type(rule):
         raise ValueError(f"a rule named {rule.name!r} exists: {RULES[rule.name]!r}")
     RULES[rule.name] = rule
@@ -147,13 +156,33 @@ def rule_of(given: str | Rule) -> Rule:
     """The rule that a name or an instance stands for.
 
     Raises:
-        ValueError: naming what is known.
+        ValueError: naming what is known; or as `register`, of an instance.
     """
     if isinstance(given, Rule):
+        _check(given)
         return given
     if not isinstance(given, str) or given not in RULES:
         raise ValueError(f"subspace is {given!r}: it must be one of {', '.join(map(repr, RULES))}, or a rule")
     return RULES[given]
+
+
+def _check(rule: object) -> None:
+    if not isinstance(rule, StatisticRule | BatchRule | DrawnRule):
+        raise ValueError(f"rule is {rule!r}: it must derive from StatisticRule, BatchRule or DrawnRule")
+    if rule.on not in ("activation", "gradient"):
+        raise ValueError(f"rule {rule.name!r} has on = {rule.on!r}: it must be 'activation' or 'gradient'")
+    if isinstance(rule, BatchRule) and rule.each_batch and not rule.dense:
+        raise ValueError(
+            f"rule {rule.name!r} has each_batch = True and dense = False: a factor in a basis that is gone could not "
+            "be read. Set dense = True, or let the basis outlive its batch"
+        )
+    if isinstance(rule, StatisticRule) and rule.coded:
+        raise ValueError(
+            f"rule {rule.name!r} is a StatisticRule with coded = True: its basis moves by C and is stored. "
+            "Derive from BatchRule or DrawnRule"
+        )
+    if isinstance(rule, DrawnRule) and not rule.coded:
+        raise ValueError(f"rule {rule.name!r} is a DrawnRule with coded = False: its basis is made from its code alone")
 
 
 def top_right_singular_vectors(a: torch.Tensor, r: int) -> torch.Tensor:

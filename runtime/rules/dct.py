@@ -56,7 +56,7 @@ class DCT(BatchRule):
         return columns.to(device=device, dtype=dtype)
 
     def choose(self, batch: torch.Tensor, subspace: Subspace, generator: torch.Generator) -> torch.Tensor:
-        energy = dct(batch).square().sum(dim=0)
+        energy = dct(batch / batch.abs().amax()).square().sum(dim=0)  # squares could leave the exponent range
         return energy.topk(subspace.shape[1]).indices.sort().values.cpu()
 
 

@@ -28,8 +28,12 @@ class Sampled(BatchRule):
 
     name: ClassVar[str] = "sampled"
     dense: ClassVar[bool] = True
+    each_batch: ClassVar[bool] = True
 
     def choose(self, batch: torch.Tensor, subspace: Subspace, generator: torch.Generator) -> torch.Tensor:
         n, r = subspace.shape
         columns = torch.randperm(n, generator=generator, device="cpu")[:r].to(batch.device)
-        return torch.linalg.qr(batch.mT @ batch[:, columns]).Q
+        drawn = batch[:, columns]
+        if drawn.numel():  # X^T X of large entries could leave the exponent range; only its columns' span counts
+            drawn = drawn / drawn.abs().amax().clamp_min(torch.finfo(batch.dtype).tiny)
+        return torch.linalg.qr(batch.mT @ drawn).Q
