@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 from torch import fx
 
 from oasis_fx.config import Rank, Settings
-from oasis_fx.errors import OasisWarning
+from oasis_fx.errors import survive
 from oasis_fx.runtime.rules import Rule
 
 if TYPE_CHECKING:  # these load Inductor
@@ -126,16 +125,17 @@ class OasisBackend:
         try:
             from oasis_fx import groups, lowering, torch_private
         except ImportError as error:
-            warnings.warn(
-                f"oasis_fx does not know this torch ({torch.__version__}: {error}); gradients stay dense",
-                OasisWarning,
-                stacklevel=2,
-            )
+            survive(error, f"gradients stay dense, oasis_fx does not know this torch ({torch.__version__})")
             return torch._inductor.compile(gm, list(example_inputs), options=dict(options or {}) or None)
         merged = self._inductor_options(mode, options)
         if not torch.is_grad_enabled():
             return lowering.compile_plainly(gm, example_inputs, self.settings, merged)
-        problem = self._unmatched_globs(groups.parameter_names(gm, example_inputs), torch_private.is_partial_graph(gm))
+        try:
+            names, partial = groups.parameter_names(gm, example_inputs), torch_private.is_partial_graph(gm)
+            problem = self._unmatched_globs(names, partial)
+        except Exception as error:
+            survive(error, lowering.STAYS_DENSE)
+            return lowering.compile_plainly(gm, example_inputs, self.settings, merged, self._inner_compile)
         if problem is not None:
             return _raise_when_called(ValueError(problem))
         compiled, record = lowering.lower(

@@ -8,7 +8,6 @@ partitioner's own cut has one solution.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,8 +17,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from oasis_fx.cost import saved_storages
-from oasis_fx.errors import OasisWarning
-from oasis_fx.graph import PassError, ancestors, outputs
+from oasis_fx.graph import ancestors, outputs
 from oasis_fx.passes.plan_saves import SavePlan, plan_saves
 from oasis_fx.prices import recompute_price
 from oasis_fx.torch_private import SavedForBackwardsAOTOutput, functorch_config
@@ -48,12 +46,25 @@ def partition_within(
         allowed = budget if isinstance(budget, int) else int(budget * kept)
         if kept <= allowed:
             return unbounded
-        try:
-            plan = plan_saves(joint.graph, num_forward_outputs, allowed)
-            return _partition_as_planned(joint, partition, num_forward_outputs, plan)
-        except PassError as error:
-            warnings.warn(f"memory_budget is left to torch's partitioner: {error}", OasisWarning, stacklevel=2)
-    with functorch_config.patch(activation_memory_budget=allowed / kept):
+        plan = plan_saves(joint.graph, num_forward_outputs, allowed)
+        return _partition_as_planned(joint, partition, num_forward_outputs, plan)
+
+
+def partition_by_torch(
+    joint: fx.GraphModule,
+    copy: Callable[[fx.GraphModule], fx.GraphModule],
+    partition: Partitioner,
+    num_forward_outputs: int,
+    budget: int | float,
+) -> Partition:
+    """Partition ``joint`` by torch's own means for budgets. The arguments are those of `partition_within`."""
+    with functorch_config.patch(activation_memory_budget=1.0):
+        unbounded = partition(copy(joint), num_forward_outputs)
+    kept = sum(saved_storages(unbounded[0].graph, num_forward_outputs).values())
+    share = budget / max(kept, 1) if isinstance(budget, int) else budget
+    if share >= 1.0:
+        return unbounded
+    with functorch_config.patch(activation_memory_budget=share):
         return partition(joint, num_forward_outputs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from functorch.compile import make_boxed_func
 from torch import fx
 
 from oasis_fx.config import Settings
-from oasis_fx.errors import OasisWarning
+from oasis_fx.errors import survive
 from oasis_fx.gradient_sync import GradientSync
 from oasis_fx.graph import LiftedWeight
 from oasis_fx.groups import WeightGroup, choose_groups
@@ -21,7 +20,16 @@ from oasis_fx.partitioner import JointPartitioner
 from oasis_fx.passes.lift_runtime_inputs import lift_runtime_inputs
 from oasis_fx.pipeline import Trace, observe_traces, partition_joint
 from oasis_fx.runtime_inputs import Compiled, OnUse, call_with_runtime_inputs, fake_runtime_inputs, lifted_weights
-from oasis_fx.torch_private import aot_eager_lowering, compile_caches_disabled, inductor_lowering, known_fake
+from oasis_fx.torch_private import (
+    RESTARTS,
+    aot_eager_lowering,
+    caches_may_be_left_out,
+    compile_caches_disabled,
+    inductor_lowering,
+    known_fake,
+)
+
+STAYS_DENSE = "gradients of a graph stay dense"
 
 
 @dataclass
@@ -66,9 +74,34 @@ def lower(
         inner_compile: in place of Inductor's code generation, for the printer.
         on_use: called with each subspace that a call of the graph takes, and the names of its weights.
     """
-    record, lifted_gm, runtime_inputs = _prepare(gm, example_inputs, settings)
-    if lifted_gm is None:
-        return compile_plainly(gm, example_inputs, settings, options, inner_compile), record
+    try:
+        record, lifted_gm, runtime_inputs = _prepare(gm, example_inputs, settings)
+        if lifted_gm is not None:
+            return _lower_lifted(
+                lifted_gm, example_inputs, runtime_inputs, record, settings, options, inner_compile, on_use
+            )
+    except RESTARTS:
+        raise
+    except Exception as error:
+        # Also what torch finds wrong with a graph that has our inputs. What it finds wrong with the graph as it came is
+        # raised once more by this call, as stock torch would.
+        compiled = compile_plainly(gm, example_inputs, settings, options, inner_compile)
+        survive(error, STAYS_DENSE, stacklevel=3)
+        return compiled, CompiledGraph({}, (), (), {})
+    return compile_plainly(gm, example_inputs, settings, options, inner_compile), record
+
+
+def _lower_lifted(
+    lifted_gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    runtime_inputs: Sequence[torch.Tensor],
+    record: CompiledGraph,
+    settings: Settings,
+    options: Mapping[str, Any],
+    inner_compile: Compiled | None,
+    on_use: OnUse | None,
+) -> tuple[Compiled, CompiledGraph]:
+    """Compile a graph with the runtime's inputs, and complete its record."""
     inputs = [*example_inputs, *runtime_inputs]
     compiled, record.trace = _compile(lifted_gm, inputs, record.lifted, settings, options, inner_compile)
     fakes = [known_fake(given) for given in inputs]  # what is kept must not keep the user's tensors
@@ -83,21 +116,13 @@ def lower(
 def _prepare(
     gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
 ) -> tuple[CompiledGraph, fx.GraphModule | None, list[torch.Tensor]]:
-    """Choose groups and lift the runtime's inputs; no graph where there is nothing to lift.
-
-    All that relies on Dynamo's private side is in here: what surprises us there leaves the graph as it is.
-    """
-    try:
-        groups, reasons, names = choose_groups(gm, example_inputs, settings)
-        record = CompiledGraph(names, groups, lifted_weights(groups, len(example_inputs), settings.stats), reasons)
-        if not groups:
-            return record, None, []
-        tensors, labels = fake_runtime_inputs(groups, example_inputs, settings.stats)
-        return record, lift_runtime_inputs(gm, tensors, labels), tensors
-    except (AttributeError, AssertionError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        warnings.warn(f"gradients of a graph stay dense: torch surprised oasis_fx ({why})", OasisWarning, stacklevel=3)
-        return CompiledGraph({}, (), (), {}), None, []
+    """Choose groups and lift the runtime's inputs; no graph where there is nothing to lift."""
+    groups, reasons, names = choose_groups(gm, example_inputs, settings)
+    record = CompiledGraph(names, groups, lifted_weights(groups, len(example_inputs), settings.stats), reasons)
+    if not groups:
+        return record, None, []
+    tensors, labels = fake_runtime_inputs(groups, example_inputs, settings.stats)
+    return record, lift_runtime_inputs(gm, tensors, labels), tensors
 
 
 def _compile(
@@ -110,7 +135,7 @@ def _compile(
 ) -> tuple[Compiled, Trace | None]:
     """Compile a lifted graph; the trace is None where a compile cache had the result."""
     traces: list[Trace] = []
-    with observe_traces(traces.append):
+    with observe_traces(traces.append), caches_may_be_left_out():
         if settings.inner == "aot_eager":
             compiled = aot_eager_lowering(gm, inputs, _EagerPartition(lifted, settings.budget))
         else:

@@ -17,7 +17,6 @@ caches of torch have no result yet.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,15 +26,15 @@ from typing import Any
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
-from oasis_fx.budget import partition_within
-from oasis_fx.errors import OasisWarning
-from oasis_fx.graph import LiftedWeight, PassError, Skipped, WeightGradient, check_graph
+from oasis_fx.budget import partition_by_torch, partition_within
+from oasis_fx.errors import survive
+from oasis_fx.graph import LiftedWeight, Skipped, WeightGradient, check_graph
 from oasis_fx.passes.early_statistics import early_statistics
 from oasis_fx.passes.find_weight_gradients import find_weight_gradients
 from oasis_fx.passes.low_rank_gradients import low_rank_gradients
 from oasis_fx.passes.project_activations import project_activations
 from oasis_fx.passes.project_gradients import find_dense_gradients, project_gradients
-from oasis_fx.torch_private import fx_graph_cse, is_whole_joint
+from oasis_fx.torch_private import fx_graph_cse, is_whole_joint, leave_out_of_caches
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,8 @@ def partition_joint(
         budget: what the forward graph may keep for the backward graph at most: bytes (int), a share of what it would
             keep (float), or None for torch's own setting.
 
-    Where a pass fails, the graph is partitioned as it came, with a warning: gradients are then dense.
+    Where anything of ours fails, the graph is partitioned as it came, with a warning: gradients are then dense, and a
+    budget is left to torch's partitioner.
     """
     static = tuple(static_lifetime_input_indices or ())
 
@@ -113,24 +113,30 @@ def partition_joint(
     if not is_whole_joint(gm.graph):
         # The body of a higher-order operator is partitioned by itself: the runtime's inputs are not among its own.
         return partition(gm, num_fwd_outputs)
-    gm.graph = fx_graph_cse(gm.graph)  # the reshaped X behind q, k and v is one node only after this
-    before = copy_graph(gm)
+    as_it_came = gm.graph
     try:
+        gm.graph = fx_graph_cse(as_it_came)  # the reshaped X behind q, k and v is one node only after this
+        before = copy_graph(gm)
         sites, skipped = rewrite_joint(gm, lifted)
-    except PassError as error:
-        warnings.warn(f"gradients of this graph stay dense: {error}", OasisWarning, stacklevel=2)
-        gm.graph = copy_graph(before).graph
+        after = copy_graph(gm)
+        if budget is None:
+            forward, backward = partition(gm, num_fwd_outputs)
+        else:
+            forward, backward = partition_within(gm, copy_graph, partition, num_fwd_outputs, budget)
+        early_statistics(backward.graph)
+        backward.graph.lint()
+        backward.recompile()
+    except Exception as error:
+        gm.graph = as_it_came
+        before, after = copy_graph(gm), copy_graph(gm)
         sites, skipped = (), tuple(Skipped(w.weight, f"a pass failed: {error}") for w in lifted)
-    gm.recompile()
+        if budget is None:
+            forward, backward = partition(gm, num_fwd_outputs)
+        else:
+            forward, backward = partition_by_torch(gm, copy_graph, partition, num_fwd_outputs, budget)
+        leave_out_of_caches()
+        survive(error, "gradients of a graph stay dense", stacklevel=3)
     observer = _observer.get()
-    after = copy_graph(gm) if observer is not None else gm
-
-    if budget is None:
-        forward, backward = partition(gm, num_fwd_outputs)
-    else:
-        forward, backward = partition_within(gm, copy_graph, partition, num_fwd_outputs, budget)
-    early_statistics(backward.graph)
-    backward.recompile()
     if observer is not None:
         copies = copy_graph(forward), copy_graph(backward)  # the inner compiler goes on to change them
         observer(Trace(before, after, *copies, num_fwd_outputs, sites, skipped, static))

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager, boxed_nop
+from torch._dynamo.exc import RestartAnalysis, SkipFrame, Unsupported
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
@@ -31,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
+    "RESTARTS",
     "CustomPartitionerFn",
     "FakeTensor",
     "FakeTensorMode",
@@ -40,6 +42,7 @@ __all__ = [
     "aot_eager_lowering",
     "as_shard",
     "at_end_of_backward",
+    "caches_may_be_left_out",
     "compile_caches_disabled",
     "copy_dynamo_attributes",
     "fsdp_parameters",
@@ -54,10 +57,15 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "is_whole_joint",
     "known_fake",
+    "leave_out_of_caches",
     "mark_static_input",
     "tracing_fake_mode",
     "unguarded_fake_mode",
 ]
+
+
+# How a backend tells Dynamo to trace anew, or to leave a frame alone: no failures.
+RESTARTS = (RestartAnalysis, SkipFrame, Unsupported)
 
 
 def at_end_of_backward(function: Callable[[], None]) -> None:
@@ -198,7 +206,9 @@ def is_partial_graph(gm: fx.GraphModule) -> bool:
 def copy_dynamo_attributes(source: fx.GraphModule, target: fx.GraphModule) -> None:
     """Carry over what AOTAutograd and the AOT cache read off a graph of Dynamo's."""
     target.meta = dict(source.meta)
-    for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
+    # Not `_backend_id`: under it, `caching_precompile` keeps the artifact of AOTAutograd and, in a warm process, calls
+    # that in place of what a backend returned. It would get no bases. Without an artifact the graph is compiled again.
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
     placeholders = zip(
@@ -256,6 +266,18 @@ def unguarded_fake_mode(values: Iterable[Any]) -> Iterator[None]:
     quiet = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
     with quiet, mode:
         yield
+
+
+@contextlib.contextmanager
+def caches_may_be_left_out() -> Iterator[None]:
+    """Within: `leave_out_of_caches` may be called."""
+    with torch._inductor.config.patch(force_disable_caches=torch._inductor.config.force_disable_caches):
+        yield
+
+
+def leave_out_of_caches() -> None:
+    """Save no result of the compile in progress: another process would take it without the warning that was given."""
+    torch._inductor.config.force_disable_caches = True
 
 
 @contextlib.contextmanager

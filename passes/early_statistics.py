@@ -7,7 +7,8 @@ torch orders a backward graph by what the gradients of activations ask for. Noth
 output, so they would come last, and each activation that was saved or computed again for them would be held till then.
 
 Requires: a backward graph in topological order.
-Ensures:  the same nodes in another topological order.
+Ensures:  the same nodes in another topological order, placeholders first: compiled autograd and code generation
+          take a graph's inputs from the run of placeholders that it starts with.
 """
 
 from __future__ import annotations
@@ -25,19 +26,29 @@ def early_statistics(graph: fx.Graph) -> None:
     moved = _waits_for_the_end(graph)
     missing = {node: len(node.all_input_nodes) for node in moved}
     order: list[fx.Node] = []
+    ready: list[fx.Node] = []
     for node in graph.nodes:
-        ready = [] if node in moved else [node]
+        if node.op == "placeholder":
+            order.append(node)
+            ready += _released_by(node, missing)
+            continue
+        if node not in moved:
+            ready.append(node)
         while ready:
             found = ready.pop(0)
             order.append(found)
-            for user in found.users:
-                if user in missing:
-                    missing[user] -= 1
-                    if not missing[user]:
-                        ready.append(user)
+            ready += _released_by(found, missing)
     for before, node in pairwise(order):
         if before.next is not node:
             before.append(node)
+
+
+def _released_by(node: fx.Node, missing: dict[fx.Node, int]) -> list[fx.Node]:
+    """Users of ``node`` for which it was the last input that they waited for."""
+    for user in node.users:
+        if user in missing:
+            missing[user] -= 1
+    return [user for user in node.users if missing.get(user) == 0]
 
 
 def _waits_for_the_end(graph: fx.Graph) -> set[fx.Node]:

@@ -31,6 +31,12 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 
 @pytest.fixture(autouse=True)
+def failures_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fault of ours hides behind a warning; processes that a test starts inherit this."""
+    monkeypatch.setenv("OASIS_FX_RAISE", "1")
+
+
+@pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch.utils.checkpoint import checkpoint
 
 from oasis_fx.config import Settings
 from oasis_fx.show.diff import side_by_side, wants_color
 from oasis_fx.show.graphs import GRAPHS, graphs
 from oasis_fx.show.node_table import node_table
 from oasis_fx.show.printing import number_nodes, print_graph
+from oasis_fx.show.report import report
 from oasis_fx.targets import load_target
 from oasis_fx.tracing import trace_model
 
@@ -70,10 +72,13 @@ def test_golden_texts_with_lines_of_the_user(golden) -> None:
     golden("blocks-after-table", f"{node_table(shown, 'after', 'layers.1')}\n")
 
 
-def random_inputs(gm: fx.GraphModule) -> list[torch.Tensor]:
+def random_inputs(gm: fx.GraphModule, **given: torch.Tensor) -> list[torch.Tensor]:
     inputs = []
     generator = torch.Generator().manual_seed(0)
     for node in gm.graph.find_nodes(op="placeholder"):
+        if node.name in given:
+            inputs.append(given[node.name])
+            continue
         fake = node.meta["val"]
         elements = 1 + sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True))
         if fake.is_floating_point():
@@ -121,6 +126,36 @@ def test_the_text_runs_and_gives_the_same_numbers(make, inner, notes) -> None:
         assert ("  # " in text) == notes
         given = [gm, *inputs] if "    self,\n" in text else inputs
         same(run_text(text, TITLES[which], *given), fx.Interpreter(gm).run(*inputs))
+
+
+def dropped():
+    class Dropped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.drop = torch.nn.Linear(6, 8), torch.nn.Linear(8, 6), torch.nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(lambda h: self.down(self.drop(self.up(h).tanh())), x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    return Dropped().double(), torch.randn(5, 6).double()
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_checkpointed_dropout_is_printed_and_explained(inner) -> None:
+    records = trace_model(*dropped(), Settings(rank=2, inner=inner))
+    (row, other) = report(records)[0].rows
+    assert {row.name, other.name} == {"up.weight", "down.weight"}
+    (shown,) = graphs(records)
+    for which in GRAPHS:
+        gm = shown.module(which)
+        # A random state is what torch makes of one; a random tensor would be refused.
+        state = torch.random.get_rng_state()
+        inputs = random_inputs(gm, rng_state_output_0=state)
+        torch.manual_seed(3)
+        found = run_text(shown.text(which), TITLES[which], *inputs)
+        torch.manual_seed(3)
+        same(found, gm(*inputs))
 
 
 @pytest.mark.parametrize("make", [blocks, llama], ids=["blocks", "llama"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from oasis_fx.config import Settings
 from oasis_fx.lowering import CompiledGraph
 from oasis_fx.passes.early_statistics import early_statistics
 from oasis_fx.pipeline import Trace, copy_graph
-from oasis_fx.show.graphs import trace_of
+from oasis_fx.show.graphs import partition_by_torch, trace_of
 from oasis_fx.torch_private import FakeTensorMode, functorch_config
 from oasis_fx.tracing import trace_model
 
@@ -95,17 +96,8 @@ def add_adapters(model: torch.nn.Module, rank: int) -> None:
 
 def partition_as(traced: Traced, budget: int | float | None, *, rewritten: bool) -> Partition:
     """Forward and backward graph under a budget: by us if ``rewritten``, else by torch (a share, or None)."""
-    from functorch.compile import min_cut_rematerialization_partition
-
     trace = traced.trace
-
-    def partition(joint: fx.GraphModule, num_forward_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return min_cut_rematerialization_partition(
-            joint,
-            None,
-            num_fwd_outputs=num_forward_outputs,
-            static_lifetime_input_indices=list(trace.static_inputs),
-        )
+    partition = partial(partition_by_torch, trace)
 
     number = trace.num_forward_outputs
     if not rewritten:

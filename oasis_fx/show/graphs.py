@@ -9,12 +9,12 @@ from functools import cached_property
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
-from oasis_fx.graph import outputs
+from oasis_fx.graph import outputs, value
 from oasis_fx.lowering import CompiledGraph
 from oasis_fx.pipeline import Trace, copy_graph
 from oasis_fx.show.nodes import NodeFacts, input_kinds, joint_facts, marks_and_weights, select
 from oasis_fx.show.printing import number_nodes, print_graph
-from oasis_fx.torch_private import gradient_positions, input_placeholders, is_whole_joint
+from oasis_fx.torch_private import gradient_positions, input_placeholders, is_whole_joint, unguarded_fake_mode
 
 GRAPHS = ("before", "after", "forward", "backward")
 _TITLES = {"before": "joint", "after": "joint"}  # one title, or a diff would start with a difference
@@ -77,12 +77,7 @@ class GraphSet:
     @cached_property
     def stock(self) -> tuple[fx.Graph, fx.Graph]:
         """The partitions of ``before``: what stock `torch.compile` runs, under torch's settings of now."""
-        forward, backward = min_cut_rematerialization_partition(
-            copy_graph(self.before),
-            None,
-            num_fwd_outputs=self.trace.num_forward_outputs,
-            static_lifetime_input_indices=list(self.trace.static_inputs),
-        )
+        forward, backward = partition_by_torch(self.trace, copy_graph(self.before), self.trace.num_forward_outputs)
         return forward.graph, backward.graph
 
     @cached_property
@@ -110,6 +105,19 @@ class GraphSet:
 
     def __str__(self) -> str:
         return "\n\n".join(f"# {which}\n{self.text(which)}" for which in GRAPHS)
+
+
+def partition_by_torch(
+    trace: Trace, joint: fx.GraphModule, num_forward_outputs: int
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Partition a joint graph of a trace, which changes it, by torch's settings of now and outside of its compile."""
+    with unguarded_fake_mode(value(node) for node in joint.graph.nodes):  # random states get fake values in it
+        return min_cut_rematerialization_partition(
+            joint,
+            None,
+            num_fwd_outputs=num_forward_outputs,
+            static_lifetime_input_indices=list(trace.static_inputs),
+        )
 
 
 def graphs(records: Sequence[CompiledGraph]) -> list[GraphSet]:

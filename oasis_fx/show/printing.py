@@ -181,6 +181,8 @@ def _argument(given: Any, names: Mapping[fx.Node, str]) -> str:
         return f"{{{', '.join(f'{key!r}: {_argument(item, names)}' for key, item in given.items())}}}"
     if isinstance(given, slice):
         return f"slice({', '.join(_argument(item, names) for item in (given.start, given.stop, given.step))})"
+    if isinstance(given, torch._ops.OpOverload):
+        return f"torch.ops.{given}"  # what a higher-order operator runs
     if isinstance(given, torch.device):
         return f"torch.{given!r}"
     if isinstance(given, float) and (given != given or given in (float("inf"), -float("inf"))):

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
 from oasis_fx.cost import hint, matmul_flops, num_bytes, num_rows, saved_storages, storage_node
@@ -15,9 +14,9 @@ from oasis_fx.graph import WeightGradient, dependents, shape, value
 from oasis_fx.lowering import CompiledGraph
 from oasis_fx.pipeline import Trace, copy_graph
 from oasis_fx.show.decisions import Decision, decisions
-from oasis_fx.show.graphs import trace_of
+from oasis_fx.show.graphs import partition_by_torch, trace_of
 from oasis_fx.show.report_table import format_report
-from oasis_fx.torch_private import input_placeholders, unguarded_fake_mode
+from oasis_fx.torch_private import input_placeholders
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,7 @@ def _report_graph(record: CompiledGraph, trace: Trace | None) -> GraphReport:
         SkippedRow(record.names[at], _known_shape(placeholders[at]) if at in placeholders else None, reason)
         for at, reason in sorted(reasons.items())
     ]
-    with unguarded_fake_mode(value(node) for node in trace.before.graph.nodes):  # random states get fake values in it
-        stock = min_cut_rematerialization_partition(
-            copy_graph(trace.before),
-            None,
-            num_fwd_outputs=trace.num_forward_outputs,
-            static_lifetime_input_indices=list(trace.static_inputs),
-        )
+    stock = partition_by_torch(trace, copy_graph(trace.before), trace.num_forward_outputs)
     saved_before = saved_storages(stock[0].graph, trace.num_forward_outputs)
     saved_after = saved_storages(trace.forward.graph, trace.num_forward_outputs)
     totals = Totals(
