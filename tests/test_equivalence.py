@@ -130,6 +130,7 @@ def test_full_rank_gradients_are_the_dense_ones(inner) -> None:
     reference = copy.deepcopy(model)
     train_step(reference, x, inner)
     train_step(model, x, oasis_backend(rank=1000, inner=inner))  # more than n: becomes n
+    assert sum(isinstance(weight.grad, LowRankGrad) for weight in model.parameters()) == 3
     for weight, dense in zip(model.parameters(), reference.parameters(), strict=True):
         if isinstance(weight.grad, LowRankGrad):
             assert weight.grad.factor.shape == weight.shape

@@ -37,7 +37,7 @@ def test_passes_and_runtime_do_not_know_each_other() -> None:
         "passes": ("oasis_fx.runtime",),
         "runtime": ("oasis_fx.passes", "oasis_fx.graph"),
     }.items():
-        for file in (ROOT / folder).glob("*.py"):
+        for file in (ROOT / folder).rglob("*.py"):
             assert not any(other in file.read_text() for other in others), file
 
 

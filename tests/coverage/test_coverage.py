@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
@@ -76,6 +77,14 @@ def test_model(entry: Entry, inner: str) -> None:
 def test_the_page_has_the_models_of_the_zoo() -> None:
     rows = [line.split(" | ")[0].removeprefix("| ") for line in page() if line.startswith("| ")]
     assert rows[1:] == [entry.name for entry in load_all()]  # behind the head
+
+
+def test_the_page_was_made_with_what_make_setup_installs() -> None:
+    """Otherwise its rows are compared with nothing."""
+    makefile = (PAGE.parents[1] / "Makefile").read_text()
+    pins = dict(re.findall(r"(?<![\w-])(\w+)==([\d.]+)", makefile))
+    (made,) = re.findall(r"^Made with (.*)\.$", PAGE.read_text(), re.MULTILINE)
+    assert dict(entry.split() for entry in made.split(", ")) == {name: pins[name] for name in PACKAGES}
 
 
 TEXT = """\

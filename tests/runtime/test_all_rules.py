@@ -45,6 +45,10 @@ def name_of(rule: str | Rule) -> str:
     return rule if isinstance(rule, str) else str(rule)
 
 
+def num_low_rank(model) -> int:
+    return sum(isinstance(p.grad, LowRankGrad) for p in model.parameters())
+
+
 @pytest.mark.parametrize("rule", ALL, ids=name_of)
 def test_at_full_rank_every_rule_has_the_dense_gradient(rule) -> None:
     torch._dynamo.reset()
@@ -52,6 +56,7 @@ def test_at_full_rank_every_rule_has_the_dense_gradient(rule) -> None:
     backend = oasis_backend(64, subspace=rule, inner="aot_eager")
     loss_of(torch.compile(model, backend=backend), 0).backward()
     loss_of(plain, 0).backward()
+    assert num_low_rank(model) == (0 if rule == "sampled" else 2)
     for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
         gradient = found.grad
         if isinstance(gradient, LowRankGrad):
@@ -75,6 +80,7 @@ def test_micro_batches_add_up_in_one_basis(rule) -> None:
     for part in range(2):
         loss_of(compiled, part).backward()
         loss_of(plain, part).backward()
+    assert num_low_rank(model) == (0 if rule == "sampled" else 2)
     for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
         gradient = found.grad
         if not isinstance(gradient, LowRankGrad):

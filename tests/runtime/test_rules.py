@@ -207,27 +207,18 @@ def back(update: torch.Tensor, dw: torch.Tensor) -> torch.Tensor:
 
 
 def test_gradient_svd_is_galore() -> None:
+    """Moments are kept as they are when the basis moves, so signs of singular vectors matter: ours are fixed."""
     reference = Reference(transports=False)
     for step in range(STEPS):
         for name, weight, _, _, dw in list(reference.gradients(step)):
             a = on_the_smaller_side(dw)
             if step % 3 == 0:
-                reference.moved(name, top(a))
-            q = reference.q[name]
-            u = reference.direction(name, a @ q, step + 1)
-            reference.add(weight, back(u @ q.T, dw))
-    model, optimizer = train("gradient_svd", every=3)
-    # Moments are kept as they are when the basis moves, so signs of singular vectors matter: ours are fixed.
-    signs = Reference(transports=False)
-    for step in range(STEPS):
-        for name, weight, _, _, dw in list(signs.gradients(step)):
-            a = on_the_smaller_side(dw)
-            if step % 3 == 0:
                 q = top(a)
-                signs.q[name] = q * q.gather(0, q.abs().argmax(0, keepdim=True)).sign()
-            q = signs.q[name]
-            signs.add(weight, back(signs.direction(name, a @ q, step + 1) @ q.T, dw))
-    assert_same(model, signs.model)
+                reference.moved(name, q * q.gather(0, q.abs().argmax(0, keepdim=True)).sign())
+            q = reference.q[name]
+            reference.add(weight, back(reference.direction(name, a @ q, step + 1) @ q.T, dw))
+    model, optimizer = train("gradient_svd", every=3)
+    assert_same(model, reference.model)
     assert {tuple(s["exp_avg"].shape) for s in optimizer.state.values()} == {(16, RANK)}
 
 
@@ -247,7 +238,7 @@ def test_gradient_oja_descends_the_reconstruction_error() -> None:
             p = q.clone().requires_grad_()
             (descent,) = torch.autograd.grad((unit @ p @ p.T - unit).square().sum(), p)
             rate = POWER_STEP if step == 0 else eta
-            moved, upper = torch.linalg.qr(q - rate * (descent - 0))
+            moved, upper = torch.linalg.qr(q - rate * descent)
             # The penalty's gradient is zero at Q^T Q = I, and that of the loss is -2 (I - Q Q^T) A^T A Q there.
             torch.testing.assert_close(descent, -2 * (unit.T @ unit @ q - q @ (q.T @ unit.T @ unit @ q)))
             reference.q[name] = moved * upper.diagonal().sign()

@@ -35,6 +35,7 @@ def test_autocast(kit) -> None:
             out = run(x)
         out.float().square().sum().backward()
         assert all(weight.grad.dtype == torch.float32 for weight in net.parameters())
+    assert sum(isinstance(weight.grad, LowRankGrad) for weight in model.parameters()) == 4
     for weight, dense in zip(model.parameters(), reference.parameters(), strict=True):
         if isinstance(weight.grad, LowRankGrad):
             projected = dense.grad @ weight.grad.basis.detach()
