@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torchao==0.18.0
 
-.PHONY: setup demo test test-slow test-all coverage contenders bench bench-large bench-models bench-growth bench-gpu experiments lint typecheck docs release clean
+.PHONY: setup demo test test-slow test-all mutants coverage contenders bench bench-large bench-models bench-growth bench-gpu experiments lint typecheck docs release clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,9 @@ test-all: TESTS := not gpu
 test test-slow test-all: setup  ## test: under 15 min on 2 cores; test-slow: the rest, but for tests that need a GPU
 	# Compiling is one thread's work: a worker a core, each with one thread for its sums.
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m '$(TESTS)' -n auto --maxprocesses 4 --dist loadfile
+
+mutants: setup  ## break the code on purpose, one break at a time: a break that no test notices is an error
+	$(BIN)/python tests/mutants/run.py
 
 coverage: setup  ## write docs/coverage.md
 	$(BIN)/python tests/coverage/test_coverage.py

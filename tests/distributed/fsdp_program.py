@@ -150,6 +150,21 @@ def equal() -> dict:
     return found
 
 
+def divided() -> dict:
+    """Gradients by `set_gradient_divide_factor` over those without: FSDP2's own of biases, and ours of weights."""
+    found = {}
+    for name, factor in {"none": None, "three": 3.0}.items():
+        model, _, _ = made(oasis_backend(8, inner="aot_eager"), True)
+        for module in (model, *model.blocks) if factor is not None else ():
+            module.set_gradient_divide_factor(factor)
+        model(*batch(0, dist.get_rank(), dist.get_world_size())).backward()
+        block = model.blocks[0]
+        bias, weight = block.up.bias.grad.to_local(), local_gradient(block.up.weight)
+        assert isinstance(weight, LowRankGrad)
+        found[name] = float(bias.norm()), float(weight.factor.norm())
+    return {kind: found["three"][number] / found["none"][number] for number, kind in enumerate(("dense", "low-rank"))}
+
+
 def save(folder: Path) -> dict:
     """A checkpoint after four steps, and what four more give."""
     model, optimizer, _ = made(oasis_backend(8, inner="aot_eager"), True)
@@ -255,7 +270,7 @@ def not_finite() -> list[bool]:
 
 
 CASES = {"equal": lambda folder: equal(), "save": save, "load": load, "bfloat16": lambda folder: bfloat16(),
-         "refused": lambda folder: refused()}  # fmt: skip
+         "refused": lambda folder: refused(), "divided": lambda folder: divided()}  # fmt: skip
 
 if __name__ == "__main__":
     case, folder = sys.argv[1], Path(sys.argv[2])

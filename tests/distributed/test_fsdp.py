@@ -63,3 +63,10 @@ def test_what_is_refused_or_left_out(tmp_path) -> None:
     assert "meshes of several sets of ranks" in found["several meshes"]
     assert "call oasis_fx.distributed.synchronize(model) after fully_shard" in found["not synchronized"]
     assert all(found["not finite"]), "a step was taken although a gradient of another rank is not finite"
+
+
+@pytest.mark.slow
+def test_a_divide_factor_holds_for_low_rank_gradients_too(tmp_path) -> None:
+    """`set_gradient_divide_factor(3)` on two ranks: every gradient is two thirds of the mean."""
+    found = result("divided", tmp_path)
+    assert found == pytest.approx({"dense": 2 / 3, "low-rank": 2 / 3}, rel=1e-9)

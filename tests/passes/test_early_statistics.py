@@ -47,6 +47,23 @@ def test_the_order_changes_and_no_value_does(monkeypatch) -> None:
         assert (one is None and other is None) or torch.equal(one, other)
 
 
+def test_the_pipeline_moves_them(monkeypatch) -> None:
+    """Each statistic of the backward graph comes right behind the last of its inputs."""
+    layers = [layer for _ in range(3) for layer in (torch.nn.Linear(16, 16, bias=False), torch.nn.Tanh())]
+    model = torch.nn.Sequential(*layers).double()
+    settings = Settings(rank=2, exclude=(), inner="aot_eager")
+    spans = []
+    for pass_of in (early_statistics, lambda graph: None):
+        monkeypatch.setattr(pipeline, "early_statistics", pass_of)
+        (record,) = trace_model(model, torch.randn(32, 16, dtype=torch.float64), settings)
+        graph = trace_of(record).backward.graph
+        returned = {node for node in outputs(graph) if isinstance(node, torch.fx.Node)}
+        statistics = {n.name for n in returned if n.meta["val"].shape == (16, 2) and not _reads_tangent(n)}
+        assert len(statistics) >= 2
+        spans.append(_span(graph, statistics))
+    assert spans[0] < spans[1]
+
+
 def _reads_tangent(node: torch.fx.Node) -> bool:
     return any("tangent" in source.name or _reads_tangent(source) for source in node.all_input_nodes)
 

@@ -66,6 +66,24 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(when, dtype, products, m
     assert STORE.existing(again[0], SPEC) is STORE.existing(again[1], SPEC)  # still shared
 
 
+def test_two_checkpoints_that_wait_do_not_share_their_bases(products, make_weight) -> None:
+    """The bases of each are numbered from 0. Weights of two models that were loaded before any forward pass."""
+    saved = []
+    for seed in (1, 2):
+        weights, bias, optimizer = build(make_weight)
+        train(products, weights, bias, optimizer, range(10 * seed, 10 * seed + 2))
+        saved.append(through_a_file(optimizer.state_dict()))
+    runs = [build(make_weight) for _ in saved]
+    for (_, _, optimizer), state in zip(runs, saved, strict=True):
+        optimizer.load_state_dict(state)
+    for weights, _, _ in runs:
+        products(torch.randn(20, 8), weights, SPEC)
+    first, second = (STORE.existing(weights[0], SPEC) for weights, _, _ in runs)
+    assert first is not second
+    for subspace, state in zip((first, second), saved, strict=True):
+        assert torch.equal(subspace.basis, state["state"][0]["basis"])
+
+
 def test_contents_are_plain_and_bases_are_numbered(products, make_weight) -> None:
     weights, bias, optimizer = build(make_weight)
     lone = make_weight(4, 8, seed=9, dtype=torch.float32)

@@ -73,6 +73,15 @@ def test_a_preloaded_basis_is_taken_over_and_shared_by_its_group() -> None:
     assert subspace.basis.abs().max() > 0  # a copy
 
 
+def test_a_preloaded_basis_that_waits_is_a_copy() -> None:
+    store, (w,) = SubspaceStore(), weights(1)
+    saved = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
+    expected = saved.clone()
+    store.preload(w, Preloaded(saved, (8, 3), "a", 4))
+    saved.zero_()
+    assert torch.equal(store.resolve([w], SPEC, [LINEAR]).basis, expected)
+
+
 def test_a_preloaded_basis_goes_into_a_live_one_in_place() -> None:
     store, (w,) = SubspaceStore(), weights(1)
     subspace = store.resolve([w], SPEC, [LINEAR])

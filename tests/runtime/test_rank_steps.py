@@ -1,0 +1,87 @@
+"""When ranks are shared out by default, and what subspaces take along when their rank changes or a run is resumed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from oasis_fx import OasisAdamW, oasis_backend
+from oasis_fx.runtime import subspace_optimizer
+
+
+class Net(torch.nn.Module):
+    """What ``narrow`` reads has two directions; what ``wide`` reads has all of 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.narrow, self.wide = torch.nn.Linear(32, 32), torch.nn.Linear(32, 16)
+        self.double()
+
+    def forward(self, x):
+        a = x[:, :2] @ torch.linspace(-1, 1, 64, dtype=x.dtype).view(2, 32)
+        return self.wide(x) + self.narrow(a)[:, :16]
+
+
+def start(rank, **settings):
+    torch._dynamo.reset()
+    model = Net()
+    compiled = torch.compile(model, backend=oasis_backend(rank, inner="aot_eager", **settings))
+    return model, compiled, OasisAdamW(model.parameters(), lr=1e-2)
+
+
+def train(compiled, optimizer, steps) -> list[float]:
+    losses = []
+    for step in steps:
+        x = torch.randn(64, 32, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        loss = (compiled(x) - x[:, :16].sin()).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_ranks_are_shared_out_at_the_hundredth_step_and_the_thousandth() -> None:
+    """The count of steps is set, and not all of them are taken."""
+    _, compiled, optimizer = start("auto:0.25")
+    group = optimizer.param_groups[0]
+    shared_out = []
+    for step in (1, 21, 98, 99, 100, 101, 998, 999, 1000, 1001, 5000):
+        group["rounding_seed"] = step - 1
+        before = group["rank_plans"]
+        train(compiled, optimizer, [step])
+        shared_out += [step] * (group["rank_plans"] - before)
+    assert shared_out == [100, 1000]
+    assert tuple(shared_out) == subspace_optimizer.RANK_STEPS
+
+
+def test_another_rank_keeps_the_step_size_that_was_found() -> None:
+    _, compiled, optimizer = start(8, subspace_lr="auto")
+    train(compiled, optimizer, range(6))
+    rates = [float(subspace.log_rate) for subspace in optimizer.subspaces()]
+    assert all(rate != 0 for rate in rates)
+    optimizer.resize_rank(12)
+    assert [float(subspace.log_rate) for subspace in optimizer.subspaces()] == rates
+    train(compiled, optimizer, range(6, 7))
+    assert all(float(subspace.log_rate) != 0 for subspace in optimizer.subspaces())
+
+
+@pytest.mark.parametrize("when", ["before the first forward", "after some steps"])
+def test_a_resumed_run_has_its_step_size_and_its_last_move(when) -> None:
+    """Saved after four steps, in the midst of learning the rate."""
+    model, compiled, optimizer = start(8, subspace_lr="auto")
+    train(compiled, optimizer, range(4))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(compiled, optimizer, range(4, 9))
+    rates = [float(subspace.log_rate) for subspace in optimizer.subspaces()]
+
+    model, compiled, optimizer = start(8, subspace_lr="auto")
+    if when == "after some steps":
+        train(compiled, optimizer, range(20, 22))
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert train(compiled, optimizer, range(4, 9)) == expected
+    assert [float(subspace.log_rate) for subspace in optimizer.subspaces()] == rates
