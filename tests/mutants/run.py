@@ -88,7 +88,7 @@ def finished(queue: Iterable[tuple[object, list[str], Mutant | None]], copies: S
     """Run pytest for each (label, arguments, mutant) of a queue, as many at once as there are copies.
 
     Yields:
-        (label, exit status, output, seconds) as they end; the exit status is -1 for a mutant that cannot be made.
+        (label, exit status, output, CPU seconds) as they end; the exit status is -1 for a mutant that cannot be made.
     """
     waiting, free, running = list(queue)[::-1], list(copies), {}
     while waiting or running:
@@ -106,11 +106,11 @@ def finished(queue: Iterable[tuple[object, list[str], Mutant | None]], copies: S
                     free.append(copy)
                     yield label, -1, str(error), 0.0
                     continue
-            running[copy.start(arguments)] = label, copy, whole, time.monotonic()
+            running[copy.start(arguments)] = label, copy, whole
         if not running:
             continue
-        process, status = os.wait()
-        label, copy, whole, start = running.pop(process)
+        process, status, used = os.wait3(0)
+        label, copy, whole = running.pop(process)
         if whole is not None:
             whole[0].write_text(whole[1])
         try:
@@ -119,7 +119,7 @@ def finished(queue: Iterable[tuple[object, list[str], Mutant | None]], copies: S
             pass
         free.append(copy)
         output = copy.log.read_text() if copy.log.exists() else ""
-        yield label, os.waitstatus_to_exitcode(status), output, time.monotonic() - start
+        yield label, os.waitstatus_to_exitcode(status), output, used.ru_utime + used.ru_stime
 
 
 def verdict_of(mutant: Mutant, status: int, output: str, seconds: float) -> Verdict:
@@ -181,7 +181,11 @@ def main() -> int:
         copies = [Copy(Path(folder) / str(number)) for number in range(arguments.jobs)]
         print(f"{len(chosen)} mutants; first, their tests on the code as it is", flush=True)
         whole = [(file, tests, None) for file, tests in by_file(chosen).items() if not arguments.trust]
-        failures = [(file, output) for file, status, output, _ in finished(whole, copies) if status != 0]
+        failures, used = [], 0.0
+        for file, status, output, seconds in finished(whole, copies):
+            used += seconds
+            if status != 0:
+                failures.append((file, output))
         for file, output in failures:
             print(f"{file}:\n{output[-3000:]}\nthese tests have to pass before they can kill anything")
         if failures:
@@ -192,10 +196,10 @@ def main() -> int:
             print(f"{'killed' if verdict.killed_by else verdict.problem}: {mutant.name}", flush=True)
     found = [verdicts[mutant.name] for mutant in chosen]
     rows = [(v.mutant.file, v.mutant.name, v.killed_by or v.problem, f"{v.seconds:.0f}") for v in found]
-    print(tabulate(rows, headers=["file", "mutant", "killed by", "s"], maxcolwidths=[None, 60, 70, None]))
+    print(tabulate(rows, headers=["file", "mutant", "killed by", "CPU s"], maxcolwidths=[None, 60, 70, None]))
     alive = [verdict for verdict in found if not verdict.killed_by]
-    minutes = (time.monotonic() - start) / 60
-    print(f"{len(found) - len(alive)} of {len(found)} mutants killed in {minutes:.1f} minutes")
+    minutes, used = (time.monotonic() - start) / 60, (used + sum(verdict.seconds for verdict in found)) / 60
+    print(f"{len(found) - len(alive)} of {len(found)} mutants killed in {minutes:.1f} minutes, {used:.1f} of a CPU")
     for verdict in alive:
         print(f"{verdict.mutant.name} ({verdict.mutant.file}): {verdict.problem}\n  {verdict.mutant.why}")
     return 1 if alive else 0
