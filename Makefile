@@ -6,7 +6,9 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torchao==0.18.0
 
-.PHONY: setup demo test test-slow test-all mutants coverage contenders bench bench-large bench-models bench-growth bench-gpu experiments lint typecheck docs release clean
+MANY := 10000
+
+.PHONY: setup demo test test-slow test-all mutants fuzz coverage contenders bench bench-large bench-models bench-growth bench-gpu experiments lint typecheck docs release clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +37,9 @@ test test-slow test-all: setup  ## test: under 15 min on 2 cores; test-slow: the
 
 mutants: setup  ## break the code on purpose, one break at a time: a break that no test notices is an error
 	$(BIN)/python tests/mutants/run.py
+
+fuzz: setup  ## random programs against eager mode: docs/fuzzing.md; kept in runs/fuzz, stops and goes on at any time
+	OMP_NUM_THREADS=1 $(BIN)/python -P tests/fuzz --count $(MANY)
 
 coverage: setup  ## write docs/coverage.md
 	$(BIN)/python tests/coverage/test_coverage.py

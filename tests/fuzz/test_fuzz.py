@@ -1,0 +1,34 @@
+"""Three hundred random programs are right; `make fuzz` runs ten thousand."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from fuzz.calling import alone
+from fuzz.not_yet import left_out
+from fuzz.oracle import draw, judge
+from fuzz.runner import fails_like
+from fuzz.shrink import shrink
+
+COUNT, AT_ONCE = 300, 25
+
+
+@pytest.mark.parametrize("first", range(0, COUNT, AT_ONCE))
+def test_random_programs(first: int) -> None:
+    kinds: Counter[str] = Counter()
+    for seed in range(first, first + AT_ONCE):
+        program = draw(seed)
+        if left_out(program):
+            continue
+        verdict = judge(program)
+        kinds[verdict.kind] += 1
+        if verdict.failed:
+            small = shrink(program, fails_like(verdict))
+            verdict = judge(small)
+            pytest.fail(f"seed {seed}: {verdict.what}: {verdict.detail}\n{alone(small)}")
+    assert kinds["right"] >= 0.8 * kinds.total(), kinds  # else stock torch runs too little of what is drawn
