@@ -121,6 +121,19 @@ def test_stats_are_in_the_history(tmp_path) -> None:
     assert len(callback.backend.report()) >= 1
 
 
+def test_the_arguments_of_the_trainer_reach_the_optimizer(tmp_path) -> None:
+    """Ours go before those of the trainer; of other optimizers it has the learning rate alone."""
+    args = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=3e-4, adam_beta1=0.8, adam_beta2=0.9,
+                             adam_epsilon=1e-5)  # fmt: skip
+    kind, options = oasis_trainer(tiny.model(), args)["optimizer_cls_and_kwargs"]
+    assert kind is OasisAdamW and options == {"lr": 3e-4, "betas": (0.8, 0.9), "eps": 1e-5}
+    given = {"optimizer_options": {"eps": 1e-3, "rank_scaling": False}}
+    _, options = oasis_trainer(tiny.model(), args, **given)["optimizer_cls_and_kwargs"]
+    assert options == {"lr": 3e-4, "betas": (0.8, 0.9), "eps": 1e-3, "rank_scaling": False}
+    _, options = oasis_trainer(tiny.model(), args, optimizer=OasisLion)["optimizer_cls_and_kwargs"]
+    assert options == {"lr": 3e-4}
+
+
 def test_what_does_not_go_together_is_refused(tmp_path) -> None:
     args = TrainingArguments(str(tmp_path), torch_compile=True, use_cpu=True)
     with pytest.raises(ValueError, match="torch_compile is True"):

@@ -213,7 +213,7 @@ def test_clip_grad_norm(foreach, products, make_weight) -> None:
     for p, q in zip((*weights, bias), dense, strict=True):
         q.grad = (p.grad.to_dense() if isinstance(p.grad, LowRankGrad) else p.grad).clone()
     expected = torch.nn.utils.clip_grad_norm_(dense, 1.0)
-    norm = torch.nn.utils.clip_grad_norm_([*weights, bias], 1.0, foreach=foreach if foreach is not True else None)
+    norm = torch.nn.utils.clip_grad_norm_([*weights, bias], 1.0, foreach=foreach)
     torch.testing.assert_close(norm, expected)
     for p, q in zip((*weights, bias), dense, strict=True):
         found = p.grad.to_dense() if isinstance(p.grad, LowRankGrad) else p.grad
