@@ -21,13 +21,18 @@ def test_a_second_micro_batch_does_not_take_the_error_up_again() -> None:
     compiled = torch.compile(model, backend=backend)
     optimizer = OasisAdamW(model.parameters(), lr=1e-2)
     compiled(batch(0)).sin().sum().backward()
-    error = model.weight.grad.subspace.error.clone()
+    subspace = model.weight.grad.subspace
+    error = subspace.error.clone()
     optimizer.step()
     optimizer.zero_grad()
+    old, mean = subspace.basis.detach().clone(), optimizer.state[model.weight]["exp_avg"].clone()
     plain = copy.deepcopy(model)
     for seed in (1, 2):
         compiled(batch(seed)).sin().sum().backward()
         plain(batch(seed)).sin().sum().backward()
-    gradient = model.weight.grad
-    assert float((error @ gradient.basis.detach()).norm()) > 0.1
-    torch.testing.assert_close(gradient.factor, (plain.weight.grad + error) @ gradient.basis.detach())
+    q, whole = subspace.basis.detach(), plain.weight.grad + error
+    assert float((error @ q).norm()) > 0.1
+    torch.testing.assert_close(model.weight.grad.factor, whole @ q)
+    # What both projections lost, and what the moment did when the basis moved, with b1 = 0.9.
+    lost = whole - whole @ q @ q.T + 0.9 / 0.1 * (mean @ old.T - mean @ old.T @ q @ q.T)
+    torch.testing.assert_close(subspace.error, lost)
