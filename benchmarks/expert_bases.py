@@ -25,7 +25,7 @@ from tabulate import tabulate
 from oasis_fx import OasisAdamW
 from oasis_fx.measure import optimizer_bytes
 from oasis_fx.runtime.layout import LINEAR
-from oasis_fx.runtime.slots import coordinate_slots
+from oasis_fx.runtime.slots import Group, lend
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import SubspaceSpec
 
@@ -72,9 +72,11 @@ class Experts(torch.nn.Module):
             return [F.linear(x, w) for x, w in zip(xs, weights, strict=True)]
         spec = SubspaceSpec(self.rank)
         groups = [weights] if self.shared else [[w] for w in weights]
-        owners = [s for group in groups for s in [STORE.resolve(group, spec, [LINEAR] * len(group))] * len(group)]
-        slots = coordinate_slots(weights, owners, [LINEAR] * len(weights))
-        return [_Product.apply(x, w, s.basis, slot) for x, w, s, slot in zip(xs, weights, owners, slots, strict=True)]
+        features = [(LINEAR,) * len(group) for group in groups]
+        subspaces = [STORE.resolve(group, spec, dims) for group, dims in zip(groups, features, strict=True)]
+        lent = lend([Group(s, tuple(g), f) for s, g, f in zip(subspaces, groups, features, strict=True)])
+        bases = [basis for basis, group in zip(lent.bases, groups, strict=True) for _ in group]
+        return [_Product.apply(x, w, q, slot) for x, w, q, slot in zip(xs, weights, bases, lent.slots, strict=True)]
 
 
 class Decoder(torch.nn.Module):

@@ -66,12 +66,12 @@ class Run:
         model(**batch).loss.backward()
         self.optimizer = OasisAdamW(model.parameters(), lr=1e-5)
         self.subspaces = {p.grad.subspace for p in model.parameters() if isinstance(p.grad, LowRankGrad)}
-        self.given = [(s, s.basis.grad, s.energy.grad) for s in self.subspaces]
+        self.given = [(s, s.statistic, s.energy_sum) for s in self.subspaces]
         self.low_rank = [(p, p.grad) for p in model.parameters() if isinstance(p.grad, LowRankGrad)]
 
     def step(self) -> float:
         for subspace, statistic, energy in self.given:
-            subspace.basis.grad, subspace.energy.grad = statistic.clone(), energy.clone()
+            subspace.statistic, subspace.energy_sum = statistic.clone(), energy.clone()
         for weight, g in self.low_rank:  # of the basis as it is now: the optimizer refuses a stale one
             weight.grad = LowRankGrad(g.factor, g.subspace, weight, features=g.features)
         start = time.perf_counter()

@@ -8,6 +8,7 @@ matches nothing, what is refused) are raised elsewhere and reach the user.
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 import warnings
 from pathlib import Path
@@ -45,3 +46,11 @@ def _place(error: Exception) -> str:
         return "place unknown"
     frame, line = (ours or frames)[-1]
     return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{line}, in {frame.f_code.co_name}"
+
+
+def warn_user(message: str, category: type[Warning] = OasisWarning) -> None:
+    """Warn, and name as the place the innermost line that is neither torch's nor ours."""
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "oasis_fx"):
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, category, stacklevel=depth)

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.rules import BatchRule
+from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import Subspace
 from oasis_fx.torch_private import at_end_of_backward
 
@@ -118,7 +119,14 @@ class GradientSync:
             if gradient.is_low_rank:
                 kind = self._note(gradient.subspace)
         self._sign(weight, values, kind)
+        self._note_statistics(weight)
         self._add(values)
+
+    def _note_statistics(self, weight: torch.nn.Parameter) -> None:
+        """Average what the bases of a weight move by, whatever a hook has made of its gradient."""
+        for subspace in STORE.all_of(weight):
+            if subspace.statistic is not None:
+                self._note(subspace)
 
     def _sign(self, weight: torch.nn.Parameter, values: torch.Tensor, kind: int) -> None:
         signature = repr((self._numbers[weight], tuple(values.shape), values.dtype, kind))
@@ -160,7 +168,7 @@ class GradientSync:
             for weight in sorted(self._late(), key=self._numbers.__getitem__):
                 self._take(weight)
             for subspace in self._subspaces:
-                statistics = (subspace.statistic, subspace.energy.grad)
+                statistics = (subspace.statistic, subspace.energy_sum)
                 for tensor in [s for s in statistics if s is not None]:
                     self._add(tensor)
             own = torch.tensor([float(self._checksum % 2**20)], dtype=torch.float64, device=self._device)

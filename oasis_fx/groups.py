@@ -54,8 +54,33 @@ def choose_groups(
     eligible = [node for node in weights if position[node] not in reasons]
     uses, missed = group_by_activation(gm, eligible)
     reasons |= {position[node]: reason for node, reason in missed.items()}
-    groups = [group for members in uses for group in _split(members, position, names, example_inputs, settings)]
+    of_gradient = settings.rule.on == "gradient"
+    based = [_as_based(members, position, example_inputs, of_gradient, reasons) for members in uses]
+    groups = [group for members in based for group in _split(members, position, names, example_inputs, settings)]
     return tuple(groups), reasons, names
+
+
+def _as_based(
+    members: Sequence[WeightUse],
+    position: Mapping[fx.Node, int],
+    example_inputs: Sequence[Any],
+    of_gradient: bool,
+    reasons: dict[int, str],
+) -> list[WeightUse]:
+    """The uses of a group over the dimensions that their bases have; leaves out weights that another graph reads the
+    other way round, with the reason: factors in two kinds of coordinates cannot be added.
+    """
+    kept = []
+    for use in members:
+        weight = example_inputs[position[use.weight]]
+        if of_gradient:
+            use = replace(use, features=smaller_side(weight.shape, use.features))
+        known = () if isinstance(weight, FakeTensor) else STORE.read_over(weight)
+        if known and use.features not in known:
+            reasons[position[use.weight]] = "another graph reads it over its other dimension"
+        else:
+            kept.append(use)
+    return kept
 
 
 def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
@@ -89,8 +114,6 @@ def _split(
     for use in members:
         index = position[use.weight]
         weight = example_inputs[index]
-        if of_gradient:
-            use = replace(use, features=smaller_side(weight.shape, use.features))
         n = num_features(weight.shape, use.features)
         rank = settings.rank_of(names[index], n)
         assert rank is not None  # a weight that no glob of rank names was left alone before

@@ -16,7 +16,7 @@ from oasis_fx.groups import WeightGroup
 from oasis_fx.runtime.in_graph import control_of, stand_in
 from oasis_fx.runtime.layout import num_features, num_rows
 from oasis_fx.runtime.rules import BatchRule, StatisticRule
-from oasis_fx.runtime.slots import coordinate_slots
+from oasis_fx.runtime.slots import Group, lend
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import Family, Subspace, SubspaceSpec, Versions
 from oasis_fx.torch_private import FakeTensor, active_ddp, tracing_fake_mode
@@ -145,7 +145,6 @@ def call_with_runtime_inputs(
         syncs: gets what averages gradients of this graph over ranks.
     """
     lending = _lending(groups, stats)
-    features = tuple(dims for group in groups for dims in group.features)
     split = any(isinstance(example_inputs[i], FakeTensor) for group in groups for i in group.weights)
 
     families = [Family() for _ in groups]
@@ -154,10 +153,10 @@ def call_with_runtime_inputs(
     def run(*args: Any) -> Any:
         if split and any(isinstance(given, FakeTensor) for given in args):
             return compiled(*args, *runtime_inputs)  # DDP's graph splitting tries its parts while it compiles
-        subspaces, weights, owners = [], [], []
+        used: list[Group] = []
         ddp = active_ddp()
-        for group, family in zip(groups, families, strict=True):
-            members = [args[index] for index in group.weights]
+        for group, family, known_as in zip(groups, families, names, strict=True):
+            members = tuple(args[index] for index in group.weights)
             sync = _averaging(members, ddp)
             if sync is not None:
                 syncs.add(sync)
@@ -165,20 +164,17 @@ def call_with_runtime_inputs(
                 _check_rank(members[0], group.spec, split)
             subspace = STORE.resolve(members, group.spec, group.features)
             subspace.family.join(family)
-            subspaces.append(subspace)
-            weights += members
-            owners += [subspace] * len(members)
-        versions = Versions() if lending.control else None
-        slots = coordinate_slots(weights, owners, features, versions)
-        if on_use is not None:
-            for subspace, known_as in zip(subspaces, names, strict=True):
+            subspace.names = subspace.names or known_as
+            subspace.is_replicated = sync is not None
+            if on_use is not None:
                 on_use(subspace, known_as)
+            used.append(Group(subspace, members, group.features))
+        versions = Versions() if lending.control else None
+        lent = lend(used, versions)
         if versions is not None:
-            bases = [stand_in(subspace.shape, subspace.dtype, subspace.device) for subspace in subspaces]
-            others = [control_of(subspace, versions) for subspace in subspaces]
-        else:
-            bases = [subspace.basis for subspace in subspaces]
-            others = [subspace.energy for subspace in subspaces] if lending.energy else []
-        return compiled(*args, *bases, *others, *slots)
+            bases = [stand_in(group.subspace.shape, group.subspace.dtype, group.subspace.device) for group in used]
+            others = [control_of(group.subspace, versions) for group in used]
+            return compiled(*args, *bases, *others, *lent.slots)
+        return compiled(*args, *lent.bases, *(lent.energies if lending.energy else ()), *lent.slots)
 
     return run

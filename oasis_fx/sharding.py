@@ -18,6 +18,7 @@ import torch.distributed as dist
 from oasis_fx.errors import OasisWarning
 from oasis_fx.gradient_sync import GradientSync
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.store import STORE
 from oasis_fx.torch_private import FsdpParameter, as_shard, fsdp_parameters
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
@@ -78,6 +79,10 @@ class ShardedSync(GradientSync):
 
     def _complete(self, weight: torch.nn.Parameter) -> None:
         gradient = weight.grad
+        synchronizing = self._parameters[weight].is_synchronizing()
+        if synchronizing and any(subspace.statistic is not None for subspace in STORE.all_of(weight)):
+            self._begin()
+            self._note_statistics(weight)
         if not isinstance(gradient, LowRankGrad):
             return
         if not gradient.is_low_rank or gradient.features[0] != 1:
@@ -86,7 +91,7 @@ class ShardedSync(GradientSync):
         weight.grad = None
         held = self._held.get(weight)
         self._held[weight] = gradient if held is None else held.add_(gradient)  # type: ignore[assignment]
-        if self._parameters[weight].is_synchronizing():
+        if synchronizing:
             self._begin()
             self._take(weight)
 
@@ -98,7 +103,6 @@ class ShardedSync(GradientSync):
                 OasisWarning,
                 stacklevel=2,
             )
-            gradient.subspace.drop_statistic()
         weight.grad = gradient.to_dense()
 
     def _late(self) -> list[torch.nn.Parameter]:

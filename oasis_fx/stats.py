@@ -28,6 +28,8 @@ class SubspaceStats:
         condition: of the Cholesky factor that orthonormalised the basis: its largest diagonal entry over its
             smallest; inf where Householder QR had to do it.
         num_updates: how often the basis has moved.
+        missed: optimizer steps at which it was due to move and did not: no gradient came from the compiled model, or,
+            where finding out costs nothing (on the CPU), its statistic was zero or not finite.
     """
 
     name: str
@@ -37,6 +39,7 @@ class SubspaceStats:
     drift: float
     condition: float
     num_updates: int
+    missed: int = 0
 
 
 QUANTITIES = ("captured_energy", "drift", "condition")
@@ -55,11 +58,12 @@ class Stats(tuple[SubspaceStats, ...]):
                 *s.shape,
                 *(getattr(s, q) for q in QUANTITIES),
                 s.num_updates,
+                s.missed,
             )
             for s in self
         ]
         headers = ["subspace", "shared by", "n", "rank", "captured\nenergy", "drift", "condition", "updates"]
-        return tabulate(lines, headers=headers, floatfmt=("", "", "", "", ".3f", ".3f", ".3g", ""))
+        return tabulate(lines, headers=[*headers, "missed"], floatfmt=("", "", "", "", ".3f", ".3f", ".3g", "", ""))
 
     def flat(self, prefix: str = "oasis") -> dict[str, float]:
         """``{"oasis/layers.0.q_proj.weight/drift": 0.02, ..., "oasis/mean/drift": 0.03}``, for TensorBoard or W&B.
@@ -93,7 +97,8 @@ def collect_stats(subspaces: Mapping[Subspace, tuple[str, ...]], model: torch.nn
         name = first if seen[first] == 1 else f"{first} ({seen[first]})"
         captured, drift, condition, updates = values[subspace]
         n, rank = subspace.shape
-        rows.append(SubspaceStats(name, names[subspace], (n, rank), captured, drift, condition, int(updates)))
+        found = captured, drift, condition, int(updates), subspace.num_missed
+        rows.append(SubspaceStats(name, names[subspace], (n, rank), *found))
     return Stats(rows)
 
 

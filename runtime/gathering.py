@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oasis_fx.runtime.layout import Features, num_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optimizer_state import basis_before, note_basis
-from oasis_fx.runtime.shards import local, local_gradient
+from oasis_fx.runtime.shards import local, local_gradient, whole
+from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.strides import state_layout
 from oasis_fx.runtime.subspace import Subspace
 from oasis_fx.runtime.updates import State, is_low_rank
@@ -23,16 +25,24 @@ if TYPE_CHECKING:
 class Item:
     """A parameter that takes part in a step, with what the step will use.
 
+    A weight is in a subspace because a compiled graph has put it into one, whatever kind its gradient is of at this
+    step: a gradient that a hook, a penalty or a clipping by value has made dense is projected.
+
     Attributes:
         weight: the parameter, which states are found by.
         data: what is stepped: the parameter itself, or the local part of one that is sharded.
-        gradient: of ``data``.
+        gradient: of ``data``: a `LowRankGrad` or a plain tensor.
+        subspace: which the weight is in; None for no subspace, or one that is known from a checkpoint only.
+        features: which dimensions of the weight are n; None where there is no subspace.
+        low_rank: whether the states are, or are to be, in the coordinates of the subspace.
     """
 
     weight: torch.Tensor
     data: torch.Tensor
     gradient: torch.Tensor
     hyper: Hashable
+    subspace: Subspace | None
+    features: Features | None
     low_rank: bool
 
 
@@ -46,66 +56,136 @@ def gather(optimizer: SubspaceOptimizer) -> Iterator[Item]:
             if weight.grad.is_sparse:
                 raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
             name = group["param_names"][number] if "param_names" in group else f"{number} of group {index}"
-            yield _item(optimizer, weight, optimizer.hyper_of(group, weight), bool(group.get("full_rank")), name)
+            yield _item(optimizer, weight, group, name)
 
 
-def _item(optimizer: SubspaceOptimizer, weight: torch.Tensor, hyper: Hashable, full_rank: bool, name: str) -> Item:
-    gradient, data, state = local_gradient(weight), local(weight), optimizer.state.get(weight, {})
+def _item(optimizer: SubspaceOptimizer, weight: torch.Tensor, group: Mapping[str, Any], name: str) -> Item:
+    gradient, state = local_gradient(weight), optimizer.state.get(weight, {})
     assert gradient is not None
+    subspace, features = _place(optimizer, weight, gradient, state)
+    if is_low_rank(state):
+        low_rank = True
+    else:  # states of the weight's own shape, or none yet
+        low_rank = subspace is not None and not state.get("full_rank") and not group.get("full_rank")
+    if subspace is not None and low_rank:
+        _check_binding(optimizer, weight, subspace, name)
+        _check_rank(optimizer, weight, state, subspace, features, name)
+    if isinstance(gradient, LowRankGrad):
+        if not gradient.is_low_rank:
+            gradient = gradient.factor
+        elif gradient.is_stale:  # a step without a backward pass before it: the same gradient in the present basis
+            factor = gradient.cell.current_factor()
+            gradient = LowRankGrad(factor, gradient.subspace, gradient, features=gradient.features)
+    hyper = optimizer.hyper_of(group, weight)
+    return Item(weight, local(weight), gradient, hyper, subspace, features, low_rank)
+
+
+def _place(
+    optimizer: SubspaceOptimizer, weight: torch.Tensor, gradient: torch.Tensor, state: State
+) -> tuple[Subspace | None, Features | None]:
+    """The subspace that a weight is in."""
     if isinstance(gradient, LowRankGrad) and gradient.is_low_rank:
-        if gradient.basis_version != gradient.subspace.version:
-            raise RuntimeError(
-                f"the basis of parameter {name} moved since its gradient was computed: call zero_grad() before "
-                "the next backward(), and give weights that share a basis to one optimizer"
+        return gradient.subspace, gradient.features
+    binding = optimizer.bindings.get(weight)
+    if binding is not None:
+        return binding.subspace, state.get("features")
+    return STORE.in_use(whole(weight)) or (None, state.get("features"))
+
+
+def _check_binding(optimizer: SubspaceOptimizer, weight: torch.Tensor, subspace: Subspace, name: str) -> None:
+    binding = optimizer.bindings.get(weight)
+    if binding is None or binding.subspace is not subspace or binding.version == subspace.version:
+        return
+    if subspace.overlap is None and subspace.overlap_since(binding.version) is None:
+        raise RuntimeError(
+            f"the basis of parameter {name} was moved more than once by another optimizer since its last step here: "
+            "weights that share a basis belong to one optimizer"
+        )
+
+
+def _check_rank(
+    optimizer: SubspaceOptimizer,
+    weight: torch.Tensor,
+    state: State,
+    subspace: Subspace,
+    features: Features | None,
+    name: str,
+) -> None:
+    if not is_low_rank(state):
+        return
+    assert features is not None
+    wanted = num_rows(local(weight).shape, features), subspace.shape[1]
+    for kind in optimizer.states:
+        if kind in state and tuple(state[kind].shape) != wanted:
+            raise ValueError(
+                f"parameter {name} has {_SPOKEN.get(kind, kind)} of shape {tuple(state[kind].shape)} and a gradient of "
+                f"shape {wanted}: its rank has changed since they began"
             )
-        if (state and not is_low_rank(state)) or (full_rank and not state):
-            return Item(weight, data, gradient, hyper, False)  # it began with states of its own shape
-        shapes = {name: tuple(state[name].shape) for name in optimizer.states if name in state}
-        for kind, shape in shapes.items():
-            if shape != tuple(gradient.factor.shape):
-                raise ValueError(
-                    f"parameter {name} has {_SPOKEN.get(kind, kind)} of shape {shape} and a gradient of shape "
-                    f"{tuple(gradient.factor.shape)}: its rank has changed since they began"
-                )
-        return Item(weight, data, gradient, hyper, True)
-    dense = gradient.factor if isinstance(gradient, LowRankGrad) else gradient
-    return Item(weight, data, dense, hyper, is_low_rank(state))
 
 
 def prepare_state(optimizer: SubspaceOptimizer, item: Item, group: Mapping[str, Any]) -> None:
-    state = optimizer.state[item.weight]
+    """Make the state of a parameter, or bring it to where this step needs it."""
+    state, subspace = optimizer.state[item.weight], item.subspace
     _follow(optimizer, item.weight, state)
-    gradient = item.gradient
     if not state:
         like = item.data
-        if item.low_rank and isinstance(gradient, LowRankGrad):
-            like = torch.empty(gradient.factor.shape, dtype=gradient.subspace.dtype, device=item.weight.device)
+        if item.low_rank:
+            assert subspace is not None and item.features is not None
+            shape = num_rows(item.data.shape, item.features), subspace.shape[1]
+            like = torch.empty(shape, dtype=subspace.dtype, device=item.weight.device)
         state["step"] = torch.zeros((), dtype=torch.float32, device=item.weight.device)
         for name in optimizer.states_of(item.low_rank):
             state.update(optimizer.new_state(name, like, group))
-    if isinstance(gradient, LowRankGrad):
-        if item.low_rank:
-            _bring_along(optimizer, item.weight, state, gradient.subspace)
-        else:
-            state["full_rank"] = True
-        note_basis(state, gradient.subspace)
-        state["features"] = gradient.features
-        optimizer.bind(item.weight, gradient.subspace)
+    elif item.low_rank and not is_low_rank(state):
+        assert subspace is not None and item.features is not None
+        _project(optimizer, state, subspace.basis.detach(), item.features, group)
+    if subspace is None:
+        return
+    if item.low_rank:
+        _transport_to(optimizer, item.weight, state, subspace)
+    else:
+        state["full_rank"] = True
+    note_basis(state, subspace)
+    state["features"] = item.features
+    optimizer.bind(item.weight, subspace)
 
 
-def _bring_along(optimizer: SubspaceOptimizer, weight: torch.Tensor, state: State, subspace: Subspace) -> None:
-    """Bring the states of a weight into the coordinates of its gradient."""
-    if "features" in state:
-        binding = optimizer.bindings.get(weight)
-        if binding is not None and binding.subspace is subspace and binding.version != subspace.version:
-            raise RuntimeError("a basis was moved by another optimizer: weights that share one belong to one optimizer")
-        if (binding is None or binding.subspace is not subspace) and subspace.spec.rule.transports:
-            # Loaded from a checkpoint, or taken over from another graph or backend. Equal bases are not
-            # multiplied: a resumed run is bitwise the uninterrupted one.
-            held = None if binding is None else binding.subspace
-            old, basis = basis_before(state, held, subspace), subspace.basis.detach()
-            if old is not None and old.shape == basis.shape and not torch.equal(old, basis):
-                optimizer.carry_over([(weight, old.mT @ basis)])
+def _project(
+    optimizer: SubspaceOptimizer, state: State, basis: torch.Tensor, features: Features, group: Mapping[str, Any]
+) -> None:
+    """Bring states of the weight's own shape into the coordinates of a basis Q [n, r].
+
+    It happens where a weight comes into a subspace after its first steps: they were eager, or the checkpoint is that of
+    a stock optimizer.
+    """
+    projected = optimizer.projected_states(optimizer.decoded(state), basis, features, group)
+    for name in optimizer.states_of(False):
+        state.pop(name, None)
+        state.pop(f"{name}_scale", None)
+    for name, value in projected.items():
+        state.update(optimizer.new_state(name, value, group))
+    with optimizer.states_in_place(state) as plain:
+        for name, value in projected.items():
+            plain[name].copy_(value)
+
+
+def _transport_to(optimizer: SubspaceOptimizer, weight: torch.Tensor, state: State, subspace: Subspace) -> None:
+    """Transport the states of a weight to the present coordinates of its subspace."""
+    if "features" not in state or not subspace.spec.rule.transports:
+        return
+    binding = optimizer.bindings.get(weight)
+    if binding is not None and binding.subspace is subspace:
+        if binding.version != subspace.version:  # another optimizer, whose weights share the basis, has moved it
+            overlap = subspace.overlap_since(binding.version)
+            assert overlap is not None  # `gather` has seen to it
+            optimizer.carry_over([(weight, overlap)])
+        return
+    # Loaded from a checkpoint, or taken over from another graph or backend. Equal bases are not multiplied: a resumed
+    # run is bitwise the uninterrupted one.
+    held = None if binding is None else binding.subspace
+    old, basis = basis_before(state, held, subspace), subspace.basis.detach()
+    if old is not None and old.shape == basis.shape and not torch.equal(old, basis):
+        optimizer.carry_over([(weight, old.mT @ basis)])
 
 
 def _follow(optimizer: SubspaceOptimizer, weight: torch.Tensor, state: State) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from oasis_fx.runtime.low_rank_grad import LowRankGrad
+from oasis_fx.errors import warn_user
 from oasis_fx.runtime.orthonormalize import orthonormalize_measured
 from oasis_fx.runtime.rate import next_log_rate, sketch
 from oasis_fx.runtime.rules import BatchRule, DrawnRule, StatisticRule
+from oasis_fx.runtime.shards import whole
+from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import Subspace
 
 # Q + eta C / s has singular values from 1 to 1 + eta sqrt(r). At 100, C outweighs Q and yet the Gram matrix
@@ -42,11 +44,14 @@ def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) 
         _measure(batch, old, overlap, moved.flatten(), condition)
         if batch[0].spec.learning_rate == "auto":
             _adapt_rates(batch, new - old, moved.flatten())
+        before = [subspace.version for subspace in batch]
         torch._foreach_copy_([subspace.basis for subspace in batch], list(new))
         torch._foreach_add_([subspace.num_updates for subspace in batch], list(moved.flatten().long()))
-        for subspace, r in zip(batch, overlap, strict=True):
+        for subspace, version, r in zip(batch, before, overlap, strict=True):
             subspace.drop_statistic()
+            subspace.note_move(version, r)
             overlaps[subspace] = r
+        _note_moves(batch, moved, gate)
     return overlaps
 
 
@@ -73,15 +78,58 @@ def count_steps(subspaces: Iterable[Subspace]) -> list[Subspace]:
 
 
 def advance_subspaces(weights: Iterable[torch.Tensor]) -> None:
-    """Move the bases behind the gradients of ``weights``, for use with an optimizer that knows nothing of them.
+    """Move the bases of the subspaces that ``weights`` are in, for use with an optimizer that does not do so itself.
 
-    Call it after `optimizer.step()` and before `zero_grad()`. Our own optimizers do this by themselves.
+    Call it after `optimizer.step()` and before `zero_grad()`. Our own optimizers move their bases in `step()`.
+
+    Args:
+        weights: parameters; those without a gradient are passed over.
     """
-    gradients = [weight.grad for weight in weights]
-    subspaces = list({g.subspace: None for g in gradients if isinstance(g, LowRankGrad)})
+    subspaces = list({s: None for weight in weights if weight.grad is not None for s in STORE.all_of(whole(weight))})
+    note_idle(subspaces)
     move_bases(subspaces)
     for subspace in subspaces:
         subspace.overlap = None  # nobody's states follow
+
+
+# A basis that was due to move for so many steps in a row, and has not, is not waiting for data: nothing will come.
+IDLE_STEPS = 10
+
+
+def note_idle(subspaces: Iterable[Subspace]) -> None:
+    """Count, of subspaces whose weights take part in a step, those that nothing can move; call it before they move."""
+    for subspace in subspaces:
+        rule = subspace.spec.rule
+        if isinstance(rule, BatchRule):
+            idle = subspace.is_due and not rule.dense  # its turn had come, and no batch came with it
+        else:
+            idle = isinstance(rule, StatisticRule) and subspace.statistic is None
+        if idle:
+            _count_missed(
+                subspace,
+                "no gradient came from a backward pass of the compiled model, which computes what the basis moves by. "
+                "Train the model that torch.compile returned, or name these weights in exclude=",
+            )
+        elif not isinstance(rule, StatisticRule):
+            subspace.num_idle_steps = 0
+
+
+def _note_moves(batch: Sequence[Subspace], moved: torch.Tensor, gate: torch.Tensor | None) -> None:
+    """The same for those that had a statistic, where reading what became of it costs nothing."""
+    if moved.device.type != "cpu" or not (gate is None or bool(gate)):
+        return
+    for subspace, has_moved in zip(batch, moved.flatten().tolist(), strict=True):
+        if has_moved:
+            subspace.num_idle_steps = 0
+        else:
+            _count_missed(subspace, "its statistic is zero or not finite: what these layers read is zero or overflows")
+
+
+def _count_missed(subspace: Subspace, cause: str) -> None:
+    subspace.num_missed += 1
+    subspace.num_idle_steps += 1
+    if subspace.num_idle_steps == IDLE_STEPS:
+        warn_user(f"the basis of {subspace.spoken_name} has not moved for {IDLE_STEPS} optimizer steps: {cause}")
 
 
 def _equal_batches(subspaces: Iterable[Subspace]) -> Iterable[list[Subspace]]:
@@ -93,8 +141,7 @@ def _equal_batches(subspaces: Iterable[Subspace]) -> Iterable[list[Subspace]]:
 
 
 def _energies(batch: Sequence[Subspace]) -> torch.Tensor:
-    unknown = (s.energy.grad if s.energy.grad is not None else torch.full_like(s.energy, torch.nan) for s in batch)
-    return torch.stack(list(unknown))
+    return torch.stack([torch.full_like(s.energy, torch.nan) if s.energy_sum is None else s.energy_sum for s in batch])
 
 
 def _measure(

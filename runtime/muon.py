@@ -34,6 +34,7 @@ from oasis_fx.runtime.group_settings import (
     check_rounding,
     rounds_stochastically,
 )
+from oasis_fx.runtime.layout import Features, as_rows
 from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
 from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, State
 from oasis_fx.runtime.weight_step import step_weight, where
@@ -112,6 +113,13 @@ class OasisMuon(SubspaceOptimizer):
         adam = AdamHyper(float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), rounding)
         scaling = bool(group.get("rank_scaling", False))
         return Hyper(adam, float(group["momentum"]), float(group["scale"]), float(group["limit"]), scaling)
+
+    def projected_states(
+        self, state: State, basis: torch.Tensor, features: Features, group: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        # What AdamW kept for the dense weight is a mean of gradients; the momentum here is their sum.
+        mean = as_rows(state["exp_avg"], features).to(basis.dtype) @ basis
+        return {"momentum_buffer": mean / (1 - float(group["momentum"]))}
 
     def step_low_rank(
         self, updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from oasis_fx.runtime.group_settings import (
     check_rounding,
     rounds_stochastically,
 )
+from oasis_fx.runtime.layout import Features, as_rows
 from oasis_fx.runtime.resizing import fit_columns
 from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
 from oasis_fx.runtime.transport import transport_mean, transport_second_moment
@@ -113,6 +115,22 @@ class OasisAdamW(SubspaceOptimizer):
             return state
         with in_float32(state, self.states) as plain:
             return plain
+
+    @contextmanager
+    def states_in_place(self, state: State) -> Iterator[State]:
+        if not _in_codes(state):
+            yield state
+            return
+        with in_float32(state, self.states) as plain:
+            yield plain
+
+    def projected_states(
+        self, state: State, basis: torch.Tensor, features: Features, group: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        mean, second = (as_rows(state[name], features).to(basis.dtype)[None] for name in self.states)
+        bias1, bias2 = (bias_correction(float(beta), state["step"]).to(mean) for beta in group["betas"])
+        moved = transport_second_moment(second, mean, basis[None], bias1, bias2)
+        return {"exp_avg": transport_mean(mean, basis[None])[0], "exp_avg_sq": moved[0]}
 
     def resize_state(self, state: State, columns: int, group: Mapping[str, Any]) -> None:
         plain, fitted = self.decoded(state), dict[str, torch.Tensor]()

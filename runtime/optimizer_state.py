@@ -169,6 +169,7 @@ def restore_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> N
             state["basis_code"] if coded else state["basis"],
             _basis_shape(weight, saved, optimizer.states),
             (load, saved["subspace"]),
+            tuple(saved["features"]),
             int(saved["basis_updates"]),
             int(saved.get("basis_steps", 0)),  # checkpoints from before `subspace_every` have none
             int(saved.get("basis_seed", 0)),

@@ -188,7 +188,7 @@ def _gram(optimizer: SubspaceOptimizer, states: Sequence[tuple[State, Group]], r
 
 def _spectrum(subspace: Subspace, weights: Sequence[torch.Tensor]) -> Spectrum | None:
     """What each direction of the basis captures of ||A||^2; None where the step's statistic is of no use."""
-    statistic, energy, basis = subspace.statistic, subspace.energy.grad, subspace.basis.detach()
+    statistic, energy, basis = subspace.statistic, subspace.energy_sum, subspace.basis.detach()
     if statistic is None or energy is None:
         return None
     peak = statistic.abs().amax().double()

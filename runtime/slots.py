@@ -1,18 +1,22 @@
-"""Coordinate slots: how the low-rank gradient of a compiled graph reaches the parameter that it belongs to.
+"""What the runtime lends to one call of a compiled graph, and how what the graph computes of it gets back.
 
-The compiled graph takes, for each rewritten weight, an input S [m, r] that it does not read; the gradient that
-it returns for S is G [m, r]. S is made from the weight by an autograd function outside of the graph, whose
-backward turns G into a `LowRankGrad` for the weight itself: hooks, `torch.autograd.grad`, accumulation and
-clipping see the parameter's own gradient.
+The compiled graph takes, for each group of weights, a basis Q [n, r] and a scalar (the energy), and for each rewritten
+weight a slot S [m, r] that it does not read. The gradients that it returns for them are C [n, r] = A^T A Q, ||A||^2 and
+G [m, r]. All of them are made from the weights by one autograd function outside of the graph, whose backward hands C
+and ||A||^2 to the subspaces and turns G into a `LowRankGrad` for the weight itself. So hooks, accumulation and clipping
+see the parameter's own gradient, and C arrives by every road by which the gradient does: `torch.autograd.grad` and
+``backward(inputs=...)``, which skip whatever is no ancestor of the asked for gradients, pass through here too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from oasis_fx.runtime import foreign
 from oasis_fx.runtime.layout import Features, num_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.subspace import Subspace, Versions
@@ -21,71 +25,106 @@ from oasis_fx.runtime.subspace import Subspace, Versions
 _zeros: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 
-def coordinate_slots(
-    weights: Sequence[torch.Tensor],
-    subspaces: Sequence[Subspace],
-    features: Sequence[Features],
-    versions: Versions | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Return a slot S [m, r] for each weight, without memory of its own.
+@dataclass(frozen=True)
+class Group:
+    """Weights of one graph that share a basis; ``features`` are for each weight the dimensions that are n."""
+
+    subspace: Subspace
+    weights: tuple[torch.Tensor, ...]
+    features: tuple[Features, ...]
+
+
+@dataclass(frozen=True)
+class Lent:
+    """What a call is lent.
+
+    Attributes:
+        bases: Q [n, r] for each group; none where the graph itself asks for them.
+        energies: a scalar for each group.
+        slots: S [m, r] for each weight, group by group, without memory of its own.
+    """
+
+    bases: tuple[torch.Tensor, ...]
+    energies: tuple[torch.Tensor, ...]
+    slots: tuple[torch.Tensor, ...]
+
+
+def lend(groups: Sequence[Group], versions: Versions | None = None) -> Lent:
+    """Make what one call of a graph takes.
 
     Args:
-        weights: trained parameters.
-        subspaces: for each weight, the subspace whose basis the graph is called with.
-        features: for each weight, which of its dimensions are n.
-        versions: of this call, where the graph itself notes which it uses. None: the present ones.
+        groups: with the subspaces whose bases the graph is called with.
+        versions: of the bases in this call, where the graph itself notes which it uses. None: the present ones.
     """
+    foreign.watch()
     if versions is None:
         versions = Versions()
-        for subspace in subspaces:
-            versions.note(subspace)
-    slots: tuple[torch.Tensor, ...] = _Slots.apply(  # type: ignore[no-untyped-call]
-        tuple(subspaces), tuple(features), versions, *weights
-    )
-    return slots
+        for group in groups:
+            versions.note(group.subspace)
+        bases = [group.subspace.basis for group in groups]
+    else:
+        bases = []
+    weights = [weight for group in groups for weight in group.weights]
+    made: tuple[torch.Tensor, ...] = _Lend.apply(tuple(groups), bases, versions, *weights)  # type: ignore[no-untyped-call]
+    num_bases, num_energies = len(bases), len(groups)
+    return Lent(made[:num_bases], made[num_bases : num_bases + num_energies], made[num_bases + num_energies :])
 
 
-class _Slots(torch.autograd.Function):
+class _Lend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        subspaces: tuple[Subspace, ...],
-        features: tuple[Features, ...],
-        versions: Versions,
-        *weights: torch.Tensor,
+        ctx: Any, groups: tuple[Group, ...], bases: list[torch.Tensor], versions: Versions, *weights: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.subspaces, ctx.features, ctx.weights = subspaces, features, weights
-        ctx.versions = versions
-        return tuple(
-            _zero(weight).expand(num_rows(weight.shape, dims), subspace.shape[1])
-            for weight, subspace, dims in zip(weights, subspaces, features, strict=True)
-        )
+        ctx.groups, ctx.num_bases, ctx.versions = groups, len(bases), versions
+        slots = [
+            _zero(weight).expand(num_rows(weight.shape, dims), group.subspace.shape[1])
+            for group in groups
+            for weight, dims in zip(group.weights, group.features, strict=True)
+        ]
+        return *(b.detach() for b in bases), *(group.subspace.energy.detach() for group in groups), *slots
 
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # Dynamo would trace it within a compiled step
-    def backward(ctx: Any, *factors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *returned: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "create_graph=True: a weight rewritten by oasis_fx has no gradient of its gradient, as compiled "
                 "graphs of torch have none. Call the model uncompiled where you need it"
             )
+        groups: tuple[Group, ...] = ctx.groups
+        own = _Own()
+        statistics = returned[: ctx.num_bases] or (None,) * len(groups)
+        energies = returned[ctx.num_bases : ctx.num_bases + len(groups)]
+        factors = iter(returned[ctx.num_bases + len(groups) :])
         gradients: list[torch.Tensor | None] = []
-        seen: set[int] = set()
-        for factor, subspace, dims, weight in zip(factors, ctx.subspaces, ctx.features, ctx.weights, strict=True):
-            if factor is None:
-                gradients.append(None)
-                continue
-            if not ctx.versions.hold(subspace):
-                raise RuntimeError(
-                    "a basis moved between the forward and the backward pass (optimizer.step() in between?): "
-                    "the gradient would be in coordinates that are gone"
-                )
-            if factor.data_ptr() in seen:
-                factor = factor.clone()  # autograd adds in place into what it takes over
-            seen.add(factor.data_ptr())
-            gradients.append(LowRankGrad(factor, subspace, weight, features=dims))
+        for group, statistic, energy in zip(groups, statistics, energies, strict=True):
+            group.subspace.add_statistic(own(statistic), own(energy))
+            for weight, dims in zip(group.weights, group.features, strict=True):
+                factor = own(next(factors))
+                if factor is not None and not ctx.versions.hold(group.subspace):
+                    raise RuntimeError(
+                        f"the basis of {group.subspace.spoken_name} moved between the forward and the backward pass "
+                        "(optimizer.step() in between?): the gradient would be in coordinates that are gone"
+                    )
+                made = None if factor is None else LowRankGrad(factor, group.subspace, weight, features=dims)
+                gradients.append(made)
         return (None, None, None, *gradients)
+
+
+class _Own:
+    """Copies a tensor that was seen before: what is taken over from a graph is added to in place."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def __call__(self, given: torch.Tensor | None) -> torch.Tensor | None:
+        if given is None or given.numel() == 0:
+            return given
+        if given.data_ptr() in self._seen:
+            return given.clone()
+        self._seen.add(given.data_ptr())
+        return given
 
 
 def _zero(weight: torch.Tensor) -> torch.Tensor:

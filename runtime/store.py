@@ -20,6 +20,7 @@ class Preloaded:
     Attributes:
         basis: [n, r], or the code of a coded rule.
         shape: (n, r).
+        features: which dimensions of the weight are n.
         coded: whether ``basis`` is a code.
         momentum, error, log_rate, last_move: as of `Subspace`.
         overrides: whether its rank counts, and not what the settings ask for.
@@ -28,6 +29,7 @@ class Preloaded:
     basis: torch.Tensor
     shape: tuple[int, int]
     group: object
+    features: Features
     num_updates: int
     num_steps: int = 0
     seed: int = 0
@@ -59,8 +61,15 @@ class Preloaded:
             subspace.log_rate = self.log_rate
 
 
+_Key = tuple[SubspaceSpec, Features]
+
+
 class SubspaceStore:
-    """Subspaces by parameter and specification. A deleted parameter takes its entry with it."""
+    """Subspaces by parameter, specification, and the dimensions of the parameter that are summed over.
+
+    A weight that one graph reads over its rows and another over its columns has two subspaces: factors of the two are
+    never added. A deleted parameter takes its entry with it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -68,10 +77,14 @@ class SubspaceStore:
         self._preloaded: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._resized: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def existing(self, weight: torch.Tensor, spec: SubspaceSpec) -> Subspace | None:
-        """The subspace of a weight, or None before its first use."""
-        entry: dict[SubspaceSpec, Subspace] | None = self._subspaces.get(weight)
-        return None if entry is None else entry.get(spec)
+    def existing(self, weight: torch.Tensor, spec: SubspaceSpec, features: Features | None = None) -> Subspace | None:
+        """The subspace of a weight that is read over ``features`` (None: over any), or None before its first use."""
+        if features is not None:
+            return self._entry(weight).get((spec, features))
+        return next((subspace for (present, _), subspace in self._entry(weight).items() if present == spec), None)
+
+    def _entry(self, weight: torch.Tensor) -> dict[_Key, Subspace]:
+        return self._subspaces.get(weight) or {}
 
     def waiting(self, weight: torch.Tensor) -> Preloaded | None:
         """A basis from a checkpoint that no graph has asked for yet."""
@@ -91,18 +104,36 @@ class SubspaceStore:
         """Put ``new``, of another rank, in the place of ``old`` for all its weights."""
         with self._lock:
             for weight, entry in self._subspaces.items():
-                if entry.get(old.spec) is not old:
+                known = [features for (spec, features), subspace in entry.items() if subspace is old]
+                if not known:
                     continue
-                del entry[old.spec]
-                entry[new.spec] = new
+                for features in known:
+                    del entry[old.spec, features]
+                    entry[new.spec, features] = new
                 resized = self._resized.setdefault(weight, {})
                 asked = [key for key, present in resized.items() if present == old.spec] or [old.spec]
                 resized.update(dict.fromkeys(asked, new.spec))
 
     def all_of(self, weight: torch.Tensor) -> tuple[Subspace, ...]:
         """The subspaces of a weight, one for each specification that a graph has asked for."""
-        entry: dict[SubspaceSpec, Subspace] = self._subspaces.get(weight) or {}
-        return tuple(entry.values())
+        return tuple(self._entry(weight).values())
+
+    def read_over(self, weight: torch.Tensor) -> tuple[Features, ...]:
+        """The dimensions that graphs have summed over so far, each once."""
+        return tuple(dict.fromkeys(features for _, features in self._entry(weight)))
+
+    def in_use(self, weight: torch.Tensor) -> tuple[Subspace, Features] | None:
+        """The subspace in which an optimizer keeps the states of a weight, whatever kind its gradient is of.
+
+        Of several it is the first that has a statistic, else the newest. None where the weight has none, or where the
+        rule's gradients leave the graph dense and so do not want low-rank states.
+        """
+        found = [
+            (subspace, features)
+            for (spec, features), subspace in self._entry(weight).items()
+            if not spec.rule.dense and _fits(subspace, weight)
+        ]
+        return next((entry for entry in found if entry[0].statistic is not None), found[-1] if found else None)
 
     def ranks(self, weight: torch.Tensor) -> tuple[int, ...]:
         """Ranks of the subspaces that a weight has."""
@@ -118,17 +149,18 @@ class SubspaceStore:
         Raises:
             ValueError: a checkpoint has given them a basis that the rule cannot go on with.
         """
-        first = self.existing(weights[0], spec)
+        pairs = list(zip(weights, features, strict=True))
+        first = self.existing(weights[0], spec, features[0])
         if first is not None and _fits(first, weights[0]):
-            if all(self.existing(weight, spec) is first for weight in weights[1:]):
+            if all(self.existing(weight, spec, dims) is first for weight, dims in pairs[1:]):
                 return first
         with self._lock:
-            known = [s for w in weights if (s := self.existing(w, spec)) is not None]
+            known = [s for weight, dims in pairs if (s := self.existing(weight, spec, dims)) is not None]
             subspace = known[0] if known else self._make(weights, spec, features)
             if not _fits(subspace, weights[0]):
                 subspace = _moved(subspace, weights[0])
-            for weight in weights:
-                self._subspaces.setdefault(weight, {})[spec] = subspace
+            for weight, dims in pairs:
+                self._subspaces.setdefault(weight, {})[spec, dims] = subspace
             return subspace
 
     def preload(self, weight: torch.Tensor, saved: Preloaded) -> bool:
@@ -140,11 +172,12 @@ class SubspaceStore:
             Whether graphs are to be compiled anew: the rank is one that is shared out, and was another here.
         """
         with self._lock:
-            rank = saved.shape[1]
-            outgrown = [s for s in self.all_of(weight) if s.spec.budget is not None and s.spec.rank != rank]
-            for subspace in outgrown:
-                del self._subspaces[weight][subspace.spec]
-            live = [s for s in self.all_of(weight) if s.spec.rank == rank and saved.suits(s.shape, s.spec)]
+            rank, entry = saved.shape[1], self._entry(weight)
+            outgrown = [key for key in entry if key[0].budget is not None and key[0].rank != rank]
+            for key in outgrown:
+                del entry[key]
+            of_rank = [s for (_, dims), s in entry.items() if s.spec.rank == rank and dims == saved.features]
+            live = [s for s in of_rank if saved.suits(s.shape, s.spec)]
             for subspace in live:
                 saved.pour_into(subspace)
             if not live:
@@ -157,14 +190,17 @@ class SubspaceStore:
         # From torch's generator, as parameters draw their first values.
         seed = int(torch.randint(1 << 31, (), device="cpu")) if spec.rule.draws else 0
         subspace = Subspace(initial_basis(*shape, _basis_dtype(weight), weight.device), spec, seed=seed)
-        waiting: list[Preloaded] = [p for w in weights if (p := self._preloaded.get(w)) is not None]
+        pairs = zip(weights, features, strict=True)
+        waiting: list[Preloaded] = [
+            p for w, dims in pairs if (p := self._preloaded.get(w)) is not None and p.features == dims
+        ]
         for saved in waiting:
             if not saved.suits(shape, spec):
                 continue
             saved.pour_into(subspace)
-            for other in [w for w, p in self._preloaded.items() if p.group == saved.group]:
+            for other, preloaded in [(w, p) for w, p in self._preloaded.items() if p.group == saved.group]:
                 self._preloaded.pop(other)
-                self._subspaces.setdefault(other, {})[spec] = subspace
+                self._subspaces.setdefault(other, {})[spec, preloaded.features] = subspace
             break
         return subspace
 
@@ -180,6 +216,7 @@ def _moved(subspace: Subspace, weight: torch.Tensor) -> Subspace:
         seed=subspace.seed,
         code=subspace.code,
     )
+    moved.names, moved.is_replicated = subspace.names, subspace.is_replicated
     moved.log_rate = subspace.log_rate.to(device, dtype)
     moved.last_move = None if subspace.last_move is None else subspace.last_move.to(device, dtype)
     moved.error = None if subspace.error is None else subspace.error.to(device, dtype)

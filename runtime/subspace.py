@@ -116,6 +116,15 @@ class Family:
             another._parent = one
 
 
+@dataclass(frozen=True)
+class Move:
+    """One move of a basis, between two versions of it, with R = Q^T Q+ [r, r]."""
+
+    before: int
+    after: int
+    overlap: torch.Tensor
+
+
 class Subspace:
     """The basis Q [n, r] that the weights which read one activation share, or the one of a weight's gradient.
 
@@ -123,10 +132,17 @@ class Subspace:
         spec: what was asked for; its rank is the basis' number of columns.
         shape: (n, r).
         code: where the rule is coded: int64 on the CPU, what the basis is made from at each use; else None.
-        energy: leaf scalar that graphs take and do not read; its gradient is ||A||^2, summed like the statistic.
+        names: of its weights, as the first graph that used it knows them; empty before.
+        statistic: C [n, r] = A^T A Q, summed over the backward passes of this step; None before the first.
+        energy_sum: scalar ||A||^2, summed likewise; None where graphs do not compute it.
+        energy: scalar that graphs take and do not read, so that there is something for ||A||^2 to be the gradient of.
         num_updates: int64 scalar on the basis' device: how often the basis has moved.
         num_steps: int64 scalar on the CPU: optimizer steps since the basis last had its turn to move (``spec.every``).
         overlap: R = Q^T Q+ [r, r] of the moves within backward passes since the last optimizer step; None for none.
+        num_idle_steps: optimizer steps in a row in which its weights took part and the basis did not move for want of
+            a statistic.
+        num_missed: all of those, and the turns at which the statistic was zero or not finite where that is known.
+        is_replicated: whether gradients and statistics are averaged over ranks, so that all have the same basis.
         momentum: for rules that use it: set by the optimizer.
         error: for rules with error feedback: E [rows, n].
         family: the subspaces whose rank is also that of this one.
@@ -135,7 +151,7 @@ class Subspace:
         captured_energy, drift, condition: scalars of the last move, on the basis' device; NaN before. What they are:
             `oasis_fx.stats.SubspaceStats`.
 
-    A stored basis is a leaf tensor [n, r], float32 (float64 for float64 weights), allocated once and changed in place
+    A stored basis is a tensor [n, r], float32 (float64 for float64 weights), allocated once and changed in place
     only, so that CUDA graphs may keep its address.
     """
 
@@ -158,14 +174,20 @@ class Subspace:
         self.shape = (basis.shape[0], basis.shape[1])
         self.dtype, self.device = basis.dtype, basis.device
         self.code = code if code is not None or not rule.coded else rule.first_code(basis.shape[1], seed)
-        self._stored = None if rule.coded else basis.detach().contiguous().requires_grad_()
+        self._stored = None if rule.coded else basis.detach().contiguous()
         self._num_recoded = 0
-        self.energy = torch.zeros((), dtype=basis.dtype, device=basis.device, requires_grad=True)
+        self.names: tuple[str, ...] = ()
+        self.statistic: torch.Tensor | None = None
+        self.energy_sum: torch.Tensor | None = None
+        self.energy = torch.zeros((), dtype=basis.dtype, device=basis.device)
         self.num_updates = torch.tensor(num_updates, device=basis.device)
         # A basis that waits for data is random: its turn is the first step, not the k-th.
         self.num_steps = torch.tensor(_first_count(spec) if num_steps is None else num_steps, device="cpu")
         self.family = Family()
         self.overlap: torch.Tensor | None = None
+        self.latest_move: Move | None = None
+        self.num_idle_steps = self.num_missed = 0
+        self.is_replicated = False
         self.momentum: Momentum | None = None
         self.error: torch.Tensor | None = None
         self.log_rate = torch.zeros((), dtype=basis.dtype, device=basis.device)
@@ -188,14 +210,41 @@ class Subspace:
         return self.spec.rule.expand(self.code, *self.shape, self.dtype, self.device)
 
     @property
-    def statistic(self) -> torch.Tensor | None:
-        """C [n, r] = A^T A Q, summed over the backward passes of this step; None before the first."""
-        return None if self._stored is None else self._stored.grad
+    def spoken_name(self) -> str:
+        """The names of its weights, for messages."""
+        return ", ".join(self.names) or f"a weight with {self.shape[0]} in_features"
+
+    @torch.no_grad()
+    def add_statistic(self, statistic: torch.Tensor | None, energy: torch.Tensor | None) -> None:
+        """Add what one backward pass has computed; tensors are taken over without a copy."""
+        if statistic is not None:
+            self.statistic = statistic if self.statistic is None else self.statistic.add_(statistic)
+        if energy is not None:
+            self.energy_sum = energy if self.energy_sum is None else self.energy_sum.add_(energy)
 
     def drop_statistic(self) -> None:
-        if self._stored is not None:
-            self._stored.grad = None
-        self.energy.grad = None
+        self.statistic = self.energy_sum = None
+
+    def note_move(self, before: int, overlap: torch.Tensor) -> None:
+        """Remember the move from version ``before`` to the present one, R = Q^T Q+ [r, r]."""
+        self.latest_move = Move(before, self.version, overlap)
+
+    def overlap_since(self, version: int) -> torch.Tensor | None:
+        """R = Q^T Q+ [r, r] from the basis of that version to the present one, or None where it is not known.
+
+        It is known for the latest move alone, and not for rules that weigh the columns of their projection.
+        """
+        move = self.latest_move
+        if move is None or (move.before, move.after) != (version, self.version) or self.projection_weights is not None:
+            return None
+        return move.overlap
+
+    @property
+    def projection_weights(self) -> torch.Tensor | None:
+        """Factors [r] of the columns in the projection of the rule; None for ones."""
+        weights = getattr(self.spec.rule, "weights", None)
+        found: torch.Tensor | None = None if weights is None else weights(*self.shape)
+        return found
 
     def count_step(self) -> bool:
         """Count an optimizer step; return whether the basis' turn has come, and begin to count anew."""
@@ -217,12 +266,13 @@ class Subspace:
     @torch.no_grad()
     def replace(self, new: torch.Tensor) -> None:
         """Take over a basis [n, r] (or a code) that lies in the middle of a step, and note the overlap."""
-        old = self.basis.detach().clone()
+        old, before = self.basis.detach().clone(), self.version
         if self._stored is not None:
             self._stored.copy_(new)
         else:
             self.code, self._num_recoded = new, self._num_recoded + 1
         overlap = old.mT @ self.basis.detach()
+        self.note_move(before, overlap)
         self.drift = (1 - overlap.square().sum() / self.shape[1]).clamp_min(0).sqrt()
         self.overlap = overlap if self.overlap is None else self.overlap @ overlap
         self.num_updates += 1
@@ -230,7 +280,9 @@ class Subspace:
     @torch.no_grad()
     def recode(self, code: torch.Tensor) -> None:
         """Take over a code between steps."""
+        old, before = self.basis, self.version
         self.code, self._num_recoded = code, self._num_recoded + 1
+        self.note_move(before, old.mT @ self.basis)
         self.num_updates += 1
 
     @torch.no_grad()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
+from oasis_fx.errors import warn_user
 from oasis_fx.ranks import check_rank
 from oasis_fx.runtime.gathering import Item, gather, prepare_state
-from oasis_fx.runtime.layout import as_rows
+from oasis_fx.runtime.layout import Features, as_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
-from oasis_fx.runtime.moving import count_steps, move_bases
+from oasis_fx.runtime.moving import count_steps, move_bases, note_idle
 from oasis_fx.runtime.optimizer_state import (
     check_state,
     gather_states,
@@ -24,7 +26,8 @@ from oasis_fx.runtime.optimizer_state import (
     whole_states,
 )
 from oasis_fx.runtime.resizing import fit_columns, resize_checkpoint, resize_live, spend_budget
-from oasis_fx.runtime.shards import agreed, is_sharded, local_gradient
+from oasis_fx.runtime.shards import agreed, is_sharded, local_gradient, whole
+from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import Momentum, Subspace
 from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, State, all_finite, is_low_rank
 
@@ -57,10 +60,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     dense_states: ClassVar[tuple[str, ...] | None] = None  # of weights not in a basis, where they differ
     mean_state: ClassVar[str | None] = None  # the state that is the mean of gradients, for rules that go by it
     steps_shards: ClassVar[bool] = True  # whether each row of a weight is stepped by itself
+    takes_low_rank_gradients: ClassVar[bool] = True  # `oasis_fx.runtime.foreign` looks for it
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self.bindings: dict[torch.Tensor, _Binding] = {}
         self._skipped: torch.Tensor | None = None
+        self._has_looked = False  # for weights that are in a subspace
         super().__init__(params, {**defaults, "rounding_seed": 0, "rank_plans": 0})
 
     # For subclasses
@@ -102,6 +107,20 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """The states of a weight as floating point numbers: themselves, or copies."""
         return state
 
+    def projected_states(
+        self, state: State, basis: torch.Tensor, features: Features, group: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """What the states of a weight's own shape are in the coordinates of a basis Q [n, r]: each [m, r].
+
+        As it stands: every state is a mean of gradients, ``m Q``.
+        """
+        return {name: as_rows(state[name], features).to(basis.dtype) @ basis for name in self.states}
+
+    @contextmanager
+    def states_in_place(self, state: State) -> Iterator[State]:
+        """The states of a weight as floating point numbers; what is written into them is kept."""
+        yield state
+
     def resize_state(self, state: State, columns: int, group: Mapping[str, Any]) -> None:
         """Cut the states [m, r] of a weight to their first columns, or add some, which the new basis has.
 
@@ -134,6 +153,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("bindings", {})
         self.__dict__.setdefault("_skipped", None)
+        self.__dict__.setdefault("_has_looked", False)
 
     @property
     def num_skipped_steps(self) -> int:
@@ -145,11 +165,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """As torch's. The statistics behind the gradients go too: a batch thrown away moves no basis by one."""
         for weight in self._weights():
             gradient = local_gradient(weight)
-            if isinstance(gradient, LowRankGrad):
-                gradient.subspace.drop_statistic()
-            if weight in self.bindings:
-                self.bindings[weight].subspace.drop_statistic()
-                if isinstance(gradient, LowRankGrad) and gradient.subspace is not self.bindings[weight].subspace:
+            for subspace in STORE.all_of(whole(weight)):
+                subspace.drop_statistic()
+            if isinstance(gradient, LowRankGrad) and weight in self.bindings:
+                if gradient.subspace is not self.bindings[weight].subspace:
                     weight.grad = None  # of a rank that has changed: nothing of the next one can be added to it
         super().zero_grad(set_to_none)
 
@@ -169,6 +188,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         items = list(gather(self))
         if not items:
             return loss
+        self._look_for_subspaces(items)
         finite = agreed(all_finite([item.gradient for item in items]), [item.weight for item in items])
         gate: torch.Tensor | None = finite
         if finite.device.type == "cpu":  # reading it costs nothing there
@@ -184,6 +204,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         groups = self.groups_by_weight()
         for item in items:
             prepare_state(self, item, groups[item.weight])
+        note_idle({item.subspace: None for item in items if item.subspace is not None})
         generators = self._generators()
         self._step_low_rank([item for item in items if item.low_rank], gate, generators)
         self._step_dense([item for item in items if not item.low_rank], gate, generators)
@@ -260,11 +281,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         bases: dict[Subspace, torch.Tensor] = {}  # a coded one is made once
         for item in items:
             state = self.state[item.weight]
-            if item.weight in self.bindings:
-                subspace = self.bindings[item.weight].subspace
+            weights: torch.Tensor | None = None
+            if item.subspace is not None:
+                subspace = item.subspace
                 if subspace not in bases:
-                    bases[subspace] = subspace.basis.detach()
+                    bases[subspace] = subspace.basis.detach().to(item.weight.device)
                 basis, orthonormal = bases[subspace], subspace.spec.rule.orthonormal
+                weights = subspace.projection_weights
             elif "basis" in state:  # loaded from a checkpoint, and not compiled since
                 basis, orthonormal = state["basis"], True  # others are coded
             else:
@@ -276,6 +299,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             else:  # a dense gradient of a weight with low-rank states: what the pass would have computed
                 dense = item.gradient
                 factor = as_rows(dense, state["features"]).to(basis.dtype) @ basis
+                if weights is not None:
+                    factor = factor * weights.to(factor)
             update = LowRankUpdate(item.data, factor, basis, state["features"], state, orthonormal, dense)
             batches.setdefault((item.weight.device, item.hyper), []).append(update)
         for (device, hyper), updates in batches.items():
@@ -313,6 +338,20 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 for weight in weights:
                     self.bind(weight, subspace)
 
+    def _look_for_subspaces(self, items: list[Item]) -> None:
+        """Warn, at the first step, where nothing of what is stepped was compiled by our backend."""
+        if self._has_looked:
+            return
+        self._has_looked = True
+        matrices = [item.weight for item in items if item.weight.dim() >= 2]
+        if matrices and all(item.subspace is None for item in items):
+            if not any(STORE.all_of(whole(weight)) or "features" in self.state.get(weight, {}) for weight in matrices):
+                warn_user(
+                    f"{type(self).__name__}: none of the {len(matrices)} matrices that take part in this step is in a "
+                    "subspace, so the step is a dense one: train the model that torch.compile(model, "
+                    "backend=oasis_backend(...)) returned, and see backend.report() for weights that were left dense"
+                )
+
     def _share_ranks_out(self, gate: torch.Tensor | None) -> None:
         """Under ``rank="auto:..."``: at the first step from each of `RANK_STEPS` on that counts."""
         if all(subspace.spec.budget is None for subspace in self.subspaces()):
@@ -326,13 +365,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _move_bases(self, gate: torch.Tensor | None) -> None:
         """Move the bases, and take the states of every weight that is in one along, those without a gradient too."""
         members = self.subspaces()
+        # Those of weights that keep dense states, or that another graph has put into a second one, move as well.
+        stored = (s for weight in self._weights() for s in STORE.all_of(whole(weight)) if s.statistic is not None)
         by_device: dict[torch.device, list[Subspace]] = {}
-        for subspace in members:
+        for subspace in dict.fromkeys([*members, *stored]):
             by_device.setdefault(subspace.device, []).append(subspace)
         for device, subspaces in by_device.items():
             overlaps = move_bases(subspaces, _on(gate, device))
             overlaps = {s: overlap for s, overlap in overlaps.items() if s.spec.rule.transports}
-            self.carry_over([(weight, overlap) for s, overlap in overlaps.items() for weight in members[s]])
+            self.carry_over([(weight, overlap) for s, overlap in overlaps.items() for weight in members.get(s, ())])
         groups = self.groups_by_weight()
         for subspace, weights in members.items():
             # What moved before the first step of its weights moved from a random start: nothing is to follow.
@@ -380,11 +421,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Of a step that is left out. It counts under `subspace_every`: a GPU's host does not know that it was one."""
         subspaces: dict[Subspace, None] = {}
         for item in items:
-            if isinstance(item.gradient, LowRankGrad):
-                subspaces[item.gradient.subspace] = None
+            if item.subspace is not None:
+                subspaces[item.subspace] = None
                 state = self.state.get(item.weight, {})
                 if "features" in state:
-                    state["basis_steps"] = item.gradient.subspace.num_steps  # a checkpoint may follow, before any step
+                    state["basis_steps"] = item.subspace.num_steps  # a checkpoint may follow, before any step
         for subspace in count_steps(subspaces):
             subspace.drop_statistic()
 

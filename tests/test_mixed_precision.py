@@ -51,14 +51,9 @@ def test_uses_in_two_precisions_count_alike(kind, half) -> None:
     q = subspace.basis.detach().double()
     for found, expected in (
         (subspace.statistic, sum(a.T @ (a @ q) for a in rows)),
-        (energy_of(subspace), sum(a.square().sum() for a in rows)),
+        (subspace.energy_sum, sum(a.square().sum() for a in rows)),
     ):
         assert float((found.double() - expected).norm() / expected.norm()) < 0.02
-
-
-def energy_of(subspace) -> torch.Tensor:
-    found = subspace.energy.grad if hasattr(subspace.energy, "grad") else None
-    return found if found is not None else subspace.energy_sum
 
 
 class Net(torch.nn.Module):

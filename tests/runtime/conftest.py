@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from oasis_fx.runtime.slots import coordinate_slots
+from oasis_fx.runtime.slots import Group, lend
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import SubspaceSpec
 
@@ -35,12 +35,12 @@ def low_rank_products(
     """Products of one activation with weights that share a basis, as a compiled graph computes them."""
     features = [(0, 1) if transposed else (1, 2)] * len(weights)
     subspace = STORE.resolve(weights, spec, features)
-    slots = coordinate_slots(weights, [subspace] * len(weights), features)
+    lent = lend([Group(subspace, tuple(weights), tuple(features))])
     # One statistic for the group, as in the graph: the others get a basis that takes none.
-    bases = [subspace.basis] + [subspace.basis.detach()] * (len(weights) - 1)
+    bases = [lent.bases[0]] + [subspace.basis] * (len(weights) - 1)
     return [
         _LowRankProduct.apply(x, w, basis, slot, transposed)
-        for w, basis, slot in zip(weights, bases, slots, strict=True)
+        for w, basis, slot in zip(weights, bases, lent.slots, strict=True)
     ]
 
 

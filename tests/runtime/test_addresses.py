@@ -11,7 +11,7 @@ from oasis_fx.backend import OasisBackend
 from oasis_fx.config import Settings
 from oasis_fx.lowering import run_node_by_node
 from oasis_fx.runtime.optimizer import OasisAdamW
-from oasis_fx.runtime.slots import coordinate_slots
+from oasis_fx.runtime.slots import Group, lend
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import SubspaceSpec
 
@@ -29,10 +29,10 @@ def test_bases_energies_and_slots_stay_where_they_are(products, make_weight) -> 
         optimizer.step()
         optimizer.zero_grad()
         subspace = STORE.resolve(weights, SPEC, [(1, 2)] * 2)
-        slots = coordinate_slots(weights, [subspace] * 2, [(1, 2)] * 2)
-        addresses.add(tuple(t.data_ptr() for t in (subspace.basis, subspace.energy, *slots)))
+        lent = lend([Group(subspace, tuple(weights), ((1, 2),) * 2)])
+        addresses.add(tuple(t.data_ptr() for t in (*lent.bases, *lent.energies, *lent.slots)))
         versions.add(subspace.version)
-        assert all(slot.untyped_storage().nbytes() == slot.element_size() for slot in slots)  # no memory to copy
+        assert all(slot.untyped_storage().nbytes() == slot.element_size() for slot in lent.slots)  # no memory to copy
     assert len(versions) == 4  # the bases did move
     assert len(addresses) == 1
 

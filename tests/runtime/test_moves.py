@@ -36,7 +36,7 @@ def test_the_automatic_rate_does_not_learn_from_the_first_move() -> None:
     rates = []
     for step in range(4):
         c = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step % 2))
-        moving.basis.grad = c
+        moving.statistic = c
         move_bases([moving])
         rates.append(math.exp(float(moving.log_rate)))
         assert (moving.last_move is not None and bool(moving.last_move.any())) == (step > 0)

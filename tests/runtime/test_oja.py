@@ -27,7 +27,7 @@ def test_one_step_is_the_equation_and_returns_the_overlap() -> None:
     old = [s.basis.detach().clone() for s in batch]
     for s in batch:
         x = torch.randn(50, s.basis.shape[0], dtype=torch.float64)
-        s.basis.grad = x.T @ (x @ s.basis.detach())
+        s.statistic = x.T @ (x @ s.basis.detach())
     expected = [oja_reference(q, s.statistic, 0.3) for q, s in zip(old, batch, strict=True)]
     overlaps = move_bases(batch)
     for s, q, new in zip(batch, old, expected, strict=True):
@@ -39,7 +39,7 @@ def test_one_step_is_the_equation_and_returns_the_overlap() -> None:
 def test_first_step_is_a_power_step() -> None:
     s = subspace(eta=0.01, updates=0)
     x = torch.randn(50, 12, dtype=torch.float64)
-    s.basis.grad = x.T @ (x @ s.basis.detach())
+    s.statistic = x.T @ (x @ s.basis.detach())
     expected = oja_reference(s.basis.detach(), s.statistic, POWER_STEP)
     move_bases([s])
     torch.testing.assert_close(s.basis.detach(), expected, rtol=1e-9, atol=1e-9)
@@ -52,7 +52,7 @@ def test_converges_to_the_principal_subspace(eta) -> None:
     x = torch.randn(400, 12, dtype=torch.float64) * torch.tensor([9.0] * 4 + [1.0] * 8) @ directions.T
     s = subspace(eta=eta, updates=0)
     for _ in range(60):
-        s.basis.grad = x.T @ (x @ s.basis.detach())
+        s.statistic = x.T @ (x @ s.basis.detach())
         move_bases([s])
     principal = torch.linalg.svd(x).Vh[:4].T
     captured = (principal.T @ s.basis.detach()).norm() ** 2
@@ -63,7 +63,7 @@ def test_orthonormal_after_a_thousand_steps() -> None:
     s = subspace(n=40, r=8, eta=1.0, dtype=torch.float32, updates=0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(1000):
-        s.basis.grad = torch.randn(40, 8, generator=generator) * 10.0 ** torch.randint(-6, 6, (1,), generator=generator)
+        s.statistic = torch.randn(40, 8, generator=generator) * 10.0 ** torch.randint(-6, 6, (1,), generator=generator)
         move_bases([s])
     q = s.basis.detach().double()
     assert (q.T @ q - torch.eye(8)).abs().max() < 1e-5
@@ -73,7 +73,7 @@ def test_orthonormal_after_a_thousand_steps() -> None:
 def test_units_of_the_statistic_do_not_matter(scale) -> None:
     one, other = subspace(dtype=torch.float32), subspace(dtype=torch.float32)
     c = torch.randn(12, 4)
-    one.basis.grad, other.basis.grad = c.clone(), c * scale
+    one.statistic, other.statistic = c.clone(), c * scale
     move_bases([one]), move_bases([other])
     torch.testing.assert_close(one.basis.detach(), other.basis.detach(), rtol=1e-4, atol=1e-5)
 
@@ -81,8 +81,8 @@ def test_units_of_the_statistic_do_not_matter(scale) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
 def test_a_useless_statistic_leaves_the_basis_bitwise(bad) -> None:
     fine, spoilt = subspace(), subspace(seed=1)
-    fine.basis.grad = torch.randn(12, 4, dtype=torch.float64)
-    spoilt.basis.grad = torch.full((12, 4), bad, dtype=torch.float64)
+    fine.statistic = torch.randn(12, 4, dtype=torch.float64)
+    spoilt.statistic = torch.full((12, 4), bad, dtype=torch.float64)
     before, fine_before = spoilt.basis.detach().clone(), fine.basis.detach().clone()
     overlaps = move_bases([fine, spoilt])
     assert torch.equal(spoilt.basis, before) and int(spoilt.num_updates) == 1
@@ -92,7 +92,7 @@ def test_a_useless_statistic_leaves_the_basis_bitwise(bad) -> None:
 
 def test_a_closed_gate_moves_nothing() -> None:
     s = subspace()
-    s.basis.grad = torch.randn(12, 4, dtype=torch.float64)
+    s.statistic = torch.randn(12, 4, dtype=torch.float64)
     before = s.basis.detach().clone()
     move_bases([s], torch.tensor(False))
     assert torch.equal(s.basis, before) and int(s.num_updates) == 1
@@ -148,8 +148,8 @@ def auto(n: int, tokens: int, steps: int, drift: float, seed: int = 0) -> tuple[
         x = torch.randn(tokens, n, generator=generator, dtype=torch.float64) * scale @ turn
         best = turn[:4]
         captured.append(float((subspace.basis.detach().T @ best.T).square().sum() / 4))
-        subspace.basis.grad = x.T @ (x @ subspace.basis.detach())
-        subspace.energy.grad = x.square().sum()
+        subspace.statistic = x.T @ (x @ subspace.basis.detach())
+        subspace.energy_sum = x.square().sum()
         move_bases([subspace])
     return math.exp(float(subspace.log_rate)), captured
 
@@ -175,7 +175,7 @@ def test_an_automatic_rate_follows_about_as_well_as_the_best_fixed_one() -> None
                 x = torch.randn(64, 24, generator=generator, dtype=torch.float64) * scale @ turn
                 if number >= 100:
                     total.append(float((subspace.basis.detach().T @ turn[:4].T).square().sum() / 4))
-                subspace.basis.grad = x.T @ (x @ subspace.basis.detach())
+                subspace.statistic = x.T @ (x @ subspace.basis.detach())
                 move_bases([subspace])
         return sum(total) / len(total)
 

@@ -33,20 +33,6 @@ def test_a_dense_gradient_of_a_low_rank_weight_is_projected(products, make_weigh
     torch.testing.assert_close(w, reference, rtol=1e-9, atol=1e-9)
 
 
-def test_a_low_rank_gradient_of_a_weight_with_dense_moments(products, make_weight) -> None:
-    w, reference = make_weight(5, 8), make_weight(5, 8)
-    one, other = OasisAdamW([w], lr=0.1), torch.optim.AdamW([reference], lr=0.1, fused=True)
-    for step in range(3):
-        if step == 0:
-            w.grad = torch.ones_like(w)
-        else:
-            (y,) = products(inputs(step), [w], SPEC)
-            y.sum().backward()
-        reference.grad = (w.grad.to_dense() if step else w.grad).clone()
-        one.step(), one.zero_grad(), other.step()
-    torch.testing.assert_close(w, reference)
-
-
 def test_moments_go_over_to_another_subspace(products, make_weight) -> None:
     """Another backend, or a graph that binds the weight to another's basis: transport, not loss."""
     w = make_weight(5, 8)
@@ -82,25 +68,6 @@ def test_another_rank_is_refused_before_anything_changes(products, make_weight) 
     ):
         optimizer.step()
     assert torch.equal(w, before) and torch.equal(bias, torch.ones(2))
-
-
-def test_a_stale_gradient_is_refused(products, make_weight) -> None:
-    w = make_weight(5, 8)
-    optimizer = OasisAdamW([w], lr=0.1)
-    (y,) = products(inputs(0), [w], SPEC)
-    y.sum().backward()
-    optimizer.step()
-    with pytest.raises(RuntimeError, match=r"call zero_grad\(\)"):
-        optimizer.step()
-
-
-def test_weights_that_share_a_basis_in_two_optimizers_are_refused(products, make_weight) -> None:
-    q, k = make_weight(5, 8, seed=1), make_weight(5, 8, seed=2)
-    one, other = OasisAdamW([q], lr=0.1), OasisAdamW([k], lr=0.1)
-    sum(y.sum() for y in products(inputs(0), [q, k], SPEC)).backward()
-    one.step()
-    with pytest.raises(RuntimeError, match="one optimizer"):
-        other.step()
 
 
 # bfloat16

@@ -23,7 +23,7 @@ def weights(count: int, m: int = 5, n: int = 8) -> list[torch.nn.Parameter]:
 def test_a_group_shares_one_basis_and_keeps_it() -> None:
     store, (q, k, other) = SubspaceStore(), weights(3)
     subspace = store.resolve([q, k], SPEC, [LINEAR, LINEAR])
-    assert subspace.basis.shape == (8, 3) and subspace.basis.is_leaf and subspace.basis.requires_grad
+    assert subspace.basis.shape == (8, 3) and not subspace.basis.requires_grad
     assert store.resolve([q, k], SPEC, [LINEAR, LINEAR]) is subspace
     assert store.existing(k, SPEC) is subspace and store.existing(other, SPEC) is None
     assert store.resolve([other], SPEC, [LINEAR]) is not subspace
@@ -52,7 +52,7 @@ def test_equal_values_do_not_make_equal_keys() -> None:
 def test_a_deleted_parameter_frees_its_basis() -> None:
     store, (w,) = SubspaceStore(), weights(1)
     basis = weakref.ref(store.resolve([w], SPEC, [LINEAR]).basis)
-    store.preload(w, Preloaded(torch.zeros(8, 2), (8, 2), "group", 1))
+    store.preload(w, Preloaded(torch.zeros(8, 2), (8, 2), "group", LINEAR, 1))
     assert basis() is not None
     del w
     gc.collect()
@@ -63,8 +63,8 @@ def test_a_preloaded_basis_is_taken_over_and_shared_by_its_group() -> None:
     store, (q, k, v) = SubspaceStore(), weights(3)
     saved = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
     for weight in (q, k):
-        store.preload(weight, Preloaded(saved, (8, 3), "a", 4))
-    store.preload(v, Preloaded(torch.zeros(8, 3), (8, 3), "b", 1))
+        store.preload(weight, Preloaded(saved, (8, 3), "a", LINEAR, 4))
+    store.preload(v, Preloaded(torch.zeros(8, 3), (8, 3), "b", LINEAR, 1))
     subspace = store.resolve([q], SPEC, [LINEAR])
     assert torch.equal(subspace.basis, saved) and int(subspace.num_updates) == 4
     assert store.resolve([k], SPEC, [LINEAR]) is subspace
@@ -77,7 +77,7 @@ def test_a_preloaded_basis_that_waits_is_a_copy() -> None:
     store, (w,) = SubspaceStore(), weights(1)
     saved = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
     expected = saved.clone()
-    store.preload(w, Preloaded(saved, (8, 3), "a", 4))
+    store.preload(w, Preloaded(saved, (8, 3), "a", LINEAR, 4))
     saved.zero_()
     assert torch.equal(store.resolve([w], SPEC, [LINEAR]).basis, expected)
 
@@ -87,7 +87,7 @@ def test_a_preloaded_basis_goes_into_a_live_one_in_place() -> None:
     subspace = store.resolve([w], SPEC, [LINEAR])
     address, version = subspace.basis.data_ptr(), subspace.version
     saved = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
-    store.preload(w, Preloaded(saved, (8, 3), "a", 4))
+    store.preload(w, Preloaded(saved, (8, 3), "a", LINEAR, 4))
     assert store.resolve([w], SPEC, [LINEAR]) is subspace
     assert subspace.basis.data_ptr() == address and subspace.version != version and int(subspace.num_updates) == 4
 
