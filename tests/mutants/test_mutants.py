@@ -33,7 +33,8 @@ def problem_of(mutant) -> str:
         return str(error)
     if ast.dump(ast.parse(broken)) == ast.dump(parsed(mutant.file)):
         return f"{mutant.name}: it changes nothing but the layout of {mutant.file}"
-    gone = [test for test in mutant.tests if test.partition("::")[2].partition("[")[0] not in functions(test)]
+    named = [test.partition("::") for test in mutant.tests]
+    gone = ["::".join((file, test)) for file, _, test in named if test.partition("[")[0] not in functions(file)]
     return f"{mutant.name}: {gone or 'no test'}" if gone or not mutant.tests else ""
 
 
@@ -56,9 +57,8 @@ def parsed(file: str) -> ast.Module:
 
 
 @cache
-def functions(test: str) -> frozenset[str]:
-    """The functions in the file of a test; none where there is no file."""
-    file = test.partition("::")[0]
+def functions(file: str) -> frozenset[str]:
+    """The functions in a file; none where there is no file."""
     if not (mutants.ROOT / file).is_file():
         return frozenset()
     return frozenset(node.name for node in ast.walk(parsed(file)) if isinstance(node, ast.FunctionDef))

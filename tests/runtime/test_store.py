@@ -102,6 +102,18 @@ def test_a_cast_model_keeps_the_values_of_its_basis() -> None:
     assert store.resolve([w], SPEC, [LINEAR]).basis.dtype == torch.float32
 
 
+def test_of_two_subspaces_the_one_with_a_statistic_is_in_use() -> None:
+    """Two backends on one weight: that of the graph that ran in this step, else the newest."""
+    store, (w,) = SubspaceStore(), weights(1)
+    older, newer = (store.resolve([w], SubspaceSpec(rank), [LINEAR]) for rank in (3, 2))
+    assert store.in_use(w) == (newer, LINEAR)
+    older.add_statistic(torch.ones(8, 3), None)
+    assert store.in_use(w) == (older, LINEAR)
+    older.drop_statistic()
+    newer.add_statistic(torch.ones(8, 2), None)
+    assert store.in_use(w) == (newer, LINEAR)
+
+
 def test_threads_agree() -> None:
     store, (q, k) = SubspaceStore(), weights(2)
     found = []
