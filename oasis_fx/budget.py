@@ -64,7 +64,8 @@ def partition_by_torch(
     share = budget / max(kept, 1) if isinstance(budget, int) else budget
     if share >= 1.0:
         return unbounded
-    with functorch_config.patch(activation_memory_budget=share):
+    # At 0 torch's partitioner keeps inputs alone, whatever was done to them; at next to nothing it heeds tags.
+    with functorch_config.patch(activation_memory_budget=max(share, 1e-6)):
         return partition(joint, num_forward_outputs)
 
 
@@ -80,17 +81,28 @@ def _partition_as_planned(
         # The plan repeats attention without dropout alone. Its tag would have random states carried around it.
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and recompute_price(node) < math.inf:
             node.target = _without_tags(node.target)
-    # The partitioner keeps only what the forward pass makes anyway, so P has to be among its outputs for a while.
     returned = outputs(joint.graph)
     made = ancestors(node for node in returned[:num_forward_outputs] if isinstance(node, fx.Node))
-    extra = [node for node in plan.kept if node not in made]
-    _insert_outputs(joint.graph, num_forward_outputs, extra)
-    forward, backward = partition(joint, num_forward_outputs + len(extra))
-    _drop_outputs(forward.graph, num_forward_outputs, len(extra))
+    forward, backward = partition_making(
+        joint, partition, num_forward_outputs, [node for node in plan.kept if node not in made]
+    )
     for module in (forward, backward):
         for node in module.graph.nodes:
             node.target = getattr(node.target, "tagged", node.target)
         module.recompile()
+    return forward, backward
+
+
+def partition_making(
+    joint: fx.GraphModule, partition: Partitioner, num_forward_outputs: int, nodes: list[fx.Node]
+) -> Partition:
+    """Partition ``joint`` so that ``nodes``, which no forward output is computed from, can be kept.
+
+    Torch's partitioner keeps only what the forward pass makes anyway: they are among its outputs while it works.
+    """
+    _insert_outputs(joint.graph, num_forward_outputs, nodes)
+    forward, backward = partition(joint, num_forward_outputs + len(nodes))
+    _drop_outputs(forward.graph, num_forward_outputs, len(nodes))
     return forward, backward
 
 

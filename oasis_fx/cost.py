@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,11 +16,6 @@ from oasis_fx.graph import Contraction, Kind, aten, outputs, shape, value
 # Attention on a CPU, for which torch's counter has no formula: query, key and value, in the second behind dO.
 _ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-_VIEWS = frozenset(
-    {"alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes", "squeeze",
-     "t", "transpose", "unsqueeze", "view", "_unsafe_view", "unbind", "view_as_real", "diagonal"}
-)  # fmt: skip
 
 
 def hint(number: Any) -> int:
@@ -56,9 +52,16 @@ def viewed(node: fx.Node) -> fx.Node | None:
     # An item of split() is a view of what is split; an item of var_mean() owns its memory.
     maker = node.all_input_nodes[0] if node.target is operator.getitem else node
     target = maker.target
-    if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket.__name__ not in _VIEWS:
-        return None
-    return maker.all_input_nodes[0]
+    return maker.all_input_nodes[0] if isinstance(target, torch._ops.OpOverload) and _is_view(target) else None
+
+
+@cache
+def _is_view(target: torch._ops.OpOverload) -> bool:
+    """By its schema, which says what shares memory: ``slice.Tensor(Tensor(a) self, ...) -> Tensor(a)``."""
+    if target.overloadpacket is aten._unsafe_view:
+        return True  # a view that autograd is not told of
+    returned = target._schema.returns
+    return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
 
 
 def num_rows(term: Contraction, n: int) -> int:

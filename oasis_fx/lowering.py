@@ -169,12 +169,12 @@ def compile_plainly(
     options: Mapping[str, Any],
     inner_compile: Compiled | None = None,
 ) -> Compiled:
-    """Compile a graph as the inner compiler alone would."""
+    """Compile a graph as the inner compiler alone would, with gradients that are right where it changes its inputs."""
+    ours = settings.budget is not None or torch.is_grad_enabled()  # without gradients there is nothing to partition
     if settings.inner == "aot_eager":
-        partition = None if settings.budget is None else _EagerPartition((), settings.budget)
-        return aot_eager_lowering(gm, example_inputs, partition)
+        return aot_eager_lowering(gm, example_inputs, _EagerPartition((), settings.budget) if ours else None)
     patches = dict(options)
-    if settings.budget is not None:
+    if ours:
         patches["custom_partitioner_fn"] = JointPartitioner((), settings.budget)
     return inductor_lowering(gm, example_inputs, patches, inner_compile)
 

@@ -6,6 +6,7 @@
     project_activations    (joint graph)      P = X Q and C = X^T P next to X
     low_rank_gradients     (joint graph)      dW -> G; the dense contraction goes
     project_gradients      (joint graph)      in place of these three, for bases of gradients: G = dW Q
+    keep_changed_inputs    (joint graph)      copies of inputs that the graph changes, for the backward pass
     plan_saves             (joint graph)      under a budget: what to keep, what to compute again
     partition              (joint graph)      forward and backward, by torch's min-cut
     early_statistics       (backward graph)   C as soon as it can be, so that X can go
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +27,12 @@ from typing import Any
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
-from oasis_fx.budget import partition_by_torch, partition_within
+from oasis_fx.budget import partition_by_torch, partition_making, partition_within
 from oasis_fx.errors import survive
 from oasis_fx.graph import LiftedWeight, Skipped, WeightGradient, check_graph
 from oasis_fx.passes.early_statistics import early_statistics
 from oasis_fx.passes.find_weight_gradients import find_weight_gradients
+from oasis_fx.passes.keep_changed_inputs import copies_not_made, keep_changed_inputs
 from oasis_fx.passes.low_rank_gradients import low_rank_gradients
 from oasis_fx.passes.project_activations import project_activations
 from oasis_fx.passes.project_gradients import find_dense_gradients, project_gradients
@@ -100,7 +102,7 @@ def partition_joint(
     """
     static = tuple(static_lifetime_input_indices or ())
 
-    def partition(joint: fx.GraphModule, num_forward_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def min_cut(joint: fx.GraphModule, num_forward_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
         return min_cut_rematerialization_partition(
             joint,
             joint_inputs,
@@ -110,14 +112,20 @@ def partition_joint(
             **kwargs,
         )
 
+    def partition(joint: fx.GraphModule, num_forward_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+        copies = copies_not_made(joint.graph, num_forward_outputs)
+        return partition_making(joint, min_cut, num_forward_outputs, copies)
+
     if not is_whole_joint(gm.graph):
         # The body of a higher-order operator is partitioned by itself: the runtime's inputs are not among its own.
-        return partition(gm, num_fwd_outputs)
+        return min_cut(gm, num_fwd_outputs)
     as_it_came = gm.graph
     try:
         gm.graph = fx_graph_cse(as_it_came)  # the reshaped X behind q, k and v is one node only after this
         before = copy_graph(gm)
         sites, skipped = rewrite_joint(gm, lifted)
+        with _checked("keep_changed_inputs", gm.graph):
+            keep_changed_inputs(gm.graph, num_fwd_outputs)
         after = copy_graph(gm)
         if budget is None:
             forward, backward = partition(gm, num_fwd_outputs)
@@ -130,6 +138,8 @@ def partition_joint(
         gm.graph = as_it_came
         before, after = copy_graph(gm), copy_graph(gm)
         sites, skipped = (), tuple(Skipped(w.weight, f"a pass failed: {error}") for w in lifted)
+        with suppress(Exception):  # of the two, this one is reported
+            keep_changed_inputs(gm.graph, num_fwd_outputs)
         if budget is None:
             forward, backward = partition(gm, num_fwd_outputs)
         else:

@@ -20,6 +20,7 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame, Unsupported
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
+    InputMutationAOTOutput,
     PlainAOTInput,
     SavedForBackwardsAOTOutput,
     TangentAOTInput,
@@ -43,6 +44,7 @@ __all__ = [
     "as_shard",
     "at_end_of_backward",
     "caches_may_be_left_out",
+    "changed_inputs",
     "compile_caches_disabled",
     "copy_dynamo_attributes",
     "fsdp_parameters",
@@ -52,13 +54,16 @@ __all__ = [
     "inductor_lowering",
     "input_placeholders",
     "input_source",
+    "is_backward_write",
     "is_partial_graph",
     "is_tangent",
     "is_traceable_wrapper_subclass",
     "is_whole_joint",
+    "is_write",
     "known_fake",
     "leave_out_of_caches",
     "mark_static_input",
+    "traced_in_backward",
     "tracing_fake_mode",
     "unguarded_fake_mode",
 ]
@@ -254,6 +259,56 @@ def input_placeholders(joint: fx.Graph) -> dict[int, fx.Node]:
 def is_tangent(placeholder: fx.Node) -> bool:
     """True for an incoming gradient of the joint graph."""
     return isinstance(placeholder.meta.get("desc"), TangentAOTInput)
+
+
+def traced_in_backward(joint: fx.Graph) -> set[fx.Node]:
+    """Nodes of a joint graph that torch traced while the backward pass ran.
+
+    It tags the nodes of the forward pass, which come first.
+    """
+    nodes = list(joint.nodes)
+    tagged = [i for i, node in enumerate(nodes) if node.meta.get("partitioner_tag") in _OF_FORWARD]
+    return set(nodes[tagged[-1] + 1 :]) if tagged else set()
+
+
+def is_backward_write(node: fx.Node) -> bool:
+    """True for an operator at the end of a joint graph that belongs to the backward pass and changes an input."""
+    return is_write(node) and node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether a node changes memory that was there before, as ``copy_`` does at the end of a joint graph."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def changed_inputs(joint: fx.Graph) -> dict[fx.Node, bool]:
+    """Placeholders whose memory a joint graph changes, and whether it does so in the forward pass.
+
+    Torch says so in two ways: by an operator at the end of the graph that writes to the placeholder, or, where autograd
+    has to know of the change, by a forward output that the runtime copies to the input.
+    """
+    found: dict[fx.Node, bool] = {}
+    for node in joint.nodes:
+        written = node.args[0] if is_write(node) and node.target is not _SET else None
+        if isinstance(written, fx.Node) and written.op == "placeholder":
+            found[written] = found.get(written, False) or not is_backward_write(node)
+    returned = [_undivided(descriptor) for descriptor in joint.output_node().meta.get("desc", ())]
+    copied = {_undivided(output.mutated_input) for output in returned if isinstance(output, InputMutationAOTOutput)}
+    for node in joint.find_nodes(op="placeholder"):
+        if _undivided(node.meta.get("desc")) in copied and isinstance(node.meta["val"], torch.Tensor):
+            found[node] = True
+    return found
+
+
+_OF_FORWARD = ("is_forward", "must_be_in_forward")
+_SET = torch.ops.aten.set_.source_Tensor  # gives an input other memory, and leaves what it had
+
+
+def _undivided(descriptor: Any) -> Any:
+    """The descriptor of a tensor subclass for those of its inner tensors."""
+    while (base := getattr(descriptor, "base", None)) is not None:
+        descriptor = base
+    return descriptor
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@
 torch orders a backward graph by what the gradients of activations ask for. Nothing asks for C and ||X||^2 but the
 output, so they would come last, and each activation that was saved or computed again for them would be held till then.
 
+What writes to an input (a buffer that the backward pass changes) stays behind all that reads it.
+
 Requires: a backward graph in topological order.
 Ensures:  the same nodes in another topological order, placeholders first: compiled autograd and code generation
           take a graph's inputs from the run of placeholders that it starts with.
@@ -18,7 +20,7 @@ from itertools import pairwise
 from torch import fx
 
 from oasis_fx.graph import ancestors, dependents
-from oasis_fx.torch_private import is_tangent
+from oasis_fx.torch_private import is_tangent, is_write
 
 
 def early_statistics(graph: fx.Graph) -> None:
@@ -55,4 +57,5 @@ def _waits_for_the_end(graph: fx.Graph) -> set[fx.Node]:
     """Nodes with inputs that neither rest on a tangent nor are needed by what does."""
     placeholders = graph.find_nodes(op="placeholder")
     needed = ancestors(dependents(node for node in placeholders if is_tangent(node)) - {graph.output_node()})
-    return {node for node in graph.nodes if node.op == "call_function" and node.all_input_nodes} - needed
+    waiting = {node for node in graph.nodes if node.op == "call_function" and node.all_input_nodes} - needed
+    return waiting - dependents(node for node in waiting if is_write(node))

@@ -135,6 +135,21 @@ def test_one_large_tensor_does_not_keep_small_ones_out(capture_joint) -> None:
     assert plan.num_bytes > budget * 0.6
 
 
+def test_what_is_too_large_makes_room_for_what_is_cheaper_a_byte(capture_joint) -> None:
+    def branches(x, y, dear, cheap, cheaper):
+        large = torch.sin(x @ dear).sum()  # most work a byte, so that a rate which keeps it keeps nothing else before
+        return large + torch.sin(y @ cheap).sum() + torch.cos(y @ cheaper).sum()
+
+    shapes = [(256, 256), (4, 8), (4, 8)]
+    weights = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    net = _Chain(lambda x, *w: branches(x, x[:, :4], *w), weights)
+    joint = capture_joint(net, torch.randn(N, 256))
+    large, small = N * 256 * 4, N * 8 * 4
+    for budget, expected in ((large - 1, 2 * small), (2 * small, 2 * small), (small, small), (large, large)):
+        plan = plan_saves(joint.gm.graph, joint.num_forward_outputs, budget)
+        assert plan.num_bytes == expected, budget
+
+
 class _WithLogits(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
