@@ -66,7 +66,8 @@ def _item(optimizer: SubspaceOptimizer, weight: torch.Tensor, group: Mapping[str
     if is_low_rank(state):
         low_rank = True
     else:  # states of the weight's own shape, or none yet
-        low_rank = subspace is not None and not state.get("full_rank") and not group.get("full_rank")
+        full_rank = state.get("full_rank") or group.get("full_rank")
+        low_rank = subspace is not None and not subspace.spec.rule.dense and not full_rank
     if subspace is not None and low_rank:
         _check_binding(optimizer, weight, subspace, name)
         _check_rank(optimizer, weight, state, subspace, features, name)
@@ -89,7 +90,8 @@ def _place(
     binding = optimizer.bindings.get(weight)
     if binding is not None:
         return binding.subspace, state.get("features")
-    return STORE.in_use(whole(weight)) or (None, state.get("features"))
+    stored = STORE.in_use(whole(weight)) or STORE.in_use(whole(weight), dense=True)
+    return stored or (None, state.get("features"))
 
 
 def _check_binding(optimizer: SubspaceOptimizer, weight: torch.Tensor, subspace: Subspace, name: str) -> None:

@@ -33,10 +33,12 @@ def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) 
         gate: bool scalar on the device of the bases, or None for true.
 
     Returns:
-        For each subspace that has moved by a statistic, the overlap R = Q^T Q+ [r, r] of the old and the new basis.
+        For each subspace that has moved by a statistic or was drawn anew, the overlap R = Q^T Q+ [r, r] of the old and
+        the new basis.
     """
-    overlaps: dict[Subspace, torch.Tensor] = {}
-    for batch in _equal_batches(count_steps(subspaces)):
+    due = count_steps(subspaces)
+    overlaps = _draw_anew(subspaces, gate)
+    for batch in _equal_batches(due):
         old = torch.stack([subspace.basis for subspace in batch])
         new, moved, condition = _move(old, batch, gate)
         eye = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device)
@@ -58,7 +60,7 @@ def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) 
 def count_steps(subspaces: Iterable[Subspace]) -> list[Subspace]:
     """Count an optimizer step; return those whose turn it is to move by their statistic.
 
-    The others drop their statistics: they are of no later use. Drawn bases whose turn it is are drawn anew.
+    The others drop their statistics: they are of no later use.
     """
     due = []
     for subspace in dict.fromkeys(subspaces):
@@ -66,15 +68,33 @@ def count_steps(subspaces: Iterable[Subspace]) -> list[Subspace]:
         if isinstance(rule, BatchRule):
             subspace.num_steps += 1  # it begins anew where the basis moves
         elif isinstance(rule, DrawnRule):
-            if subspace.count_step():
-                assert subspace.code is not None
-                subspace.recode(rule.next_code(subspace.code))
+            subspace.num_steps += 1  # it begins anew where the basis is drawn anew
         elif subspace.statistic is not None:
             if subspace.count_step():
                 due.append(subspace)
             else:
                 subspace.drop_statistic()
     return due
+
+
+def _draw_anew(subspaces: Iterable[Subspace], gate: torch.Tensor | None) -> dict[Subspace, torch.Tensor]:
+    """Draw those of drawn bases whose turn has come; return R = Q^T Q+ of each.
+
+    In a step that is left out they stay, and their turn comes again. The gate is read for that, which waits for the
+    device, at those turns alone.
+    """
+    drawn = (s for s in dict.fromkeys(subspaces) if isinstance(s.spec.rule, DrawnRule))
+    due = [subspace for subspace in drawn if subspace.is_due]
+    if not due or (gate is not None and not bool(gate)):
+        return {}
+    overlaps = {}
+    for subspace in due:
+        rule, before = subspace.spec.rule, subspace.basis
+        assert isinstance(rule, DrawnRule) and subspace.code is not None
+        subspace.num_steps.zero_()
+        subspace.recode(rule.next_code(subspace.code))
+        overlaps[subspace] = before.mT @ subspace.basis
+    return overlaps
 
 
 def advance_subspaces(weights: Iterable[torch.Tensor]) -> None:
@@ -101,7 +121,7 @@ def note_idle(subspaces: Iterable[Subspace]) -> None:
     for subspace in subspaces:
         rule = subspace.spec.rule
         if isinstance(rule, BatchRule):
-            idle = subspace.is_due and not rule.dense  # its turn had come, and no batch came with it
+            idle = subspace.is_due and not rule.each_batch  # its turn had come, and no batch came with it
         else:
             idle = isinstance(rule, StatisticRule) and subspace.statistic is None
         if idle:

@@ -6,6 +6,8 @@ A weight in a subspace has, beside ``step`` and the optimizer's own states:
     basis_updates, basis_steps     how often it moved, and the steps since its last turn to
     basis_seed, basis_error        of rules that draw at random, or feed errors back
     basis_log_rate, basis_move     of a step size that is found during training
+    basis_rank                     r of a coded basis
+    basis_resizable                False where the rule's bases cannot change their rank
     features                       which dimensions of the weight are n
     exp_avg_scale, ...             where a state is eight-bit codes
     full_rank                      True where the states have the weight's own shape all the same
@@ -41,6 +43,8 @@ def note_basis(state: dict[str, Any], subspace: Subspace) -> None:
         "basis_error": subspace.error,
         "basis_move": subspace.last_move,
         "basis_log_rate": subspace.log_rate if subspace.spec.learning_rate == "auto" else None,
+        "basis_rank": subspace.shape[1] if subspace.spec.rule.coded else None,
+        "basis_resizable": None if subspace.spec.rule.resizable else False,
     }
     for key, value in kept.items():
         if value is not None:
@@ -178,6 +182,7 @@ def restore_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> N
             state.get("basis_error"),
             state.get("basis_log_rate"),
             state.get("basis_move"),
+            resizable=bool(saved.get("basis_resizable", not coded)),
         )
         outgrown |= STORE.preload(whole(weight), preloaded)
         state["basis_steps"] = torch.tensor(preloaded.num_steps)
@@ -198,7 +203,8 @@ def _own_copy(loaded: torch.Tensor, saved: torch.Tensor, weight: torch.Tensor) -
 def _basis_shape(weight: torch.Tensor, saved: dict[str, Any], states: tuple[str, ...]) -> tuple[int, int]:
     if "basis" in saved:
         return saved["basis"].shape[0], saved["basis"].shape[1]
-    return num_features(weight.shape, tuple(saved["features"])), saved[states[0]].shape[1]
+    rank = saved.get("basis_rank", saved[states[0]].shape[1])  # checkpoints from before it was saved have none
+    return num_features(weight.shape, tuple(saved["features"])), int(rank)
 
 
 def saved_states(

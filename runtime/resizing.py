@@ -20,6 +20,7 @@ import torch
 from oasis_fx.ranks import columns_of
 from oasis_fx.runtime.optimizer_state import note_basis, saved_states
 from oasis_fx.runtime.rank_budget import Spectrum, joined, share_out
+from oasis_fx.runtime.rules import RULES
 from oasis_fx.runtime.store import STORE, Preloaded
 from oasis_fx.runtime.subspace import Family, Subspace, initial_basis
 from oasis_fx.runtime.updates import State
@@ -34,9 +35,12 @@ def resize_live(optimizer: SubspaceOptimizer, rank: int | float) -> None:
     """Give every subspace of an optimizer another rank: columns, or a fraction of its n."""
     families = _waiting(optimizer)
     ranks = {subspace: columns_of(rank, subspace.shape[0]) for subspace in optimizer.subspaces()}
-    refused = [s.spec.rule.name for s in ranks if not s.spec.rule.resizable]
-    if refused or any(saved.coded for saved in families):
-        raise ValueError(f"subspace is {(refused or ['of a coded rule'])[0]!r}: its bases cannot change their rank")
+    for subspace in ranks:
+        if not subspace.spec.rule.resizable:
+            raise _refusal(rank, repr(subspace.spec.rule.name))
+    for saved in families:
+        if not saved.resizable:
+            raise _refusal(rank, _rules_behind(saved.basis, saved.coded, saved.shape[1]))
     _resize_all(optimizer, ranks)
     groups = optimizer.groups_by_weight()
     for saved, weights in families.items():
@@ -81,8 +85,10 @@ def resize_checkpoint(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any
             families.setdefault(state["subspace"], []).append((state, group))
     for members in families.values():
         first = members[0][0]
-        if "basis" not in first:
-            raise ValueError(f"rank is {rank!r}: a basis that is drawn or chosen from a list cannot change its rank")
+        if "basis" not in first or first.get("basis_resizable") is False:
+            coded = "basis_code" in first
+            r = first.get("basis_rank", first[optimizer.states[0]].shape[1])
+            raise _refusal(rank, _rules_behind(first["basis_code" if coded else "basis"], coded, int(r)))
         n, r = first["basis"].shape
         if columns_of(rank, n) == r:
             continue
@@ -96,6 +102,18 @@ def resize_checkpoint(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any
             state["basis"] = basis
             state.pop("basis_move", None)
     return packed
+
+
+def _refusal(rank: int | float, rules: str) -> ValueError:
+    return ValueError(f"rank is {rank!r}: bases of subspace={rules} cannot change their rank")
+
+
+def _rules_behind(basis_or_code: torch.Tensor, coded: bool, r: int) -> str:
+    """The rules that may have made a basis of rank r in a checkpoint, which does not name its own, as text."""
+    fixed = [rule for rule in RULES.values() if not rule.resizable and rule.coded == coded]
+    if coded:
+        fixed = [rule for rule in fixed if rule.first_code(r, 0).shape == basis_or_code.shape]
+    return " or ".join(repr(rule.name) for rule in fixed) or "a rule of your own"
 
 
 def fit_columns(state: torch.Tensor, columns: int, fill: torch.Tensor | None = None) -> torch.Tensor:

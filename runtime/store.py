@@ -24,6 +24,7 @@ class Preloaded:
         coded: whether ``basis`` is a code.
         momentum, error, log_rate, last_move: as of `Subspace`.
         overrides: whether its rank counts, and not what the settings ask for.
+        resizable: whether its rule lets the rank change.
     """
 
     basis: torch.Tensor
@@ -39,6 +40,7 @@ class Preloaded:
     log_rate: torch.Tensor | None = None
     last_move: torch.Tensor | None = None
     overrides: bool = False
+    resizable: bool = True
 
     def suits(self, shape: tuple[int, int], spec: SubspaceSpec) -> bool:
         """Whether it can become a subspace of that shape.
@@ -122,16 +124,19 @@ class SubspaceStore:
         """The dimensions that graphs have summed over so far, each once."""
         return tuple(dict.fromkeys(features for _, features in self._entry(weight)))
 
-    def in_use(self, weight: torch.Tensor) -> tuple[Subspace, Features] | None:
+    def in_use(self, weight: torch.Tensor, *, dense: bool = False) -> tuple[Subspace, Features] | None:
         """The subspace in which an optimizer keeps the states of a weight, whatever kind its gradient is of.
 
-        Of several it is the first that has a statistic, else the newest. None where the weight has none, or where the
-        rule's gradients leave the graph dense and so do not want low-rank states.
+        Of several it is the first that has a statistic, else the newest. None where the weight has none.
+
+        Args:
+            dense: look instead for one whose rule lets gradients leave the graph dense, and so wants states at full
+                size, but has a basis that is kept from step to step.
         """
         found = [
             (subspace, features)
             for (spec, features), subspace in self._entry(weight).items()
-            if not spec.rule.dense and _fits(subspace, weight)
+            if spec.rule.dense == dense and not getattr(spec.rule, "each_batch", False) and _fits(subspace, weight)
         ]
         return next((entry for entry in found if entry[0].statistic is not None), found[-1] if found else None)
 
@@ -205,6 +210,20 @@ class SubspaceStore:
         return subspace
 
 
+# What a subspace has of floating point numbers, beside its basis; each may be None.
+_TENSORS = (
+    "statistic",
+    "energy_sum",
+    "overlap",
+    "error",
+    "log_rate",
+    "last_move",
+    "captured_energy",
+    "drift",
+    "condition",
+)
+
+
 def _moved(subspace: Subspace, weight: torch.Tensor) -> Subspace:
     """The subspace for a model that was moved or cast since."""
     device, dtype = weight.device, _basis_dtype(weight)
@@ -216,10 +235,15 @@ def _moved(subspace: Subspace, weight: torch.Tensor) -> Subspace:
         seed=subspace.seed,
         code=subspace.code,
     )
-    moved.names, moved.is_replicated = subspace.names, subspace.is_replicated
-    moved.log_rate = subspace.log_rate.to(device, dtype)
-    moved.last_move = None if subspace.last_move is None else subspace.last_move.to(device, dtype)
-    moved.error = None if subspace.error is None else subspace.error.to(device, dtype)
+    moved.names, moved.is_replicated, moved.family = subspace.names, subspace.is_replicated, subspace.family
+    moved.num_idle_steps, moved.num_missed = subspace.num_idle_steps, subspace.num_missed
+    for name in _TENSORS:
+        value = getattr(subspace, name)
+        setattr(moved, name, None if value is None else value.to(device, dtype, copy=True))
+    momentum = subspace.momentum
+    if momentum is not None:  # the optimizer lends its own again at its next step
+        mean, step = momentum.mean.to(device, dtype), momentum.step.to(device)
+        moved.momentum = replace(momentum, mean=mean, step=step)
     return moved
 
 

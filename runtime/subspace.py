@@ -271,7 +271,10 @@ class Subspace:
             self._stored.copy_(new)
         else:
             self.code, self._num_recoded = new, self._num_recoded + 1
-        overlap = old.mT @ self.basis.detach()
+        present = self.basis.detach()
+        overlap = old.mT @ present
+        if torch.equal(old, present):  # exactly I, which states are not multiplied by: as in a resumed run
+            overlap = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
         self.note_move(before, overlap)
         self.drift = (1 - overlap.square().sum() / self.shape[1]).clamp_min(0).sqrt()
         self.overlap = overlap if self.overlap is None else self.overlap @ overlap

@@ -195,7 +195,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             gate = None
             if not bool(finite):
                 self._count_skipped(finite)
-                self._drop_statistics(items)
+                self._leave_out(items)
                 warnings.warn("a gradient is not finite: this step is left out", RuntimeWarning, stacklevel=3)
                 return loss
         else:
@@ -332,7 +332,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Take states along where a basis has moved within a backward pass since the last step."""
         for subspace, weights in self.subspaces().items():
             if subspace.overlap is not None:
-                if subspace.spec.rule.transports:
+                eye = torch.eye(subspace.shape[1], dtype=subspace.dtype, device=subspace.device)
+                if subspace.spec.rule.transports and not torch.equal(subspace.overlap, eye):
                     self.carry_over([(weight, subspace.overlap) for weight in weights])
                 subspace.overlap = None
                 for weight in weights:
@@ -374,8 +375,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             overlaps = move_bases(subspaces, _on(gate, device))
             overlaps = {s: overlap for s, overlap in overlaps.items() if s.spec.rule.transports}
             self.carry_over([(weight, overlap) for s, overlap in overlaps.items() for weight in members.get(s, ())])
+        self._settle()
+
+    def _settle(self) -> None:
+        """Bind all states to the bases as they are now, and show in them what a checkpoint needs of these."""
         groups = self.groups_by_weight()
-        for subspace, weights in members.items():
+        for subspace, weights in self.subspaces().items():
             # What moved before the first step of its weights moved from a random start: nothing is to follow.
             subspace.overlap = None
             for weight in weights:
@@ -417,17 +422,25 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         missed = (~finite).long()
         self._skipped = missed if self._skipped is None else self._skipped + missed.to(self._skipped.device)
 
-    def _drop_statistics(self, items: list[Item]) -> None:
-        """Of a step that is left out. It counts under `subspace_every`: a GPU's host does not know that it was one."""
+    def _leave_out(self, items: list[Item]) -> None:
+        """Leave a step out: weights and counts of updates stay, and so do moments but for the basis that they are in.
+
+        A basis that is chosen from the batch has moved in the forward pass; states and what a checkpoint shows follow
+        it here, since a checkpoint may be made, and the next batch projected, before there is another step. The step
+        counts under `subspace_every`, and states begin: a GPU's host does not know that it was left out.
+        """
+        self._catch_up()
+        groups = self.groups_by_weight()
         subspaces: dict[Subspace, None] = {}
         for item in items:
+            prepare_state(self, item, groups[item.weight])
             if item.subspace is not None:
                 subspaces[item.subspace] = None
-                state = self.state.get(item.weight, {})
-                if "features" in state:
-                    state["basis_steps"] = item.subspace.num_steps  # a checkpoint may follow, before any step
+            stored = STORE.all_of(whole(item.weight))
+            subspaces |= dict.fromkeys(subspace for subspace in stored if subspace.statistic is not None)
         for subspace in count_steps(subspaces):
             subspace.drop_statistic()
+        self._settle()
 
 
 def _on(gate: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
