@@ -125,12 +125,15 @@ def _split(
             budget=settings.share,
         )
         # Under DDP the example inputs are fake: what the real weights have is seen at run time alone.
-        present = None
+        present: object = None
         if not isinstance(weight, FakeTensor):
             spec = STORE.current_spec(weight, spec)
             present = STORE.existing(weight, spec)
+            waiting = STORE.waiting(weight)
+            if present is None and waiting is not None:  # a resumed run parts them as the one that saved them did
+                present = waiting.group
         alone = index if of_gradient else None  # each gradient has a basis of its own
-        parts.setdefault((spec, n, weight.dtype, weight.device, id(present), alone), []).append(use)
+        parts.setdefault((spec, n, weight.dtype, weight.device, present, alone), []).append(use)
     return [
         WeightGroup(tuple(position[use.weight] for use in uses), tuple(use.features for use in uses), spec)
         for (spec, *_), uses in parts.items()

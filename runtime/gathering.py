@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from oasis_fx.runtime.layout import Features, num_rows
+from oasis_fx.runtime.layout import Features, num_features, num_rows
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optimizer_state import basis_before, note_basis
 from oasis_fx.runtime.shards import local, local_gradient, whole
@@ -62,6 +62,7 @@ def gather(optimizer: SubspaceOptimizer) -> Iterator[Item]:
 def _item(optimizer: SubspaceOptimizer, weight: torch.Tensor, group: Mapping[str, Any], name: str) -> Item:
     gradient, state = local_gradient(weight), optimizer.state.get(weight, {})
     assert gradient is not None
+    _check_shapes(optimizer, name, local(weight), gradient, state)
     subspace, features = _place(optimizer, weight, gradient, state)
     if is_low_rank(state):
         low_rank = True
@@ -125,6 +126,31 @@ def _check_rank(
             )
 
 
+def _check_shapes(
+    optimizer: SubspaceOptimizer, name: str, data: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, Any]
+) -> None:
+    """Raise ValueError where the data of a weight were given another shape: kernels do not look at it."""
+    if gradient.shape != data.shape:
+        raise ValueError(
+            f"parameter {name} has shape {tuple(data.shape)} and a gradient of shape {tuple(gradient.shape)}: it "
+            "has changed its shape since the backward pass"
+        )
+    low_rank = is_low_rank(dict(state))
+    for kind in optimizer.states_of(low_rank):
+        if kind not in state:
+            continue
+        shape, fits = tuple(state[kind].shape), state[kind].shape == data.shape
+        if low_rank:
+            fits = shape[0] == num_rows(data.shape, state["features"])
+            basis = state.get("basis")
+            fits = fits and (basis is None or basis.shape[0] == num_features(data.shape, state["features"]))
+        if not fits:
+            raise ValueError(
+                f"parameter {name} has shape {tuple(data.shape)} and {_SPOKEN.get(kind, kind)} of shape {shape}: its "
+                "shape has changed since they began. Take them away by optimizer.state.pop(parameter)"
+            )
+
+
 def prepare_state(optimizer: SubspaceOptimizer, item: Item, group: Mapping[str, Any]) -> None:
     """Make the state of a parameter, or bring it to where this step needs it."""
     state, subspace = optimizer.state[item.weight], item.subspace
@@ -150,6 +176,21 @@ def prepare_state(optimizer: SubspaceOptimizer, item: Item, group: Mapping[str, 
     note_basis(state, subspace)
     state["features"] = item.features
     optimizer.bind(item.weight, subspace)
+
+
+def adopt_resting(optimizer: SubspaceOptimizer, items: Sequence[Item]) -> None:
+    """Bind weights that were loaded in a subspace and take no part in this step, as frozen ones: it is to move now."""
+    active = {item.weight for item in items}
+    for weight, state in optimizer.state.items():
+        if not isinstance(state, dict) or "features" not in state or weight in active or weight in optimizer.bindings:
+            continue
+        for subspace in STORE.all_of(whole(weight)):
+            if "basis" not in state or subspace.shape == state["basis"].shape:
+                if is_low_rank(state):
+                    _transport_to(optimizer, weight, state, subspace)
+                note_basis(state, subspace)
+                optimizer.bind(weight, subspace)
+                break
 
 
 def _project(

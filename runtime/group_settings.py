@@ -13,7 +13,7 @@ import torch
 def check_numbers(group: Mapping[str, Any], *names: str) -> None:
     """Raise ValueError for a setting that is not a finite number from 0; ``lr`` may be a one-element tensor."""
     for name in names:
-        value = _number(group[name], tensors=name == "lr")
+        value = as_number(group[name], tensors=name == "lr")
         if value is None or not 0 <= value < math.inf:  # false for NaN too
             also = " (or a one-element tensor of one)" if name == "lr" else ""
             raise ValueError(f"{name} is {group[name]!r}: it must be a finite number from 0{also}")
@@ -34,7 +34,7 @@ def check_momentum(group: Mapping[str, Any]) -> None:
 
 def check_limit(group: Mapping[str, Any]) -> None:
     """Raise ValueError where ``limit`` is not a number over 1."""
-    limit = _number(group["limit"])
+    limit = as_number(group["limit"])
     if limit is None or not limit > 1:
         raise ValueError(f"limit is {group['limit']!r}: it must be a number over 1 (inf: no limit)")
 
@@ -66,12 +66,16 @@ def rounds_stochastically(group: Mapping[str, Any], weight: torch.Tensor) -> boo
 
 
 def _is_decay(value: object, *, tensors: bool = False) -> bool:
-    number = _number(value, tensors=tensors)
+    number = as_number(value, tensors=tensors)
     return number is not None and 0 <= number < 1
 
 
-def _number(value: object, *, tensors: bool = False) -> float | None:
-    """A real number as a float; None for what is none, be it a text that Python would make a number of."""
+def as_number(value: object, *, tensors: bool = False) -> float | None:
+    """A real number as a float; None for what is none, be it a text that Python would make a number of.
+
+    Args:
+        tensors: whether a tensor of one element is a number.
+    """
     if isinstance(value, torch.Tensor):
         return float(value.detach()) if tensors and value.numel() == 1 and not value.is_complex() else None
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None

@@ -18,11 +18,13 @@ All plain tensors and numbers: `torch.load(weights_only=True)` reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oasis_fx.runtime.eight_bit import BLOCK
 from oasis_fx.runtime.layout import num_features, num_rows
 from oasis_fx.runtime.shards import from_checkpoint, full, is_sharded, local, to_checkpoint, whole
 from oasis_fx.runtime.store import STORE, Preloaded
@@ -73,7 +75,7 @@ def pack_state(packed: dict[str, Any]) -> dict[str, Any]:
     numbers: dict[int, int] = {}
     state = {}
     for key, entry in packed["state"].items():
-        if "features" in entry:
+        if isinstance(entry, dict) and "features" in entry:
             number = numbers.setdefault(entry["basis_updates"].data_ptr(), len(numbers))
             entry = {**entry, "subspace": number}
         state[key] = entry
@@ -113,6 +115,10 @@ def check_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any], *, liv
         missing = [kind for kind in kinds if kind not in saved]
         if missing:
             raise ValueError(f"parameter {name} has no saved {missing[0]!r}: {type(optimizer).__name__} needs one")
+        for kind in kinds:
+            _check_kind(name, kind, saved)
+        if live and "features" in saved:
+            _check_rule(optimizer, name, weight, saved)
         moments = {tuple(saved[kind].shape) for kind in kinds}
         if not low_rank:
             if moments - {shape}:
@@ -137,12 +143,55 @@ def check_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any], *, liv
             )
 
 
-def restore_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> None:
+def _check_kind(name: str, kind: str, saved: dict[str, Any]) -> None:
+    value, scale = saved[kind], saved.get(f"{kind}_scale")
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"parameter {name} has a saved {kind!r} of type {type(value).__name__}: it must be a tensor")
+    if value.is_floating_point() or value.is_complex():
+        return
+    if value.dtype != torch.uint8 or scale is None or scale.numel() * BLOCK != value.numel():
+        raise ValueError(
+            f"parameter {name} has a saved {kind!r} of {value.dtype}: it must be of floating point, or eight-bit codes "
+            f"with a scale for each {BLOCK}"
+        )
+
+
+def _check_rule(optimizer: SubspaceOptimizer, name: str, weight: torch.Tensor, saved: dict[str, Any]) -> None:
+    code, rank = saved.get("basis_code"), _basis_shape(weight, saved, optimizer.states)[1]
+    for subspace in STORE.all_of(whole(weight)):
+        rule = subspace.spec.rule
+        if subspace.spec.rank != rank:
+            continue
+        if rule.coded != (code is not None) or (code is not None and code.shape != rule.first_code(rank, 0).shape):
+            raise ValueError(
+                f"parameter {name} has a saved basis of another rule than the backend's, {rule.name!r}: make the "
+                "backend with the rule of the run that saved it"
+            )
+
+
+def restore_copy(optimizer: SubspaceOptimizer, resized: Iterable[torch.Tensor]) -> None:
+    """Give the weights of a copied or unpickled optimizer the bases that its states are in.
+
+    Args:
+        resized: those whose rank is not the one that the settings of a backend ask for.
+    """
+    packed = pack_state(torch.optim.Optimizer.state_dict(optimizer))
+    fresh = {key for _, weight, saved, _, key in _saved_by_key(optimizer, packed) if not STORE.all_of(whole(weight))}
+    packed["state"] = {key: saved for key, saved in packed["state"].items() if key in fresh}
+    restore_state(optimizer, packed, set(resized))
+
+
+def restore_state(
+    optimizer: SubspaceOptimizer, state_dict: dict[str, Any], resized: AbstractSet[torch.Tensor] = frozenset()
+) -> None:
     """Take bases over, and low-rank states in the dtype that they were saved in.
 
     torch's loading, which came before, casts states to the dtype of the parameter.
+
+    Args:
+        resized: weights for which the saved rank counts, and not the one that a backend asks for.
     """
-    outgrown = False
+    outgrown = _part(optimizer, state_dict)
     load = object()  # one load's subspace numbers mean nothing to another
     groups = {weight: group for group in optimizer.param_groups for weight in group["params"]}
     for _, weight, saved, _ in saved_states(optimizer, state_dict):
@@ -153,6 +202,8 @@ def restore_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> N
                 state[f"{key}_scale"] = saved[f"{key}_scale"].to(weight.device, torch.float32, copy=True)
             elif key in state and isinstance(value, torch.Tensor):
                 state[key] = _own_copy(state[key], value, local(weight))
+            elif isinstance(value, str):  # torch takes it for a sequence of values
+                state[key] = value
         if "features" not in saved:
             continue
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -182,15 +233,38 @@ def restore_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> N
             state.get("basis_error"),
             state.get("basis_log_rate"),
             state.get("basis_move"),
+            overrides=weight in resized,
             resizable=bool(saved.get("basis_resizable", not coded)),
         )
         outgrown |= STORE.preload(whole(weight), preloaded)
         state["basis_steps"] = torch.tensor(preloaded.num_steps)
         state["basis_updates"] = torch.tensor(preloaded.num_updates, device=weight.device)
         state["features"] = tuple(saved["features"])  # a list, where the checkpoint went through JSON
-        del state["subspace"]
+        state.pop("subspace", None)
     if outgrown:
         torch.compiler.reset()
+
+
+def _part(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> bool:
+    """Take weights out of subspaces that they share here, and did not in the run that was saved.
+
+    So it is where layers were unfrozen one after another: each has got a basis of its own then.
+    """
+    numbers = {weight: saved.get("subspace") for _, weight, saved, _ in saved_states(optimizer, state_dict)}
+    members: dict[Subspace, dict[Any, list[torch.Tensor]]] = {}
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            for subspace in STORE.all_of(whole(weight)):
+                members.setdefault(subspace, {}).setdefault(numbers.get(weight), []).append(weight)
+    parted = False
+    for by_number in members.values():
+        kept = next((number for number in by_number if number is not None), None)
+        for number, weights in by_number.items():
+            if number != kept:
+                parted = True
+                for weight in weights:
+                    STORE.forget(whole(weight))
+    return parted
 
 
 def _own_copy(loaded: torch.Tensor, saved: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

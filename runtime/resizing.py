@@ -78,7 +78,8 @@ def spend_budget(optimizer: SubspaceOptimizer) -> None:
 
 def resize_checkpoint(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any], rank: int | float) -> dict[str, Any]:
     """A state dict of ``optimizer``'s kind with all subspaces at another rank; the given one is not changed."""
-    packed = {**state_dict, "state": {key: dict(state) for key, state in state_dict["state"].items()}}
+    states = state_dict["state"].items()  # those of no parameter may be of any type
+    packed = {**state_dict, "state": {key: dict(state) if isinstance(state, dict) else state for key, state in states}}
     families: dict[int, list[tuple[State, Group]]] = {}
     for _, _, state, group in saved_states(optimizer, packed):
         if "features" in state:
@@ -129,7 +130,8 @@ def _waiting(optimizer: SubspaceOptimizer) -> dict[Preloaded, list[torch.Tensor]
     """Bases from a checkpoint that no graph has asked for yet, with their weights; binds those that one has."""
     families: dict[object, tuple[Preloaded, list[torch.Tensor]]] = {}
     bound = {weight for weights in optimizer.subspaces().values() for weight in weights}
-    for weight, state in optimizer.state.items():
+    for weight in optimizer.groups_by_weight():
+        state = optimizer.state.get(weight, {})
         if "features" not in state or weight in bound:
             continue
         saved = STORE.waiting(weight)

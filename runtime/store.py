@@ -102,6 +102,12 @@ class SubspaceStore:
                 entry[asked] = replace(asked, rank=saved.shape[1])
             return entry.get(asked, asked)
 
+    def is_resized(self, weight: torch.Tensor) -> bool:
+        """Whether its rank is another than settings asked for, since `resize_rank` or a budget changed it."""
+        saved, entry = self.waiting(weight), self._resized.get(weight) or {}
+        overridden = saved is not None and saved.overrides
+        return overridden or any(asked.rank != present.rank for asked, present in entry.items())
+
     def exchange(self, old: Subspace, new: Subspace) -> None:
         """Put ``new``, of another rank, in the place of ``old`` for all its weights."""
         with self._lock:
@@ -115,6 +121,11 @@ class SubspaceStore:
                 resized = self._resized.setdefault(weight, {})
                 asked = [key for key, present in resized.items() if present == old.spec] or [old.spec]
                 resized.update(dict.fromkeys(asked, new.spec))
+
+    def forget(self, weight: torch.Tensor) -> None:
+        """Take a weight out of its subspaces, which others may go on sharing."""
+        with self._lock:
+            self._subspaces.pop(weight, None)
 
     def all_of(self, weight: torch.Tensor) -> tuple[Subspace, ...]:
         """The subspaces of a weight, one for each specification that a graph has asked for."""

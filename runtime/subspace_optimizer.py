@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ import torch
 
 from oasis_fx.errors import warn_user
 from oasis_fx.ranks import check_rank
-from oasis_fx.runtime.gathering import Item, gather, prepare_state
+from oasis_fx.runtime.gathering import Item, adopt_resting, gather, prepare_state
 from oasis_fx.runtime.layout import Features, as_rows
+from oasis_fx.runtime.loading import prepared
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.moving import count_steps, move_bases, note_idle
 from oasis_fx.runtime.optimizer_state import (
@@ -21,6 +23,7 @@ from oasis_fx.runtime.optimizer_state import (
     gather_states,
     note_basis,
     pack_state,
+    restore_copy,
     restore_state,
     scatter_states,
     whole_states,
@@ -149,11 +152,25 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if group.get("state_bits", 32) != 32:
             raise ValueError(f"{what}: state_bits must be 32, it is {group['state_bits']}")
 
+    @torch.no_grad()
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy` and `pickle`: as torch's, with states in the present coordinates of their bases."""
+        self._catch_up()
+        resized = [weight for weight in self._weights() if STORE.is_resized(whole(weight))]
+        return {**super().__getstate__(), "_skipped": self._skipped, "_resized": resized}
+
+    @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("bindings", {})
         self.__dict__.setdefault("_skipped", None)
         self.__dict__.setdefault("_has_looked", False)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                if key != "differentiable":  # torch adds it to the defaults, of whatever optimizer
+                    group.setdefault(key, value)
+        if "defaults" in state:  # of a copy or a pickle; a loaded state dict has none
+            restore_copy(self, self.__dict__.pop("_resized", ()))
 
     @property
     def num_skipped_steps(self) -> int:
@@ -201,6 +218,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         else:
             self._count_skipped(finite)
         self._catch_up()
+        adopt_resting(self, items)
         groups = self.groups_by_weight()
         for item in items:
             prepare_state(self, item, groups[item.weight])
@@ -245,20 +263,48 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, in plain tensors and numbers; the bases are in it, as ``basis`` of each weight in one."""
         self._catch_up()
-        return gather_states(self, pack_state(super().state_dict()))
+        # Packed before hooks see it; torch's own hooks are the only place for that.
+        packing = self.register_state_dict_post_hook(
+            lambda _, packed: gather_states(self, pack_state(packed)), prepend=True
+        )
+        states, members = self.state, set(self._weights())
+        # torch has no number for a parameter that was replaced in its group: its state is left out.
+        kept = {key: state for key, state in states.items() if not isinstance(key, torch.Tensor) or key in members}
+        try:
+            self.state = defaultdict(dict, kept) if len(kept) < len(states) else states
+            return super().state_dict()
+        finally:
+            self.state = states
+            packing.remove()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, before or after the first compiled step.
+        """Load what `state_dict` gave, before or after the first compiled step, or what torch's AdamW or SGD gave.
 
         Raises:
-            ValueError: naming the parameter and both shapes, where one does not fit; nothing is loaded then.
+            ValueError: naming the parameter and both shapes, or the setting, where one does not fit; nothing is loaded
+                then.
         """
-        check_state(self, state_dict)
-        state_dict = scatter_states(self, state_dict)
-        super().load_state_dict(state_dict)
-        self.bindings.clear()
-        restore_state(self, state_dict)
+        loaded: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            checked = prepared(self, given)
+            check_state(self, checked)
+            loaded.update(scatter_states(self, checked))
+            return dict(loaded)
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            self.bindings.clear()
+            restore_state(self, loaded)
+
+        # Between torch's part and the hooks of others: what these have made of it is loaded, and they see all of it.
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
 
     # Weights and what their states are bound to
 
@@ -266,7 +312,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return (weight for group in self.param_groups for weight in group["params"])
 
     def groups_by_weight(self) -> dict[torch.Tensor, dict[str, Any]]:
-        return {weight: group for group in self.param_groups for weight in group["params"]}
+        """The group of each weight; the defaults for one that was taken out of its group and has states in a basis."""
+        groups = {weight: group for group in self.param_groups for weight in group["params"]}
+        return dict.fromkeys(self.bindings, self.defaults) | groups
 
     def bind(self, weight: torch.Tensor, subspace: Subspace) -> None:
         """Note that the states of a weight are in the present coordinates of ``subspace``."""
@@ -322,7 +370,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self.step_dense(updates, hyper, _on(gate, device), generators[device])
 
     def subspaces(self) -> dict[Subspace, list[torch.Tensor]]:
-        """The subspaces that states are in, each with its weights."""
+        """The subspaces that states are in, each with its weights. Weights whose states were cleared are in none."""
+        for weight in [w for w in self.bindings if "features" not in self.state.get(w, {})]:
+            del self.bindings[weight]
         members: dict[Subspace, list[torch.Tensor]] = {}
         for weight, binding in self.bindings.items():
             members.setdefault(binding.subspace, []).append(weight)
@@ -407,7 +457,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 continue
             shape = state[self.states[0]].shape
             batches.setdefault((id(groups[weight]), shape, overlap.dtype, overlap.device), []).append((state, overlap))
-        by_id = {id(group): group for group in self.param_groups}
+        by_id = {id(group): group for group in groups.values()}
         for (group, *_), batch in batches.items():
             overlaps = torch.stack([overlap for _, overlap in batch])
             self.transport([state for state, _ in batch], overlaps, by_id[group])
