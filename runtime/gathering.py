@@ -182,7 +182,9 @@ def adopt_resting(optimizer: SubspaceOptimizer, items: Sequence[Item]) -> None:
     """Bind weights that were loaded in a subspace and take no part in this step, as frozen ones: it is to move now."""
     active = {item.weight for item in items}
     for weight, state in optimizer.state.items():
-        if not isinstance(state, dict) or "features" not in state or weight in active or weight in optimizer.bindings:
+        if not isinstance(weight, torch.Tensor):  # foreign; torch.distributed.checkpoint leaves some with our entries
+            continue
+        if "features" not in state or weight in active or weight in optimizer.bindings:
             continue
         for subspace in STORE.all_of(whole(weight)):
             if "basis" not in state or subspace.shape == state["basis"].shape:

@@ -170,6 +170,7 @@ def test_what_is_foreign_stays_as_torch_keeps_it(products, make_weight) -> None:
     weight, optimizer = low_rank(products, make_weight)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"] |= {"ema": {"decay": 0.9}, 77: {"step": 3}, "note": "text", None: 5}
+    saved["state"]["0"] = dict(saved["state"][0])  # as torch.distributed.checkpoint leaves there
     saved["state"][0] |= {"note": "abc", "number": 4, "listed": [1, 2], "extra": torch.ones(2), "nothing": None}
     saved["param_groups"][0] |= {"initial_lr": 0.5, "tag": "body", "fused": None}
     again = torch.nn.Parameter(weight.detach().clone())
