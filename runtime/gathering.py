@@ -169,6 +169,9 @@ def prepare_state(optimizer: SubspaceOptimizer, item: Item, group: Mapping[str, 
         _project(optimizer, state, subspace.basis.detach(), item.features, group)
     if subspace is None:
         return
+    binding = optimizer.bindings.get(item.weight)
+    if binding is not None and binding.subspace is subspace and binding.version == subspace.version:
+        return  # as the last step left it
     if item.low_rank:
         _transport_to(optimizer, item.weight, state, subspace)
     else:
@@ -235,19 +238,23 @@ def _transport_to(optimizer: SubspaceOptimizer, weight: torch.Tensor, state: Sta
 
 def _follow(optimizer: SubspaceOptimizer, weight: torch.Tensor, state: State) -> None:
     """Take a state along where `model.to()` has moved or cast its weight since the last step."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    for key in (*optimizer.states_of(is_low_rank(state)), "basis"):
-        if key in state:
-            if f"{key}_scale" in state:  # codes of numbers
-                state[key] = state[key].to(weight.device)
-                state[f"{key}_scale"] = state[f"{key}_scale"].to(weight.device)
-                continue
-            dtype = wide if key == "basis" or is_low_rank(state) else weight.dtype
-            state[key] = state[key].to(weight.device, dtype)
-            if key != "basis" and not is_low_rank(state) and state[key].shape == local(weight).shape:
-                state[key] = state_layout(state[key], local(weight))
-    if "step" in state:
-        state["step"] = state["step"].to(weight.device)
+    wide, low_rank, device = torch.promote_types(weight.dtype, torch.float32), is_low_rank(state), weight.device
+    for key in (*optimizer.states_of(low_rank), "basis"):
+        if key not in state:
+            continue
+        found: torch.Tensor = state[key]
+        if f"{key}_scale" in state:  # codes of numbers
+            state[key], state[f"{key}_scale"] = found.to(device), state[f"{key}_scale"].to(device)
+            continue
+        dtype = wide if key == "basis" or low_rank else weight.dtype
+        if found.dtype != dtype or found.device != device:
+            state[key] = found = found.to(device, dtype)
+        if key != "basis" and not low_rank:
+            data = local(weight)
+            if found.shape == data.shape:
+                state[key] = state_layout(found, data)
+    if "step" in state and state["step"].device != device:
+        state["step"] = state["step"].to(device)
 
 
 _SPOKEN = {"exp_avg": "moments", "exp_avg_sq": "moments", "momentum_buffer": "a momentum"}

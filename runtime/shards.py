@@ -15,6 +15,8 @@ import torch
 
 def is_sharded(tensor: Any) -> bool:
     """Whether it is a DTensor; torch's module of them is not loaded for the question."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return False  # asked several times a step for each parameter
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
