@@ -10,6 +10,7 @@ A way is Python over these names:
 from __future__ import annotations
 
 from fuzz.program import Program, module_text
+from oasis_fx.runtime.rules import RULES
 
 CALLS = {
     "once": "out = keep(f(*batches[0]))\nloss(out).backward()\ndone()",
@@ -47,8 +48,9 @@ from torch.utils.checkpoint import checkpoint
 def alone(program: Program) -> str:
     """A script that runs a program under the backend and eagerly, and prints how far its gradients are apart."""
     o = program.options
+    rule = repr(o.rule) if o.rule in RULES else o.rule
     backend = (
-        f"oasis_backend(rank={o.rank}, subspace={o.rule!r}, memory_budget={o.budget}, inner={o.inner!r}, "
+        f"oasis_backend(rank={o.rank!r}, subspace={rule}, memory_budget={o.budget}, inner={o.inner!r}, "
         f"exclude={o.exclude})"
     )
     if o.inner == "no code":
@@ -60,6 +62,7 @@ def alone(program: Program) -> str:
 # seed {program.seed}: {", ".join(sorted(program.features()))}
 {PREAMBLE}from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.runtime.layout import as_rows
+from oasis_fx.runtime.rules import *
 
 
 def randoms(seed):
@@ -80,7 +83,7 @@ def run(backend):
     torch._dynamo.reset()
     net = Net(randoms(0))
     trained = [p for p in net.parameters() if p.requires_grad]
-    f = torch.compile(net, backend=backend) if backend else net
+    f = torch.compile(net, backend=backend, dynamic={o.dynamic}) if backend else net
 
     def batch(number):
         randn = randoms(100 + number)

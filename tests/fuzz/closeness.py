@@ -14,6 +14,8 @@ class Wrong(Exception):
 def tolerance(program: Program) -> float:
     if "autocast" in program.features():
         return 0.06
+    if program.options.dtype == "bfloat16":
+        return 0.06
     if program.options.dtype == "float32":
         return 2e-4
     lossy = any(".float()" in statement.text for statement in program.statements())

@@ -32,8 +32,9 @@ class Drawing:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self.half = rng.random() < 0.12  # autocast leaves float64 alone
-        self.dtype = torch.float32 if self.half else torch.float64
+        kind = rng.random()
+        self.half = kind < 0.1  # autocast leaves float64 alone
+        self.dtype = torch.float32 if self.half else torch.bfloat16 if kind > 0.97 else torch.float64
         self.sizes = [*rng.sample([1, 2, 3, 4, 4, 6, 6, 8], 2), rng.choice([4, 6])]
         self.net = torch.nn.Module()
         self.empty = rng.random() < 0.03

@@ -29,8 +29,14 @@ SHARES: tuple[tuple[float, Callable[[Drawing], Statement | None]], ...] = (
     (0.07, statements.reshape),
     (0.06, statements.in_place),
     (0.05, statements.buffer),
+    (0.02, statements.weight_in_place),
     (0.02, statements.graph_break),
 )
+
+# Statements of a program; seeds of `make test` have fewer, for its time.
+NUM_SHORT, SHORT, LONG = 300, (1, 2, 2, 3, 3, 4), (1, 2, 2, 3, 3, 4, 4, 5, 7)
+
+OTHER_RULES = ("DCT('gradient')", "PrincipalRandom(principal=0.3)", "GradientPower(rho=0.5)")
 
 
 def generate(seed: int, attempt: int = 0) -> Program:
@@ -41,7 +47,7 @@ def generate(seed: int, attempt: int = 0) -> Program:
         torch.manual_seed(0)
         for _ in range(rng.choice([1, 1, 1, 2])):
             statements.new_input(draw)
-        body = _block(draw, rng.choice([1, 2, 2, 3, 3, 4, 4, 5, 7]), depth=0)
+        body = _block(draw, rng.choice(SHORT if seed < NUM_SHORT else LONG), depth=0)
         returns = _returns(draw, body)
     in_loss = tuple(i for i in range(len(returns)) if rng.random() < 0.8) or (0,)
     parameters, inputs = tuple(draw.parameters), tuple(draw.inputs)
@@ -51,11 +57,14 @@ def generate(seed: int, attempt: int = 0) -> Program:
 def _options(draw: Drawing) -> Options:
     rng = draw.rng
     kind = rng.random()
+    rule = "oja" if rng.random() < 0.45 else rng.choice([*RULES, *OTHER_RULES])
+    rank = rng.choice([99, 99, 99, 99, 1, 1, 2, 2, 0.5, 0.3, "auto:0.5"])
     return Options(
-        rule="oja" if rng.random() < 0.45 else rng.choice(list(RULES)),
-        rank=rng.choice([99, 99, 99, 1, 2, 0.5, 0.3]),
+        rule=rule,
+        rank=0.5 if isinstance(rank, str) and not rule.endswith("oja") else rank,
         budget=rng.choice([1.0, 1.0, 1.0, 0.5, 0.1, 0.0]),
         inner="aot_eager" if kind < 0.7 else "no code" if kind < 0.99 else "inductor",
+        dynamic=True if rng.random() < 0.08 else None,
         calls="once" if rng.random() < 0.55 else rng.choice(list(CALLS)),
         dtype=str(draw.dtype).removeprefix("torch."),
         exclude=None if rng.random() < 0.5 else (),

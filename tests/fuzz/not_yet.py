@@ -10,8 +10,6 @@ from fuzz.program import Program
 # Features that a program has together, and the reason.
 NOT_YET: list[tuple[frozenset[str], str]] = [
     (frozenset({"transpose by keyword"}), "group 6: ValueError and IndexError in stored_weight"),
-    (frozenset({"both ways round"}), "group 3: factors of W and of its transpose are added"),
-    (frozenset({"budget", "in place"}), "group 4: what is recomputed reads what has changed"),
 ]
 
 

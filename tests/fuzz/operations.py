@@ -91,7 +91,7 @@ RESHAPING = [
     "{x}.amax(0, keepdim=True)",
 ]
 
-# In place, on an activation or an input.
+# In place, on an activation or an input. Not through .data: eager mode then takes the changed value for the old one.
 IN_PLACE = [
     "{x}.mul_(0.5)",
     "{x}[0] = 0.0",
@@ -111,6 +111,13 @@ IN_PLACE = [
     "torch._foreach_mul_([{x}], 0.5)",
 ]
 
+WRITE_WEIGHT = [
+    "{w}.mul_(0.9)",
+    "{w}.clamp_(-0.5, 0.5)",
+    "{w}.div_(1 + {w}.norm())",
+    "{w}[0] = 0.0",
+]
+
 READ_BUFFER = [
     "{x} - {s}",
     "{x} / (1 + {s}.abs())",
@@ -126,6 +133,5 @@ WRITE_BUFFER = [
     "{s}[0] = {x}.detach().sum()",
     "{s}.lerp_({x}.detach().reshape(-1, {n}).mean(0), 0.1)",
     "torch.nn.init.zeros_({s})",
-    "{s}.data.mul_(0.5)",
 ]
 BREAKS = ["torch._dynamo.graph_break()", "torch._dynamo.graph_break()", "if {x}.sum() > 1e6:\n    {x} = {x} * 2"]

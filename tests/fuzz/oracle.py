@@ -61,6 +61,8 @@ def judgeable(program: Program) -> Run | None:
     try:
         with _quiet():
             reference = run_program(program, None, tapped=True)
+            if "in place on a weight" in program.features():  # taps are copies: do weights as they are allow it too?
+                run_program(program, None)
     except Exception:
         return None
     return reference if all(bool(t.isfinite().all()) for t in tensors(reference)) else None
@@ -77,6 +79,7 @@ def judge(program: Program) -> Verdict:
             ours = run_program(program, our_backend(program))
             compare(program, reference, ours, counts)
         told = [str(w.message) for w in caught if issubclass(w.category, OasisWarning)]
+        told = [text for text in told if not text.startswith("OasisAdamW")]  # that a step had nothing to do for it
         return Verdict("warning", "warning", told[0], counts) if told else Verdict("right", counts=counts)
     except Exception as error:
         if isinstance(error, Wrong):
@@ -92,6 +95,8 @@ def _beside_stock(program: Program, reference: Run, verdict: Verdict) -> Verdict
         with _quiet():
             stock = run_program(program, stock_backend(program))
     except Exception as error:
+        if verdict.kind == "wrong":  # in silence, where stock torch refuses
+            return verdict
         return Verdict("stock crashes", verdict.what, _line(_root(error)), verdict.counts)
     try:
         compare(program, reference, stock, {})

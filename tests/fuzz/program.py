@@ -90,19 +90,22 @@ class Options:
     """How a program is compiled and called.
 
     Attributes:
+        rule: the name of a rule, or Python over the names of `oasis_fx.runtime.rules`.
         rank: of all weights; a float is a share of in_features. 99 is full.
         inner: an inner compiler of the backend, or ``"no code"``: Inductor without its code generation.
         calls: a key of `fuzz.calling.CALLS`.
         dtype: of everything.
+        dynamic: of `torch.compile`.
         exclude: of the backend.
     """
 
     rule: str = "oja"
-    rank: int | float = 99
+    rank: int | float | str = 99
     budget: float = 1.0
     inner: str = "aot_eager"
     calls: str = "once"
     dtype: str = "float64"
+    dynamic: bool | None = None
     exclude: tuple[str, ...] | None = ()
 
 
@@ -133,6 +136,8 @@ class Program:
         options = self.options
         words = {f"rule {options.rule}", f"inner {options.inner}", f"calls {options.calls}"}
         words |= {"budget"} if options.budget < 1 else set()
+        words |= {"dynamic"} if options.dynamic else set()
+        words |= {options.dtype}
         words |= {"low rank"} if options.rank != 99 else {"full rank"}
         kinds = {statement.text for statement in self.statements() if statement.body}
         drawn = frozenset(words | kinds).union(*(s.features for s in self.statements()))
@@ -190,7 +195,7 @@ def forward_lines(body: Iterable[Statement], *, tapped: bool = False) -> list[st
 
 
 def _tapped(statement: Statement) -> list[str]:
-    saw = [f"self.saw({read.weight!r}, {read.rows})" for read in statement.reads]
+    saw = [f"self.saw({read.weight!r}, {read.rows}, {read.summed})" for read in statement.reads]
     return [*saw, *_WEIGHT.sub(r'self.tap("\1")', statement.text).split("\n")]
 
 

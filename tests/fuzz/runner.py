@@ -32,7 +32,7 @@ from fuzz.shrink import shrink
 HERE = Path(__file__).resolve().parent
 DRAWING = ("program", "roads", "operations", "calling", "drawing", "statements", "generate")
 IN_ONE_PROCESS = 100
-SECONDS_EACH = 0.5  # of one core, by experience
+SECONDS_EACH = 0.6  # of one core, by experience
 
 
 def digest() -> str:

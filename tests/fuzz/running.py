@@ -20,10 +20,11 @@ from oasis_fx import OasisAdamW
 from oasis_fx.backend import OasisBackend
 from oasis_fx.config import Settings
 from oasis_fx.lowering import run_node_by_node
-from oasis_fx.runtime.rules import Sampled
+from oasis_fx.runtime import rules
+from oasis_fx.runtime.rules import RULES, Rule, Sampled
 from oasis_fx.runtime.subspace import Subspace
 
-SECONDS = 120  # a program that takes longer counts as a crash
+SECONDS = 120  # of the processor; a program that takes longer counts as a crash
 
 
 @dataclass
@@ -32,11 +33,13 @@ class Use:
 
     Attributes:
         rows: X [N, n], or None where it is not known.
+        summed: the dimensions of the weight that the matmul sums over, where they are known.
         parts: zeros that were added to the weight; their gradients are this use's part of dW.
     """
 
     weight: str
     rows: torch.Tensor | None
+    summed: tuple[int, ...] = ()
     parts: list[torch.Tensor] = field(default_factory=list)
 
     def gradient(self) -> torch.Tensor | None:
@@ -57,9 +60,9 @@ class Tapped(torch.nn.Module):
         parameter = self.get_parameter(weight)
         return next(name for name, other in self.named_parameters() if other is parameter)
 
-    def saw(self, weight: str, rows: torch.Tensor | None) -> None:
+    def saw(self, weight: str, rows: torch.Tensor | None, summed: tuple[int, ...]) -> None:
         if torch.is_grad_enabled():
-            self.uses.append(Use(self.first_name(weight), None if rows is None else rows.detach().clone()))
+            self.uses.append(Use(self.first_name(weight), None if rows is None else rows.detach().clone(), summed))
 
     def tap(self, weight: str) -> torch.Tensor:
         parameter = getattr(self, weight)
@@ -84,11 +87,17 @@ class Run:
     sampled: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # X and Q of dense rules
 
 
+def rule(program: Program) -> Rule:
+    """That of its options."""
+    text = program.options.rule
+    return RULES[text] if text in RULES else eval(text, vars(rules))
+
+
 def our_backend(program: Program) -> Any:
     o = program.options
     settings = Settings(
         rank=o.rank,
-        subspace=o.rule,
+        subspace=rule(program),
         memory_budget=o.budget,
         exclude=o.exclude,
         inner="inductor" if o.inner == "no code" else o.inner,
@@ -150,8 +159,9 @@ def run_program(program: Program, backend: Any, *, tapped: bool = False) -> Run:
         if tapped:
             net.uses.clear()
 
+    called = net if backend is None else torch.compile(net, backend=backend, dynamic=program.options.dynamic)
     calls = {
-        "f": net if backend is None else torch.compile(net, backend=backend), "batches": run.batches, "loss": loss,
+        "f": called, "batches": run.batches, "loss": loss,
         "keep": keep, "done": done, "step": step, "torch": torch, "trained": trained,
     }  # fmt: skip
     with _note_sampled(run.sampled), _limited(SECONDS):
@@ -169,13 +179,13 @@ def _limited(seconds: int) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimeoutError(f"over {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def _smaller(program: Program) -> Iterator[Program]:
                 program, returns=program.returns[:i] + program.returns[i + 1 :], in_loss=in_loss or (0,)
             ).trimmed()
     plain = Options(dtype=program.options.dtype)
-    for name in ("rule", "budget", "calls", "inner", "rank", "exclude"):
+    for name in ("rule", "budget", "calls", "inner", "rank", "exclude", "dynamic"):
         if getattr(program.options, name) != getattr(plain, name):
             yield replace(program, options=replace(program.options, **{name: getattr(plain, name)}))
 

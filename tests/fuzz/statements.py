@@ -235,6 +235,16 @@ def in_place(draw: Drawing) -> Statement | None:
     return draw.run(draw.fill(template, x) or "", None, (), template, word)
 
 
+def weight_in_place(draw: Drawing) -> Statement | None:
+    """A weight that the forward pass itself changes, as where it is clipped or normalised."""
+    known = list(weights(draw))
+    if not known:
+        return None
+    name, template = draw.rng.choice(known), draw.rng.choice(operations.WRITE_WEIGHT)
+    text = f"with torch.no_grad():\n    {template.format(w=f'self.{name}')}"
+    return draw.run(text, None, (), template, "in place on a weight")
+
+
 def buffer(draw: Drawing) -> Statement | None:
     x = draw.pick()
     if x is None:

@@ -17,6 +17,7 @@ from fuzz.running import Run
 from oasis_fx import LowRankGrad
 from oasis_fx.runtime.layout import as_rows
 from oasis_fx.runtime.rules import StatisticRule
+from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import Subspace
 
 _MOST = 3000  # sums that are tried
@@ -25,16 +26,19 @@ Term = tuple[torch.Tensor, int, int]  # X^T X Q, how often it must count and how
 
 
 def compare_statistic(
-    program: Program, reference: Run, same: Comparison, subspace: Subspace, members: list[tuple[str, LowRankGrad]]
+    program: Program,
+    reference: Run,
+    run: Run,
+    same: Comparison,
+    subspace: Subspace,
+    members: list[tuple[str, LowRankGrad]],
 ) -> None:
     """Raise `Wrong` where C is not what it should be; ``members`` are the weights with gradients in the subspace."""
     if not isinstance(subspace.spec.rule, StatisticRule):
         return
     found, names = subspace.statistic, [name for name, _ in members]
     if found is None:
-        if program.options.calls != "autograd.grad":
-            raise Wrong("statistic", f"that of {names} is missing")
-        return
+        raise Wrong("statistic", f"that of {names} is missing")
     if not bool(found.isfinite().all()):
         raise Wrong("statistic", f"that of {names} is not finite")
     if subspace.spec.rule.on == "gradient":
@@ -45,7 +49,7 @@ def compare_statistic(
             rows, basis = rows.to(found.dtype), subspace.basis.detach()
             same("statistic of a gradient", name, found, rows.mT @ (rows @ basis))
         return
-    terms = _terms(reference, same, subspace, set(names))
+    terms = _terms(reference, run, same, subspace, members)
     if terms is None:
         same.missed("statistic")
         return
@@ -57,17 +61,28 @@ def compare_statistic(
         raise Wrong("statistic", f"that of {names}: each X^T X Q counts {text}")
 
 
-def _terms(reference: Run, same: Comparison, subspace: Subspace, names: set[str]) -> list[Term] | None:
-    """What C is made of, equal ones together; None where the X of a use is not known."""
-    basis, terms = subspace.basis.detach(), []
-    uses = [use for use in reference.net.uses if use.weight in names]
-    times = max(1, reference.num_backwards)
-    for use in uses:
-        if use.rows is None or use.rows.shape[1] != basis.shape[0]:
+def _terms(
+    reference: Run, run: Run, same: Comparison, subspace: Subspace, members: list[tuple[str, LowRankGrad]]
+) -> list[Term] | None:
+    """What C is made of, equal ones together; None where the X of a use is not known.
+
+    Weights whose gradients are dense in the end, as where another graph reads them differently, may have a share too.
+    """
+    basis, times = subspace.basis.detach(), max(1, reference.num_backwards)
+    sharing = {name for name, weight in run.net.named_parameters() if subspace in STORE.all_of(weight)}
+    summed = {name: tuple(range(*gradient.features)) for name, gradient in members}
+    terms: list[Term] = []
+    for use in reference.net.uses:
+        if use.weight not in sharing:
+            continue
+        if use.rows is None:
             return None
+        if use.rows.shape[1] != basis.shape[0]:
+            continue
         rows = use.rows.to(basis.dtype)
         term, gradient = rows.mT @ (rows @ basis), use.gradient()
-        least = int(gradient is not None and float(gradient.norm()) > same.close)
+        counts = use.weight in summed and use.summed in ((), summed[use.weight]) and gradient is not None
+        least = int(counts and float(gradient.norm()) > same.close)
         for index, (known, at_least, at_most) in enumerate(terms):
             if same.error(term, known) <= same.close:
                 terms[index] = known, max(least, at_least), at_most + times

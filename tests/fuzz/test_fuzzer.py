@@ -21,7 +21,7 @@ ROWS = "{}.reshape(-1, 4)"
 
 
 def linear(makes: str, x: str, weight: str) -> Statement:
-    return Statement(f"{makes} = F.linear({x}, self.{weight})", makes, (Read(weight, ROWS.format(x)),))
+    return Statement(f"{makes} = F.linear({x}, self.{weight})", makes, (Read(weight, ROWS.format(x), (1,)),))
 
 
 TWICE = Program(
