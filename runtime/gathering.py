@@ -91,6 +91,8 @@ def _place(
     binding = optimizer.bindings.get(weight)
     if binding is not None:
         return binding.subspace, state.get("features")
+    if weight.dim() < 2:
+        return None, None
     stored = STORE.in_use(whole(weight)) or STORE.in_use(whole(weight), dense=True)
     return stored or (None, state.get("features"))
 
@@ -127,7 +129,7 @@ def _check_rank(
 
 
 def _check_shapes(
-    optimizer: SubspaceOptimizer, name: str, data: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, Any]
+    optimizer: SubspaceOptimizer, name: str, data: torch.Tensor, gradient: torch.Tensor, state: State
 ) -> None:
     """Raise ValueError where the data of a weight were given another shape: kernels do not look at it."""
     if gradient.shape != data.shape:
@@ -135,7 +137,7 @@ def _check_shapes(
             f"parameter {name} has shape {tuple(data.shape)} and a gradient of shape {tuple(gradient.shape)}: it "
             "has changed its shape since the backward pass"
         )
-    low_rank = is_low_rank(dict(state))
+    low_rank = is_low_rank(state)
     for kind in optimizer.states_of(low_rank):
         if kind not in state:
             continue

@@ -182,7 +182,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """As torch's. The statistics behind the gradients go too: a batch thrown away moves no basis by one."""
         for weight in self._weights():
             gradient = local_gradient(weight)
-            for subspace in STORE.all_of(whole(weight)):
+            for subspace in STORE.all_of(whole(weight)) if weight.dim() >= 2 else ():
                 subspace.drop_statistic()
             if isinstance(gradient, LowRankGrad) and weight in self.bindings:
                 if gradient.subspace is not self.bindings[weight].subspace:
@@ -417,7 +417,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Move the bases, and take the states of every weight that is in one along, those without a gradient too."""
         members = self.subspaces()
         # Those of weights that keep dense states, or that another graph has put into a second one, move as well.
-        stored = (s for weight in self._weights() for s in STORE.all_of(whole(weight)) if s.statistic is not None)
+        matrices = [whole(weight) for weight in self._weights() if weight.dim() >= 2]
+        stored = (s for weight in matrices for s in STORE.all_of(weight) if s.statistic is not None)
         by_device: dict[torch.device, list[Subspace]] = {}
         for subspace in dict.fromkeys([*members, *stored]):
             by_device.setdefault(subspace.device, []).append(subspace)
