@@ -1,4 +1,4 @@
-"""Checkpoints that the four optimizers did not write as they are now: of the stock peer, of old torch, of other orders."""
+"""Checkpoints that are not as the four optimizers write them now: of stock ones, of old torch, in another order."""
 
 from __future__ import annotations
 

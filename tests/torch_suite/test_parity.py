@@ -22,7 +22,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 OURS = {
     "far from the defaults": {"lr": 0.3, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.4},
     "tensor lr": {"lr": torch.tensor(0.02, dtype=torch.float64)},  # torch computes in its dtype
-    "tensor betas": {"betas": (torch.tensor(0.8), torch.tensor(0.9))},
+    "tensor betas": {"betas": (torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64))},
 }
 
 
