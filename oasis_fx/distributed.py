@@ -34,7 +34,9 @@ def synchronize(
 ) -> GradientSync:
     """Take the weights of ``model`` over from `DistributedDataParallel`, which has to wrap it afterwards.
 
-    They are made equal to rank 0's. Of a model under FSDP2 (`fully_shard`), take over what low-rank gradients it has.
+    They are made equal to rank 0's. Weights that are frozen now are averaged once they are thawed, the model may be
+    wrapped anew, and a second call takes the place of the first. Of a model under FSDP2 (`fully_shard`), take over what
+    low-rank gradients it has.
 
     Args:
         model: not yet wrapped by DistributedDataParallel, or already under `fully_shard`; compiled or not.
@@ -58,8 +60,12 @@ def synchronize(
     named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.dim() >= 2]
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(name for name, _ in named)}
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
-    weights = list({p: None for _, p in named if p.requires_grad})
+    weights = list({p: None for _, p in named if _can_have_gradient(p)})  # frozen ones too: they may be thawed
     with torch.no_grad():
         for _, parameter in named:
             dist.broadcast(parameter.detach(), group_src=0, group=group)
     return GradientSync(weights, group, bucket_bytes)
+
+
+def _can_have_gradient(parameter: torch.nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()

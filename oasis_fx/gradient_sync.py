@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import Subspace
 from oasis_fx.torch_private import at_end_of_backward
 
+_BASES_DIFFER = 1e-4  # between sums over the entries of all bases, whose columns have length 1
+
 _syncs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weak references, by weight
 
 
@@ -26,6 +28,18 @@ def sync_of(weight: torch.Tensor) -> GradientSync | None:
     """What averages the gradient of a parameter, as compiled graphs see it; None for nothing."""
     found = _syncs.get(weight) if _syncs else None
     return None if found is None else found()
+
+
+def _hook(weight: torch.nn.Parameter, function: Callable[[Any], None]) -> Any:
+    """Register a hook for complete gradients, also where the weight is frozen now: it may be thawed later."""
+    frozen = not weight.requires_grad
+    if frozen:
+        weight.requires_grad_(True)  # torch asks for it, and keeps the hook when it is set back
+    try:
+        return weight.register_post_accumulate_grad_hook(function)
+    finally:
+        if frozen:
+            weight.requires_grad_(False)
 
 
 @dataclass
@@ -40,6 +54,7 @@ class GradientSync:
     Attributes:
         sent: bytes that this rank has given to collectives so far.
         ranks: gradients are averaged over so many.
+        replicas: which these are, where they are more than one.
         early: those of them that it gave while a backward pass went on.
         dense: bytes that DDP would have given for the same gradients.
     """
@@ -49,13 +64,18 @@ class GradientSync:
     def __init__(self, weights: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None, bucket_bytes: int):
         self.group, self.bucket_bytes = group, bucket_bytes
         self.ranks = dist.get_world_size(group)
+        self.replicas = frozenset(dist.get_process_group_ranks(group) if self.ranks > 1 else ())
         self.sent = self.early = self.dense = 0
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._device = weights[0].device if weights else torch.device("cpu")
         self._unsent: set[torch.nn.Parameter] = set()  # of backward passes under no_sync
         self._numbers = {weight: number for number, weight in enumerate(weights)}
-        self._hooks = [weight.register_post_accumulate_grad_hook(self._complete) for weight in weights]
+        self._hooks: dict[torch.nn.Parameter, Any] = {}
         for weight in weights:
+            before = sync_of(weight)
+            if before is not None:  # the model was synchronized before: the new one takes its place
+                self._take_over(before, weight)
+            self._hooks[weight] = _hook(weight, self._complete)
             _syncs[weight] = weakref.ref(self)
         self._reset()
 
@@ -63,19 +83,38 @@ class GradientSync:
         """Send nothing in backward passes in which ``ddp`` sends nothing, under its `no_sync()`.
 
         A compiled graph that runs within the forward pass of ``ddp`` calls this by itself.
+
+        Raises:
+            RuntimeError: ``ddp`` runs within `torch.distributed.algorithms.join.Join`.
         """
+        if ddp._join_config.enable:
+            raise RuntimeError(
+                "torch.distributed.algorithms.join.Join: a rank that has run out of inputs would not take part in what "
+                "oasis_fx.distributed.synchronize averages. Give every rank the same number of batches "
+                "(DistributedSampler with drop_last=True), or train without oasis_backend and synchronize"
+            )
         if self._ddp is None or self._ddp() is not ddp:
             self._ddp = weakref.ref(ddp)
 
     def remove(self) -> None:
         """Average no more; DDP is then refused again."""
-        for hook in self._hooks:
-            hook.remove()
-        for weight in self._numbers:
+        for weight in list(self._hooks):
+            self._let_go(weight)
             _syncs.pop(weight, None)
 
+    def _let_go(self, weight: torch.nn.Parameter) -> None:
+        self._hooks.pop(weight).remove()
+
+    def _take_over(self, before: GradientSync, weight: torch.nn.Parameter) -> None:
+        """Average a weight from now on, with what micro-batches have gathered of it so far."""
+        before._let_go(weight)
+        if weight in before._unsent:
+            before._unsent.remove(weight)
+            self._unsent.add(weight)
+
     def __str__(self) -> str:
-        sent = f"{len(self._numbers)} weights averaged over {self.ranks} ranks: {self.sent / 2**20:.1f} MiB sent"
+        num_weights = sum(weight.requires_grad for weight in self._hooks)
+        sent = f"{num_weights} weights averaged over {self.ranks} ranks: {self.sent / 2**20:.1f} MiB sent"
         if not self.sent:
             return sent
         share = f"{self.sent / max(1, self.dense):.2f} of what {self.peer} would have sent"
@@ -171,18 +210,40 @@ class GradientSync:
                 statistics = (subspace.statistic, subspace.energy_sum)
                 for tensor in [s for s in statistics if s is not None]:
                     self._add(tensor)
-            own = torch.tensor([float(self._checksum % 2**20)], dtype=torch.float64, device=self._device)
+            own = self._fingerprint()
             agreed = own.clone()
             self._add(agreed)
             self._launch_rest()
             self._arrive()
-            if not torch.equal(agreed, own):
-                raise RuntimeError(
-                    "ranks do not agree on which weights have which gradients: the same model, settings, seeds and "
-                    "used weights are needed on all of them"
-                )
+            for subspace in self._subspaces:
+                subspace.statistic_is_local = False
+            self._check_agreement(own, agreed)
         finally:
             self._reset()
+
+    def _fingerprint(self) -> torch.Tensor:
+        """What all ranks must have alike [2]: which weights have which gradients, and the bases these are in."""
+        signature = torch.tensor([float(self._checksum % 2**20)], dtype=torch.float64, device=self._device)
+        sums = [s.basis.detach().sum(dtype=torch.float64).view(1) for s in self._subspaces if s.code is None]
+        bases = torch.cat(sums).sum(dim=0, keepdim=True) if sums else torch.zeros_like(signature)
+        return torch.cat([signature, bases.to(self._device)])
+
+    def _check_agreement(self, own: torch.Tensor, agreed: torch.Tensor) -> None:
+        apart = (own - agreed).abs()
+        # A mean over ranks is rounded. Signatures are whole numbers; bases may differ by rounding on unlike devices.
+        limits = torch.tensor([1e-6, _BASES_DIFFER], dtype=apart.dtype, device=apart.device)
+        if bool((apart <= limits).all()):  # false for NaN
+            return
+        if not float(apart[0]) <= 1e-6:
+            raise RuntimeError(
+                "ranks do not agree on which weights have which gradients: the same model, settings, seeds and "
+                "used weights are needed on all of them"
+            )
+        names = "; ".join(subspace.spoken_name for subspace in self._subspaces)
+        raise RuntimeError(
+            f"the bases of {names[:500]} are not the same on all ranks: every rank has to take the same steps, with "
+            "one optimizer that has all of these weights, and to load the same checkpoint"
+        )
 
     def _launch_rest(self) -> None:
         for bucket in self._buckets.values():

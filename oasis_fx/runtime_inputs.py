@@ -165,7 +165,7 @@ def call_with_runtime_inputs(
             subspace = STORE.resolve(members, group.spec, group.features)
             subspace.family.join(family)
             subspace.names = subspace.names or known_as
-            subspace.is_replicated = sync is not None
+            subspace.replicas = frozenset() if sync is None else sync.replicas
             if on_use is not None:
                 on_use(subspace, known_as)
             used.append(Group(subspace, members, group.features))

@@ -44,7 +44,7 @@ def synchronize_shards(model: torch.nn.Module, bucket_bytes: int) -> ShardedSync
             )
     if len({_ranks(parameter) for parameter in parameters}) > 1:
         raise ValueError("fully_shard was given meshes of several sets of ranks: oasis_fx needs one for all of a model")
-    return ShardedSync([p for p in parameters if p.whole.dim() >= 2 and p.whole.requires_grad], bucket_bytes)
+    return ShardedSync([p for p in parameters if p.whole.dim() >= 2 and p.whole.is_floating_point()], bucket_bytes)
 
 
 def _ranks(parameter: FsdpParameter) -> tuple[tuple[int, ...], ...]:
@@ -64,13 +64,20 @@ class ShardedSync(GradientSync):
         self._replicas = parameters[0].replicas if parameters else None
         if self._replicas is not None:
             self.ranks *= dist.get_world_size(self._replicas)
+            self.replicas = frozenset(parameters[0].all_ranks)
         for parameter in parameters:
             parameter.sharded._oasis_whole = parameter.whole  # type: ignore[attr-defined]
 
     def remove(self) -> None:
+        for weight in self._hooks:
+            del self._parameters[weight].sharded._oasis_whole  # type: ignore[attr-defined]
         super().remove()
-        for parameter in self._parameters.values():
-            del parameter.sharded._oasis_whole  # type: ignore[attr-defined]
+
+    def _take_over(self, before: GradientSync, weight: torch.nn.Parameter) -> None:
+        super()._take_over(before, weight)
+        assert isinstance(before, ShardedSync)  # gathered parameters are known to nothing else
+        if weight in before._held:
+            self._held[weight] = before._held.pop(weight)
 
     def _reset(self) -> None:
         super()._reset()

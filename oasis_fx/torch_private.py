@@ -106,6 +106,11 @@ class FsdpParameter:
         return getattr(self._of_fsdp.mesh_info, "replicate_process_group", None)
 
     @property
+    def all_ranks(self) -> list[int]:
+        """Those that have a shard of it, replicas included."""
+        return self.sharded.device_mesh.mesh.flatten().tolist()  # type: ignore[attr-defined, no-any-return]
+
+    @property
     def gradient_divide_factor(self) -> float | None:
         """By `set_gradient_divide_factor`; None: the number of ranks."""
         return self._group_of_fsdp.gradient_divide_factor  # type: ignore[no-any-return]

@@ -14,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from oasis_fx.errors import warn_user
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
-from oasis_fx.runtime.shards import local_gradient
+from oasis_fx.runtime.shards import local_gradient, whole
+from oasis_fx.runtime.store import STORE
 
 _watching: list[Any] = []
 _warned: set[str] = set()
@@ -30,6 +31,7 @@ def watch() -> None:
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if getattr(optimizer, "takes_low_rank_gradients", False):
         return
+    _refuse_parts_of_a_model(optimizer)
     found = False
     for group in optimizer.param_groups:
         for weight in group["params"]:
@@ -46,4 +48,21 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             f"{kind} is given full-size gradients of the weights that oasis_fx has rewritten, so its states are "
             "full-size too. OasisAdamW (or OasisSGD, OasisLion, OasisMuon) keeps them small; with this optimizer call "
             "oasis_fx.runtime.moving.advance_subspaces(model.parameters()) after each step, or the bases never move"
+        )
+
+
+def _refuse_parts_of_a_model(optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer that gives each rank some weights to step: bases would move on those ranks alone."""
+    if not any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        return
+    inner = optimizer.optim  # type: ignore[attr-defined]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    alone = optimizer.world_size == 1  # type: ignore[attr-defined]
+    if alone or not getattr(inner, "takes_low_rank_gradients", False):
+        return
+    if any(STORE.all_of(whole(weight)) for weight in weights):
+        raise RuntimeError(
+            f"ZeroRedundancyOptimizer around {type(inner).__name__}: each rank would move the bases of the weights "
+            "that it steps and of no others, so that ranks no longer agree on what a low-rank gradient means. Use "
+            f"{type(inner).__name__} with DistributedDataParallel, or with FSDP2 (fully_shard), which shards its states"
         )

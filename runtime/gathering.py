@@ -56,6 +56,8 @@ def gather(optimizer: SubspaceOptimizer) -> Iterator[Item]:
             if weight.grad.is_sparse:
                 raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
             name = group["param_names"][number] if "param_names" in group else f"{number} of group {index}"
+            for subspace in STORE.all_of(whole(weight)):
+                subspace.check_averaged()
             yield _item(optimizer, weight, group, name)
 
 
@@ -179,7 +181,7 @@ def prepare_state(optimizer: SubspaceOptimizer, item: Item, group: Mapping[str, 
     else:
         state["full_rank"] = True
     note_basis(state, subspace)
-    state["features"] = item.features
+    state["features"], state["subspace"] = item.features, subspace.handle
     optimizer.bind(item.weight, subspace)
 
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from oasis_fx.errors import warn_user
+from oasis_fx.runtime.gradient_collectives import COLLECTIVES, warn_of_bases_apart
 from oasis_fx.runtime.low_rank_grad import LowRankGrad, LowRankGradWarning
 
 aten = torch.ops.aten
@@ -42,6 +43,7 @@ def _run_on_matrices(func: Any, args: Any, kwargs: Any) -> Any:
             f"{func} would change the shape or the storage of a low-rank gradient, which is not supported: assign "
             "what you need to weight.grad, made from weight.grad.to_dense()"
         )
+    warn_of_bases_apart(func, args, kwargs)
     written = _may_be_written(func)
     turned: dict[int, LowRankGrad] = {}  # by the identity of the matrix
 
@@ -92,7 +94,7 @@ def warn_once(operation: str, what: str) -> None:
 
 # Operators that work on the factor
 
-_HANDLERS: dict[Any, Callable[..., Any]] = {}
+_HANDLERS: dict[Any, Callable[..., Any]] = dict(COLLECTIVES)
 
 
 def _handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -289,30 +291,3 @@ def _fused_optimizer(func: Any, *args: Any, **kwargs: Any) -> Any:
     warn_once(str(func), "a low-rank gradient was made a full-size matrix")
     dense = tree_map(lambda given: given.to_dense() if isinstance(given, LowRankGrad) else given, (args, kwargs))
     return func(*dense[0], **dense[1])
-
-
-# Collectives: a sum or an average of factors, where every rank has the same basis.
-def _on_shared_factors(func: Any, *args: Any, **kwargs: Any) -> Any:
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    gradients = [leaf for leaf in tree_leaves(given.get("tensors")) if isinstance(leaf, LowRankGrad)]
-    shared = all(g.is_low_rank and not g.is_stale and g.subspace.is_replicated for g in gradients)
-    if not shared or not _is_linear(given.get("reduce_op")):
-        return NotImplemented
-    back = {id(gradient.factor): gradient for gradient in gradients}
-    dense = tree_map(lambda leaf: leaf.factor if isinstance(leaf, LowRankGrad) else leaf, (args, kwargs))
-    result = func(*dense[0], **dense[1])
-    return tree_map(lambda value: back.get(id(value), value) if isinstance(value, torch.Tensor) else value, result)
-
-
-def _is_linear(reduce_op: Any) -> bool:
-    """Whether a collective's operation, None for one that only moves data, is a sum or an average."""
-    if reduce_op is None:
-        return True
-    from torch.distributed import ReduceOp
-
-    return ReduceOp.unbox(reduce_op).op in (ReduceOp.SUM, ReduceOp.AVG)  # type: ignore[attr-defined]
-
-
-for _name in ("allreduce_", "allreduce_coalesced_", "broadcast_", "reduce_"):
-    if hasattr(torch.ops.c10d, _name):
-        _handles(getattr(torch.ops.c10d, _name).default)(_on_shared_factors)

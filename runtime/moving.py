@@ -104,8 +104,13 @@ def advance_subspaces(weights: Iterable[torch.Tensor]) -> None:
 
     Args:
         weights: parameters; those without a gradient are passed over.
+
+    Raises:
+        RuntimeError: a statistic that is to be averaged over ranks was not.
     """
     subspaces = list({s: None for weight in weights if weight.grad is not None for s in STORE.all_of(whole(weight))})
+    for subspace in subspaces:
+        subspace.check_averaged()
     note_idle(subspaces)
     move_bases(subspaces)
     for subspace in subspaces:

@@ -122,7 +122,11 @@ def check_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any], *, liv
         moments = {tuple(saved[kind].shape) for kind in kinds}
         if not low_rank:
             if moments - {shape}:
-                raise ValueError(f"parameter {name} has shape {shape}, its saved moments {(moments - {shape}).pop()}")
+                raise ValueError(
+                    f"parameter {name} has shape {shape}, its saved moments {(moments - {shape}).pop()}, without a "
+                    "basis. Of what torch flattens (flatten_optimizer_state_dict=True) it hands an optimizer on what "
+                    "that has states for: take one step with the compiled model before you load it"
+                )
             continue
         n, rank = _basis_shape(weight, saved, optimizer.states)
         features = tuple(saved["features"])

@@ -246,7 +246,8 @@ def _moved(subspace: Subspace, weight: torch.Tensor) -> Subspace:
         seed=subspace.seed,
         code=subspace.code,
     )
-    moved.names, moved.is_replicated, moved.family = subspace.names, subspace.is_replicated, subspace.family
+    moved.names, moved.replicas, moved.family = subspace.names, subspace.replicas, subspace.family
+    moved.statistic_is_local = subspace.statistic_is_local
     moved.num_idle_steps, moved.num_missed = subspace.num_idle_steps, subspace.num_missed
     for name in _TENSORS:
         value = getattr(subspace, name)

@@ -142,7 +142,9 @@ class Subspace:
         num_idle_steps: optimizer steps in a row in which its weights took part and the basis did not move for want of
             a statistic.
         num_missed: all of those, and the turns at which the statistic was zero or not finite where that is known.
-        is_replicated: whether gradients and statistics are averaged over ranks, so that all have the same basis.
+        replicas: the ranks over which gradients and statistics are averaged, so that all of them have the same basis;
+            empty where none are.
+        statistic_is_local: whether the statistic, which is to be averaged over ranks, has something that was not.
         momentum: for rules that use it: set by the optimizer.
         error: for rules with error feedback: E [rows, n].
         family: the subspaces whose rank is also that of this one.
@@ -187,7 +189,8 @@ class Subspace:
         self.overlap: torch.Tensor | None = None
         self.latest_move: Move | None = None
         self.num_idle_steps = self.num_missed = 0
-        self.is_replicated = False
+        self.replicas: frozenset[int] = frozenset()
+        self.statistic_is_local = False
         self.momentum: Momentum | None = None
         self.error: torch.Tensor | None = None
         self.log_rate = torch.zeros((), dtype=basis.dtype, device=basis.device)
@@ -221,9 +224,25 @@ class Subspace:
             self.statistic = statistic if self.statistic is None else self.statistic.add_(statistic)
         if energy is not None:
             self.energy_sum = energy if self.energy_sum is None else self.energy_sum.add_(energy)
+        self.statistic_is_local |= bool(self.replicas) and not (statistic is None and energy is None)
 
     def drop_statistic(self) -> None:
         self.statistic = self.energy_sum = None
+        self.statistic_is_local = False
+
+    def check_averaged(self) -> None:
+        """Raise where the basis would move by what one rank alone has seen, away from those of other ranks.
+
+        Raises:
+            RuntimeError: naming the weights and the cure.
+        """
+        if self.statistic_is_local:
+            raise RuntimeError(
+                f"the gradients of {self.spoken_name} were not averaged over ranks: they come from "
+                "torch.autograd.grad, from a backward pass under no_sync() that no other one followed, or the step is "
+                "taken within the backward pass. End each step with loss.backward() outside of no_sync() before "
+                "optimizer.step()"
+            )
 
     def note_move(self, before: int, overlap: torch.Tensor) -> None:
         """Remember the move from version ``before`` to the present one, R = Q^T Q+ [r, r]."""

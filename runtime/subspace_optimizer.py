@@ -30,6 +30,7 @@ from oasis_fx.runtime.optimizer_state import (
 )
 from oasis_fx.runtime.resizing import fit_columns, resize_checkpoint, resize_live, spend_budget
 from oasis_fx.runtime.shards import agreed, is_sharded, local_gradient, whole
+from oasis_fx.runtime.state_numbers import pack_numbers, unpack_numbers
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import Momentum, Subspace
 from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate, State, all_finite, is_low_rank
@@ -196,7 +197,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: a gradient has another rank than the states of its weight.
-            RuntimeError: a basis moved since the gradient was computed, or another optimizer moved it.
+            RuntimeError: a basis moved since the gradient was computed, or another optimizer moved it; or a gradient
+                that is to be averaged over ranks was not.
         """
         loss = None
         if closure is not None:
@@ -257,15 +259,16 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Args and raises as for `resize_rank`.
         """
         check_rank(rank, "rank")
+        state_dict = unpack_numbers(self, state_dict)
         check_state(self, state_dict, live=False)
-        return resize_checkpoint(self, whole_states(self, state_dict), rank)
+        return pack_numbers(resize_checkpoint(self, whole_states(self, state_dict), rank))
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, in plain tensors and numbers; the bases are in it, as ``basis`` of each weight in one."""
         self._catch_up()
         # Packed before hooks see it; torch's own hooks are the only place for that.
         packing = self.register_state_dict_post_hook(
-            lambda _, packed: gather_states(self, pack_state(packed)), prepend=True
+            lambda _, packed: pack_numbers(gather_states(self, pack_state(packed))), prepend=True
         )
         states, members = self.state, set(self._weights())
         # torch has no number for a parameter that was replaced in its group: its state is left out.
@@ -288,7 +291,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         loaded: dict[str, Any] = {}
 
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            checked = prepared(self, given)
+            checked = prepared(self, unpack_numbers(self, given))
             check_state(self, checked)
             loaded.update(scatter_states(self, checked))
             return dict(loaded)
@@ -391,8 +394,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _look_for_subspaces(self, items: list[Item]) -> None:
         """Warn, at the first step, where nothing of what is stepped was compiled by our backend."""
-        if self._has_looked:
-            return
+        if self._has_looked or all(float(group["lr"]) == 0 for group in self.param_groups):
+            return  # torch.distributed.checkpoint makes states by a step of length 0
         self._has_looked = True
         matrices = [item.weight for item in items if item.weight.dim() >= 2]
         if matrices and all(item.subspace is None for item in items):
