@@ -142,21 +142,22 @@ class LowRankGrad(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
-        """An alias of this gradient; assigning a tensor makes the gradient dense and that tensor its values."""
+        """An alias of this gradient. A tensor that is assigned to it becomes the gradient, and other aliases stay."""
         return self.alias()
 
     @data.setter
     def data(self, new: torch.Tensor) -> None:
+        if isinstance(new, LowRankGrad) and new.shape == self.shape:  # as of `model.to(dtype)`
+            torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]  # dtype and device
+            self.cell = new.cell
+            return
         if new.shape != self.shape or new.dtype != self.dtype or new.device != self.device:
             raise ValueError(
                 f"gradient.data is set to a tensor of shape {tuple(new.shape)}, {new.dtype}, on {new.device}: it must "
                 f"have shape {tuple(self.shape)}, {self.dtype}, on {self.device}. Assign to weight.grad instead"
             )
-        if isinstance(new, LowRankGrad):
-            self.cell.take_over(new.cell)
-            self.cell.values = new.factor
-        else:
-            self.cell.values, self.cell.is_dense = new.detach(), True
+        self.cell = self.cell.with_values(new.detach())
+        self.cell.is_dense, self.cell.is_mixed = True, False
 
     def numpy(self, *, force: bool = False) -> Any:
         """As torch's: the array shares the memory of the gradient, which turns dense."""

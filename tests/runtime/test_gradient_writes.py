@@ -31,10 +31,6 @@ def other(g: torch.Tensor) -> torch.Tensor:
     return torch.randn(g.shape, dtype=g.dtype, generator=torch.Generator().manual_seed(1))
 
 
-def assign_data(g):
-    g.data = other(g)
-
-
 def each_row(g):
     for row in g:
         row.div_(2)
@@ -98,7 +94,6 @@ WRITES = {
     "masked": masked,
     # aliases
     "data.add_": lambda g: g.data.add_(other(g)),
-    "data = ": assign_data,
     "detach.copy_": lambda g: g.detach().copy_(other(g)),
     "detach.clamp_": lambda g: g.detach().clamp_(-0.1, 0.1),
     "data[:2]": lambda g: set_item(slice(None, 2), 0)(g.data),
@@ -197,6 +192,31 @@ def test_a_change_of_shape_or_storage_is_refused_and_changes_nothing(write) -> N
         write(low)
     assert low.is_low_rank
     torch.testing.assert_close(low.to_dense(), dense)
+
+
+def test_what_is_assigned_to_data_is_the_gradient_and_other_aliases_stay() -> None:
+    for low, dense in (gradients(), gradients(features=(0, 1))):
+        weight = torch.nn.Parameter(torch.zeros_like(dense))
+        weight.grad, alias, before = low, low.detach(), dense.clone()
+        values = other(dense)
+        weight.grad.data = values
+        torch.testing.assert_close(weight.grad.to_dense(), values)
+        torch.testing.assert_close(alias.to_dense(), before)
+        values[0] = 7.0  # the gradient's own memory
+        torch.testing.assert_close(weight.grad.to_dense(), values)
+
+
+def test_a_module_that_is_cast_takes_its_gradient_along() -> None:
+    layer = torch.nn.Linear(N, M, bias=False).double()
+    low, dense = gradients()
+    layer.weight.grad = low
+    layer.float()
+    assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.factor.dtype == torch.float32
+    torch.testing.assert_close(layer.weight.grad.to_dense(), dense.float())
+    layer.double()
+    torch.testing.assert_close(layer.weight.grad.to_dense(), dense.float().double())
+    layer.weight.grad[0] = 0
+    assert layer.weight.grad.to_dense()[0].norm() == 0
 
 
 def test_data_of_another_shape_is_refused() -> None:
