@@ -135,7 +135,7 @@ class OasisBackend:
             problem = self._unmatched_globs(names, partial)
         except Exception as error:
             survive(error, lowering.STAYS_DENSE)
-            return lowering.compile_plainly(gm, example_inputs, self.settings, merged, self._inner_compile)
+            return lowering.compile_alone(gm, example_inputs, self.settings, merged, self._inner_compile)
         if problem is not None:
             return _raise_when_called(ValueError(problem))
         compiled, record = lowering.lower(

@@ -20,6 +20,10 @@ class OasisWarning(UserWarning):
     """Something was left undone; training goes on, and is right, without it."""
 
 
+class Refused(RuntimeError):
+    """A way to use a compiled graph that cannot work; the message names it and the cure."""
+
+
 def survive(error: Exception, consequence: str, *, stacklevel: int = 2) -> None:
     """Warn that something of ours failed, with the exception and its place, and what that means for the user.
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from oasis_fx.runtime.by_tensor import ByTensor
 from oasis_fx.runtime.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.rules import BatchRule
 from oasis_fx.runtime.store import STORE
@@ -21,7 +21,7 @@ from oasis_fx.torch_private import at_end_of_backward
 
 _BASES_DIFFER = 1e-4  # between sums over the entries of all bases, whose columns have length 1
 
-_syncs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weak references, by weight
+_syncs = ByTensor()  # weak references, by weight
 
 
 def sync_of(weight: torch.Tensor) -> GradientSync | None:

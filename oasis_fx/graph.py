@@ -94,12 +94,14 @@ class WeightGradient:
         inputs: the weight and the runtime's inputs for it.
         position: where its dense gradient stands among the joint graph's outputs.
         blocks: its blocks of rows, from first to last: one, or one for each part of a weight used in parts. Each is
-            the sum of its contractions: one for each use of the weight.
+            the sum of its contractions: one for each use of the weight, none for a part that is not used.
+        rows: how many rows of G each block has.
     """
 
     inputs: LiftedWeight
     position: int
     blocks: tuple[tuple[Contraction, ...], ...]
+    rows: tuple[Any, ...]
 
     @property
     def terms(self) -> tuple[Contraction, ...]:

@@ -47,6 +47,8 @@ def choose_groups(
             reasons[position[node]] = f"it is a {type(example_inputs[position[node]]).__name__}"
         elif not value(node).is_floating_point() or value(node).layout != torch.strided:
             reasons[position[node]] = f"its dtype is {value(node).dtype}"
+        elif not value(node).numel():
+            reasons[position[node]] = f"it has no elements: its shape is {list(value(node).shape)}"
         elif _is_looked_up(node) and settings.exclude is None:
             reasons[position[node]] = "embedding, or tied to one, excluded by default"
         elif (reason := settings.reason_to_skip(names[position[node]])) is not None:

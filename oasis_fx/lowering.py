@@ -12,11 +12,12 @@ from functorch.compile import make_boxed_func
 from torch import fx
 
 from oasis_fx.config import Settings
-from oasis_fx.errors import survive
+from oasis_fx.errors import Refused, survive
 from oasis_fx.gradient_sync import GradientSync
 from oasis_fx.graph import LiftedWeight
 from oasis_fx.groups import WeightGroup, choose_groups
 from oasis_fx.partitioner import JointPartitioner
+from oasis_fx.passes.inline_regions import inline_regions
 from oasis_fx.passes.lift_runtime_inputs import lift_runtime_inputs
 from oasis_fx.pipeline import Trace, observe_traces, partition_joint
 from oasis_fx.runtime_inputs import Compiled, OnUse, call_with_runtime_inputs, fake_runtime_inputs, lifted_weights
@@ -26,10 +27,16 @@ from oasis_fx.torch_private import (
     caches_may_be_left_out,
     compile_caches_disabled,
     inductor_lowering,
+    is_aot_compile,
     known_fake,
 )
 
 STAYS_DENSE = "gradients of a graph stay dense"
+_AOT_COMPILE = (
+    "aot_compile saves compiled code alone, and a graph that trains in subspaces needs the bases of each call: train "
+    "with torch.compile(model, backend=oasis_backend(...)), whose compile caches outlive the process, and save what "
+    "only predicts with torch's own backend"
+)
 
 
 @dataclass
@@ -77,18 +84,33 @@ def lower(
     try:
         record, lifted_gm, runtime_inputs = _prepare(gm, example_inputs, settings)
         if lifted_gm is not None:
+            if is_aot_compile():
+                raise Refused(_AOT_COMPILE)
             return _lower_lifted(
                 lifted_gm, example_inputs, runtime_inputs, record, settings, options, inner_compile, on_use
             )
-    except RESTARTS:
+        return compile_plainly(gm, example_inputs, settings, options, inner_compile), record
+    except (Refused, *RESTARTS):
         raise
     except Exception as error:
         # Also what torch finds wrong with a graph that has our inputs. What it finds wrong with the graph as it came is
         # raised once more by this call, as stock torch would.
-        compiled = compile_plainly(gm, example_inputs, settings, options, inner_compile)
+        compiled = compile_alone(gm, example_inputs, settings, options, inner_compile)
         survive(error, STAYS_DENSE, stacklevel=3)
         return compiled, CompiledGraph({}, (), (), {})
-    return compile_plainly(gm, example_inputs, settings, options, inner_compile), record
+
+
+def compile_alone(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Settings,
+    options: Mapping[str, Any],
+    inner_compile: Compiled | None = None,
+) -> Compiled:
+    """Compile a graph by the inner compiler with nothing of ours in it, where something of ours has failed."""
+    if settings.inner == "aot_eager":
+        return aot_eager_lowering(gm, example_inputs)
+    return inductor_lowering(gm, example_inputs, dict(options), inner_compile)
 
 
 def _lower_lifted(
@@ -117,6 +139,7 @@ def _prepare(
     gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
 ) -> tuple[CompiledGraph, fx.GraphModule | None, list[torch.Tensor]]:
     """Choose groups and lift the runtime's inputs; no graph where there is nothing to lift."""
+    gm = inline_regions(gm)
     groups, reasons, names = choose_groups(gm, example_inputs, settings)
     record = CompiledGraph(names, groups, lifted_weights(groups, len(example_inputs), settings.stats), reasons)
     if not groups:
@@ -171,12 +194,13 @@ def compile_plainly(
 ) -> Compiled:
     """Compile a graph as the inner compiler alone would, with gradients that are right where it changes its inputs."""
     ours = settings.budget is not None or torch.is_grad_enabled()  # without gradients there is nothing to partition
-    if settings.inner == "aot_eager":
-        return aot_eager_lowering(gm, example_inputs, _EagerPartition((), settings.budget) if ours else None)
-    patches = dict(options)
-    if ours:
-        patches["custom_partitioner_fn"] = JointPartitioner((), settings.budget)
-    return inductor_lowering(gm, example_inputs, patches, inner_compile)
+    with caches_may_be_left_out():  # the partitioner of ours may fail
+        if settings.inner == "aot_eager":
+            return aot_eager_lowering(gm, example_inputs, _EagerPartition((), settings.budget) if ours else None)
+        patches = dict(options)
+        if ours:
+            patches["custom_partitioner_fn"] = JointPartitioner((), settings.budget)
+        return inductor_lowering(gm, example_inputs, patches, inner_compile)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ __all__ = [
     "inductor_lowering",
     "input_placeholders",
     "input_source",
+    "is_aot_compile",
     "is_backward_write",
     "is_partial_graph",
     "is_tangent",
@@ -63,6 +64,7 @@ __all__ = [
     "known_fake",
     "leave_out_of_caches",
     "mark_static_input",
+    "shares_memory",
     "traced_in_backward",
     "tracing_fake_mode",
     "unguarded_fake_mode",
@@ -203,6 +205,11 @@ def known_fake(given: Any) -> Any:
     return mode.from_tensor(given)  # remembered by the mode, with the symbolic sizes that Dynamo gave it
 
 
+def is_aot_compile() -> bool:
+    """Whether the compile in progress is of `torch.compile(...).aot_compile`, which saves code without its backend."""
+    return bool(getattr(functorch_config, "bypass_autograd_cache_key", False))
+
+
 def is_partial_graph(gm: fx.GraphModule) -> bool:
     """True where Dynamo broke the user's function: this graph does not see the whole model."""
     reason = getattr(gm, "compile_subgraph_reason", None)
@@ -227,6 +234,14 @@ def copy_dynamo_attributes(source: fx.GraphModule, target: fx.GraphModule) -> No
     for old, new in placeholders:
         # AOTAutograd asserts that each placeholder has the attribute; None is a legal value.
         new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+
+
+def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors (fake ones, too) lie in one storage."""
+    try:
+        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a sparse tensor, or one within a transform such as vmap, has none
+        return False
 
 
 def mark_static_input(placeholder: fx.Node) -> None:

@@ -4,9 +4,10 @@
                                                   |           +-- computed without any incoming gradient
                                                   +-- computed from one
 
-A weight that is used several times has the sum of such matmuls in its slot, one that is used in parts their
-concatenation. Batched and grouped matmuls of experts, and convolutions, count as matmuls. The match is by what a
-node computes and depends on, not by the module or function that the user called.
+A weight that is used several times has the sum of such matmuls in its slot, one that is used in parts what puts the
+gradients of the parts together (`oasis_fx.passes.gradient_parts`). Batched and grouped matmuls of experts, and
+convolutions, count as matmuls. The match is by what a node computes and depends on, not by the module or function that
+the user called.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from oasis_fx.passes.dimension_labels import (
     labels_behind,
     permutation,
 )
+from oasis_fx.passes.gradient_parts import gradient_parts, is_zero
 from oasis_fx.torch_private import gradient_positions, input_placeholders, is_tangent
 
 GROUPED_BACKWARD = "transformers.grouped_mm_fallback_backward.default"
@@ -88,52 +90,82 @@ def find_weight_gradients(
             goal = _Goal(weight.rows(len(sizes)), tuple(range(*weight.features)), sizes, from_tangents)
             blocks = _blocks(values[position], first_labels(sizes), goal)
             rank = shape(placeholders[weight.slot])[1]
-            for term in (term for block in blocks for term in block):
+            terms = [term for block in blocks for term in block.terms]
+            if not terms:
+                raise _NoMatch("its gradient is zero in this graph")
+            for term in terms:
                 _check_worth(term, rank)
                 if weight.control is not None and term.kind is Kind.CONVOLUTION:
                     raise _NoMatch("this rule goes by the rows of X, and a convolution's patches are never laid out")
-            sites.append(WeightGradient(weight, position, tuple(blocks)))
+            others = _product([sizes[dim] for dim in goal.rows[1:]])
+            rows = tuple(block.count * others for block in blocks)
+            sites.append(WeightGradient(weight, position, tuple(block.terms for block in blocks), rows))
         except _NoMatch as miss:
             skipped.append(Skipped(weight.weight, str(miss)))
     return tuple(sites), tuple(skipped)
 
 
-def _blocks(node: fx.Node, labels: Labels, goal: _Goal) -> list[tuple[Contraction, ...]]:
-    """Split a gradient into blocks of rows, or raise _NoMatch."""
+@dataclass(frozen=True)
+class _Block:
+    """Some of the weight's slowest rows, and what their gradient is the sum of."""
+
+    count: Any
+    terms: tuple[Contraction, ...]
+
+
+def _blocks(node: fx.Node, labels: Labels, goal: _Goal) -> list[_Block]:
+    """Split a gradient into blocks of rows and those into contractions, or raise _NoMatch."""
     node, labels = _peel(node, labels, goal)
-    if node.target is not aten.cat.default:
-        return [tuple(_sum(node, labels, goal))]
-    parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
-    dim = int(node.args[1]) % len(labels) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-    if labels[dim] != goal.rows[:1]:
-        raise _NoMatch(f"its gradient is a concatenation along its features ({node.name})")
+    if is_zero(node):
+        return [_Block(goal.sizes[goal.rows[0]], ())]
+    if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
+        summands = [part for part in node.args if isinstance(part, fx.Node) and len(shape(part)) == len(labels)]
+        if len(summands) != 2:
+            raise _NoMatch(f"its gradient is a sum with something that is no matrix ({node.name})")
+        return _added(*(_blocks(part, labels, goal) for part in summands))
+    parts = gradient_parts(node, labels, goal.rows, goal.sizes)
+    if parts is None:
+        return [_Block(goal.sizes[goal.rows[0]], (_contraction(node, labels, goal),))]
+    if not parts:
+        raise _NoMatch(f"its gradient is put together along its features, or of parts of rows ({node.name})")
     blocks = []
     for part in parts:
         sizes = list(goal.sizes)
-        sizes[goal.rows[0]] = shape(part)[dim]
-        smaller = replace(goal, sizes=tuple(sizes))
-        kept = tuple(() if i == dim and equal(shape(part)[dim], 1) else label for i, label in enumerate(labels))
-        blocks.append(tuple(_sum(part, kept, smaller)))
+        sizes[goal.rows[0]] = part.count
+        if part.node is None:
+            blocks.append(_Block(part.count, ()))
+        else:
+            blocks += _blocks(part.node, part.labels, replace(goal, sizes=tuple(sizes)))
     return blocks
 
 
-def _sum(node: fx.Node, labels: Labels, goal: _Goal) -> list[Contraction]:
-    """Split a gradient into contractions, or raise _NoMatch."""
-    node, labels = _peel(node, labels, goal)
-    if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-        parts = [part for part in node.args if isinstance(part, fx.Node) and len(shape(part)) == len(labels)]
-        if len(parts) != 2:
-            raise _NoMatch(f"its gradient is a sum with something that is no matrix ({node.name})")
-        return [term for part in parts for term in _sum(part, labels, goal)]
+def _added(one: list[_Block], other: list[_Block]) -> list[_Block]:
+    """The sum of two gradients of the same rows; blocks that meet must be of one size, or empty."""
+    left, right, total = list(one), list(other), []
+    while left and right:
+        first, second = left.pop(0), right.pop(0)
+        if not equal(first.count, second.count):
+            longer, rest = (first, left) if statically_known_true(first.count > second.count) else (second, right)
+            if longer.terms:
+                raise _NoMatch("it is used in parts that overlap")
+            shorter = second if longer is first else first
+            rest.insert(0, _Block(longer.count - shorter.count, ()))
+            first, second = shorter, _Block(shorter.count, ())
+        total.append(_Block(first.count, first.terms + second.terms))
+    return total
+
+
+def _contraction(node: fx.Node, labels: Labels, goal: _Goal) -> Contraction:
+    """The matmul that a gradient is, or raise _NoMatch."""
     if node.target is operator.getitem and node.args[1] == 1:
         maker = node.all_input_nodes[0]
         if maker.target is aten.convolution_backward.default:
-            return [_convolution(node, maker, labels, goal)]
+            return _convolution(node, maker, labels, goal)
         if str(maker.target) == GROUPED_BACKWARD:
             x, _, _, dy = maker.all_input_nodes
-            return [_matmul(Kind.GROUPED, node, (x, True), (dy, False), labels, goal)]
+            return _matmul(Kind.GROUPED, node, (x, True), (dy, False), labels, goal)
     kind, left, right = _operands(node)
-    return [_matmul(kind, node, (left, False), (right, False), labels, goal)]
+    return _matmul(kind, node, (left, False), (right, False), labels, goal)
 
 
 def _matmul(

@@ -11,14 +11,16 @@ a weight's gradient is rewritten is decided on the joint graph, by what its node
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from oasis_fx.graph import shape
-from oasis_fx.passes.read_matmuls import behind_reshapes, matmuls, operation, stored_weight
+from oasis_fx.passes.follow_weights import behind_reshapes, operation, stored_weight
+from oasis_fx.passes.read_decomposed import decomposed_matmuls
+from oasis_fx.passes.read_matmuls import matmuls
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
@@ -48,7 +50,7 @@ def group_by_activation(
         weights: placeholders of the trainable parameters to look at.
     """
     uses: dict[fx.Node, list[tuple[tuple[int, ...], fx.Node]]] = {}
-    for activation, weight, summed in _matmuls(gm, {}):
+    for activation, weight, summed in _matmuls(gm, set(weights), {}):
         uses.setdefault(weight, []).append((summed, activation))
     found: list[WeightUse] = []
     reasons: dict[fx.Node, str] = {}
@@ -88,24 +90,28 @@ def _connected(uses: Sequence[WeightUse]) -> tuple[tuple[WeightUse, ...], ...]:
 
 
 def _matmuls(
-    gm: fx.GraphModule, outer: Mapping[fx.Node, fx.Node]
+    gm: fx.GraphModule, weights: Collection[fx.Node], outer: Mapping[fx.Node, fx.Node]
 ) -> Iterator[tuple[fx.Node, fx.Node, tuple[int, ...]]]:
-    """Yield (activation, weight placeholder, its dimensions summed over) for each matmul with a stored weight.
+    """Yield (activation, weight placeholder, its dimensions summed over) for each matmul with one of ``weights``.
 
     ``outer`` maps the placeholders of a checkpointed region's body to the nodes that are passed to it.
     """
+    # Of a region's placeholders, those that a weight is passed to.
+    passed = {inside for inside, outside in outer.items() if stored_weight(outside)[0] in weights}
+    here = passed if outer else weights
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is torch.ops.higher_order.tag_activation_checkpoint:
             body = getattr(gm, node.args[0].target)
-            arguments = [outer.get(a, a) for a in node.args[1:]]
-            yield from _matmuls(body, dict(zip(body.graph.find_nodes(op="placeholder"), arguments, strict=False)))
+            arguments = [outer.get(a, a) if isinstance(a, fx.Node) else a for a in node.args[1:]]
+            inner = dict(zip(body.graph.find_nodes(op="placeholder"), arguments, strict=False))
+            yield from _matmuls(body, weights, {k: a for k, a in inner.items() if isinstance(a, fx.Node)})
             continue
-        for found in matmuls(node):
-            stored, dims = stored_weight(found.weight)
+        for found in matmuls(node, here) or decomposed_matmuls(node, here):
+            stored, labels = stored_weight(found.weight)
+            summed = [dim for feature in found.features for dim in labels[feature]]
             if stored in outer:  # its transpose may have been taken outside the region
-                stored, dims_outside = stored_weight(outer[stored])
-                dims = tuple(dims_outside[dim] for dim in dims)
-            if stored.op == "placeholder" and len(shape(stored)) >= 2:
+                stored, labels = stored_weight(outer[stored])
+                summed = [d for dim in summed for d in labels[dim]]
+            if len(shape(stored)) >= 2 and summed:
                 source = behind_reshapes(found.activation)
-                summed = tuple(sorted(dims[dim] for dim in found.features))
-                yield behind_reshapes(outer.get(source, source)), stored, summed
+                yield behind_reshapes(outer.get(source, source)), stored, tuple(sorted(summed))

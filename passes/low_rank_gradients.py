@@ -53,7 +53,8 @@ def low_rank_gradients(
         if site.inputs.dense:
             set_output(graph, site.position, _at_full_size(graph, site, blocks))
             continue
-        set_output(graph, positions[site.inputs.slot], _stacked(graph, [_sum(graph, list(b.values())) for b in blocks]))
+        parts = [_sum(graph, list(block.values())) if block else None for block in blocks]
+        set_output(graph, positions[site.inputs.slot], _stacked(graph, parts, site.rows))
         set_output(graph, site.position, None)
     return len(sites)
 
@@ -81,10 +82,10 @@ def _at_full_size(graph: fx.Graph, site: WeightGradient, blocks: Sequence[Mappin
     bases = {basis for block in blocks for basis in block}
     if len(bases) == 1:  # one product for all rows
         (basis,) = bases
-        rows = full_size(graph, _stacked(graph, [block[basis] for block in blocks]), basis)
+        rows = full_size(graph, _stacked(graph, [block.get(basis) for block in blocks], site.rows), basis)
     else:
         parts = [[full_size(graph, g, basis) for basis, g in block.items()] for block in blocks]
-        rows = _stacked(graph, [_sum(graph, found) for found in parts])
+        rows = _stacked(graph, [_sum(graph, found) if found else None for found in parts], site.rows)
     return stored_layout(graph, rows, shape(outputs(graph)[site.position]), site.inputs)
 
 
@@ -105,8 +106,19 @@ def stored_layout(graph: fx.Graph, rows: fx.Node, sizes: Sequence[Any], inputs: 
     return insert_after(graph, viewed, aten.permute.default, viewed, inverse)
 
 
-def _stacked(graph: fx.Graph, blocks: list[fx.Node]) -> fx.Node:
-    return blocks[0] if len(blocks) == 1 else insert_after(graph, max(blocks), aten.cat.default, blocks)
+def _stacked(graph: fx.Graph, blocks: Sequence[fx.Node | None], rows: Sequence[Any]) -> fx.Node:
+    """Blocks of rows one behind the other; None stands for zeros, as many rows as ``rows`` says."""
+    if len(blocks) == 1 and blocks[0] is not None:
+        return blocks[0]
+    last = max(block for block in blocks if block is not None)
+    like = value(last)
+    whole = []
+    for block, count in zip(blocks, rows, strict=True):
+        if block is None:
+            size = [count, like.shape[1]]
+            block = last = insert_after(graph, last, aten.full.default, size, 0.0, dtype=like.dtype, device=like.device)
+        whole.append(block)
+    return insert_after(graph, last, aten.cat.default, whole)
 
 
 def _sum(graph: fx.Graph, parts: Sequence[fx.Node]) -> fx.Node:

@@ -49,7 +49,7 @@ def find_dense_gradients(
         elif weight.slot not in positions or weight.basis not in positions:
             skipped.append(Skipped(weight.weight, "AOTAutograd gave no gradient slot to the runtime's inputs"))
         else:
-            sites.append(WeightGradient(weight, position, ()))
+            sites.append(WeightGradient(weight, position, (), ()))
     return tuple(sites), tuple(skipped)
 
 

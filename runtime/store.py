@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from oasis_fx.runtime.by_tensor import ByTensor
 from oasis_fx.runtime.layout import Features, num_features
 from oasis_fx.runtime.subspace import Momentum, Subspace, SubspaceSpec, initial_basis
 
@@ -75,9 +75,9 @@ class SubspaceStore:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._subspaces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._preloaded: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._resized: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._subspaces = ByTensor()
+        self._preloaded = ByTensor()
+        self._resized = ByTensor()
 
     def existing(self, weight: torch.Tensor, spec: SubspaceSpec, features: Features | None = None) -> Subspace | None:
         """The subspace of a weight that is read over ``features`` (None: over any), or None before its first use."""

@@ -32,6 +32,8 @@ PLACES = [
     "oasis_fx.pipeline.project_activations",
     "oasis_fx.pipeline.low_rank_gradients",
     "oasis_fx.pipeline.check_graph",
+    "oasis_fx.pipeline.keep_changed_inputs",
+    "oasis_fx.pipeline.copies_not_made",
     "oasis_fx.pipeline.early_statistics",
 ]
 OF_GRADIENTS = ["oasis_fx.pipeline.find_dense_gradients", "oasis_fx.pipeline.project_gradients"]
@@ -96,6 +98,7 @@ def test_the_switch_raises_them_all(place, settings, break_at) -> None:
         trained(settings)
     error = caught.value
     assert isinstance(getattr(error, "inner_exception", error), OnPurpose)
+    assert not torch._inductor.config.force_disable_caches  # of this compile alone
 
 
 def test_nothing_is_said_where_nothing_fails(surviving) -> None:
@@ -110,7 +113,7 @@ def test_a_wrong_value_of_a_pass_is_caught(monkeypatch, surviving) -> None:
 
     def careless(graph, sites):
         projections = project_activations(graph, sites)
-        node = next(iter(projections.values()))
+        node = next(iter(projections.values())).p
         node.meta["val"] = node.meta["val"].new_empty(1, 1)
         return projections
 
