@@ -8,9 +8,7 @@ from __future__ import annotations
 from fuzz.program import Program
 
 # Features that a program has together, and the reason.
-NOT_YET: list[tuple[frozenset[str], str]] = [
-    (frozenset({"transpose by keyword"}), "group 6: ValueError and IndexError in stored_weight"),
-]
+NOT_YET: list[tuple[frozenset[str], str]] = []
 
 
 def left_out(program: Program) -> str:
