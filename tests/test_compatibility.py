@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
+from oasis_fx import LowRankGrad, OasisAdamW, OasisSGD, oasis_backend
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,9 +45,9 @@ def inputs(step: int = 0) -> torch.Tensor:
     return torch.randn(40, 32, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
 
-def released(model, compiled, steps: int) -> list[float]:
+def released(model, compiled, steps: int, make=lambda parameters: OasisAdamW(parameters, lr=1e-2)) -> list[float]:
     """An optimizer for each parameter, which steps as soon as its gradient is there."""
-    optimizers = {p: OasisAdamW([p], lr=1e-2) for p in model.parameters()}
+    optimizers = {p: make([p]) for p in model.parameters()}
 
     def step(parameter) -> None:
         optimizers[parameter].step()
@@ -81,11 +81,16 @@ def test_gradient_release_is_a_step_of_all() -> None:
     assert found == expected
 
 
-def test_gradient_release_of_weights_that_share_a_basis_is_refused() -> None:
-    model = Gated().double()
-    compiled = torch.compile(model, backend=oasis_backend(8, inner="aot_eager"))
-    with pytest.raises(RuntimeError, match="give weights that share a basis to one optimizer"):
-        released(model, compiled, 3)
+def test_gradient_release_of_weights_that_share_a_basis_is_a_step_of_all() -> None:
+    """The first of them moves the basis; the gradients and states of the others follow by its overlap."""
+    model, reference = Gated().double(), Gated().double()
+    reference.load_state_dict(model.state_dict())
+    n = max(p.shape[1] for p in model.parameters() if p.dim() == 2)
+    compiled = torch.compile(model, backend=oasis_backend(n, inner="aot_eager"))
+    released(model, compiled, 4, lambda parameters: OasisSGD(parameters, lr=0.05, momentum=0.9))
+    released(reference, reference, 4, lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9))
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_activations_saved_on_the_cpu() -> None:

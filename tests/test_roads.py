@@ -191,6 +191,17 @@ def test_every_road_is_right_at_full_rank_and_moves_the_bases(road) -> None:
         assert optimizer.state[w]["momentum_buffer"].shape == (N, N) and "features" in optimizer.state[w]
 
 
+def test_a_graph_that_is_compiled_in_the_middle_of_an_accumulation_leaves_gradients_low_rank() -> None:
+    net, reference = make_net(), make_net()
+    model = torch.compile(net, backend=oasis_backend(rank=2, inner="aot_eager"), dynamic=False)
+    for rows in (9, 5, 7):  # a graph for each
+        for run in (model, reference):
+            run(batch(rows)[:rows]).square().sum().backward()
+    for w, expected in zip(weights_of(net), weights_of(reference), strict=True):
+        assert w.grad.is_low_rank
+        torch.testing.assert_close(w.grad.factor, expected.grad @ w.grad.basis)
+
+
 @pytest.mark.parametrize("road", [backward_inputs, autograd_grad, nan_hook, replaced])
 def test_at_a_low_rank_each_road_is_the_plain_loop(road) -> None:
     """Their gradients are those of the plain loop, up to a factor; AdamW's step does not depend on one."""
