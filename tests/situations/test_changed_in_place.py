@@ -82,7 +82,7 @@ def nested_views(net, x):
 
 
 def a_counter_that_noise_is_made_from(net, x):
-    noise = torch.sin(torch.arange(D) * net.count * 1.7).to(x.dtype)
+    noise = torch.sin(torch.arange(D, dtype=x.dtype) * net.count * 1.7)  # float32 sines differ by compiler
     net.count.add_(1)
     return net.b(torch.tanh(net.a(x) * noise))
 
