@@ -106,7 +106,6 @@ def test_contents_are_plain_and_bases_are_numbered(products, make_weight) -> Non
     }
     assert set(state[2]) == {"step", "exp_avg", "exp_avg_sq"}
     assert torch.equal(state[0]["basis"], STORE.existing(weights[0], SPEC).basis)
-    assert "subspace" not in optimizer.state[weights[0]]  # numbered in the copy only
 
 
 def test_saving_changes_nothing(products, make_weight) -> None:
