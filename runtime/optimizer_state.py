@@ -77,7 +77,8 @@ def pack_state(packed: dict[str, Any]) -> dict[str, Any]:
     for key, entry in packed["state"].items():
         if isinstance(entry, dict) and "features" in entry:
             number = numbers.setdefault(entry["basis_updates"].data_ptr(), len(numbers))
-            entry = {**entry, "subspace": number}
+            # Last, whether the live state has one or not: a resumed run writes what the uninterrupted one does.
+            entry = {key: value for key, value in entry.items() if key != "subspace"} | {"subspace": number}
         state[key] = entry
     return {**packed, "state": state}
 
