@@ -117,7 +117,7 @@ def advance_subspaces(weights: Iterable[torch.Tensor]) -> None:
         subspace.overlap = None  # nobody's states follow
 
 
-# A basis that was due to move for so many steps in a row, and has not, is not waiting for data: nothing will come.
+# A basis that has missed this many moves in a row is not waiting for data: nothing will come.
 IDLE_STEPS = 10
 
 

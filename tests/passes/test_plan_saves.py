@@ -98,7 +98,7 @@ def test_the_partition_keeps_what_the_plan_says(capture_joint) -> None:
         forward, backward = _partition_as_planned(gm, partition(joint), joint.num_forward_outputs, plan)
         saved = saved_storages(forward.graph, joint.num_forward_outputs)
         assert saved.keys() == kept and sum(saved.values()) == plan.num_bytes <= budget
-        # Of the forward pass the backward graph has what is computed again, and nothing else.
+        # The only part of the forward pass in the backward graph is what is recomputed.
         names = {node.name for node in backward.graph.nodes if node.op == "call_function"}
         assert names & of_forward == again
         assert len(outputs(forward.graph)) == len(forward.graph.output_node().meta["desc"])

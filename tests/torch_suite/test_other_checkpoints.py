@@ -27,7 +27,7 @@ def begun():
 
 @every
 def test_the_order_of_named_groups_may_be_changed_by_a_hook(make) -> None:
-    """torch's documentation of `load_state_dict`: a pre-hook that goes by names."""
+    """torch's documentation of `load_state_dict`: a pre-hook that matches parameters by name."""
     params = parameters()
     optimizer = make([(f"p{i}", p) for i, p in enumerate(params)])
     steps(optimizer, params, range(2))
