@@ -108,13 +108,14 @@ def test_caches(site: Path, cache: Path) -> None:
 
     edited = site / "oasis_fx" / "passes" / "low_rank_gradients.py"
     text = edited.read_text()
-    assert "set_output(graph, positions[site.inputs.slot], total)" in text
-    doubled = text.replace(
-        "set_output(graph, positions[site.inputs.slot], total)",
-        "total = insert_after(graph, total, aten.mul.Tensor, total, 2.0)\n"
-        "        set_output(graph, positions[site.inputs.slot], total)",
+    line = "set_output(graph, positions[site.inputs.slot], _stacked(graph, parts, site.rows))"
+    assert line in text
+    doubled = (
+        "total = _stacked(graph, parts, site.rows)\n"
+        "        total = insert_after(graph, total, aten.mul.Tensor, total, 2.0)\n"
+        "        set_output(graph, positions[site.inputs.slot], total)"
     )
-    edited.write_text(doubled)
+    edited.write_text(text.replace(line, doubled))
     after_edit = run(site, cache, rank=3)
     assert not after_edit["hit"]
     assert_exact(after_edit, 3, both, scale=2.0)

@@ -24,6 +24,8 @@ def full_subspace(weight: torch.nn.Parameter, rule: str) -> Subspace:
             continue
         if name == "names":
             subspace.names = ("a.weight",)
+        elif name == "replicas":
+            subspace.replicas = frozenset({0, 1})
         elif name == "momentum":
             subspace.momentum = Momentum(torch.randn(5, 3), torch.tensor(4.0), 0.9)
         elif isinstance(value, bool):

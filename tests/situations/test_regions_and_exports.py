@@ -61,6 +61,7 @@ model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Lin
 torch.compile(model, backend=oasis_backend(rank=3))(torch.ones(5, 6)).square().sum().backward()
 assert isinstance(model[0].weight.grad, LowRankGrad)
 print(model[0].weight.grad.factor.norm().item(), torch._dynamo.utils.counters["dynamo_cache"])
+torch.compiler.save_cache_artifacts()  # writes what Dynamo compiled, as well
 """
 
 
