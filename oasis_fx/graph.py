@@ -173,17 +173,53 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 def insert_after(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Insert ``target(*args, **kwargs)`` behind ``node``, or behind the inputs where ``node`` is one of them."""
-    point = node
-    if node.op == "placeholder":
-        point = list(graph.find_nodes(op="placeholder"))[-1]
-    with graph.inserting_after(point):
-        return _finish(graph.call_function(target, args, kwargs), node)
+    arguments, sizes = _with_sizes_as_nodes(graph, args, kwargs)
+    point = list(graph.find_nodes(op="placeholder"))[-1] if node.op == "placeholder" else node
+    with graph.inserting_after(max(point, *sizes) if sizes else point):
+        return _finish(graph.call_function(target, *arguments), node)
 
 
 def insert_before(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Insert ``target(*args, **kwargs)`` in front of ``node``."""
+    arguments, _ = _with_sizes_as_nodes(graph, args, kwargs)
     with graph.inserting_before(node):
-        return _finish(graph.call_function(target, args, kwargs), node)
+        return _finish(graph.call_function(target, *arguments), node)
+
+
+def _with_sizes_as_nodes(graph: fx.Graph, args: Any, kwargs: Any) -> tuple[Any, list[fx.Node]]:
+    """Arguments with each size that is a symbol as a node that has it, and those nodes.
+
+    Generated code knows a symbol only where an input of the graph has it. One that no input has becomes a number, on
+    which torch then guards.
+    """
+    found: list[fx.Node] = []
+
+    def as_node(argument: Any) -> Any:
+        if not isinstance(argument, torch.SymInt):
+            return argument
+        node = _node_of_size(graph, argument)
+        if node is None:
+            return int(argument)
+        found.append(node)
+        return node
+
+    return fx.node.map_aggregate((args, kwargs), as_node), found
+
+
+def _node_of_size(graph: fx.Graph, size: torch.SymInt) -> fx.Node | None:
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    for node in placeholders:
+        if isinstance(value(node), torch.SymInt) and statically_known_true(value(node) == size):
+            return node
+    for node in placeholders:
+        sizes = shape(node) if isinstance(value(node), torch.Tensor) else ()
+        for dim, of_input in enumerate(sizes):
+            if isinstance(of_input, torch.SymInt) and statically_known_true(of_input == size):
+                with graph.inserting_after(placeholders[-1]):
+                    new = graph.call_function(aten.sym_size.int, (node, dim))
+                new.meta["val"] = size
+                return new
+    return None
 
 
 def _finish(new: fx.Node, neighbour: fx.Node) -> fx.Node:

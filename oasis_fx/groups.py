@@ -16,7 +16,7 @@ from oasis_fx.passes.group_by_activation import WeightUse, group_by_activation
 from oasis_fx.runtime.layout import num_features, smaller_side
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import SubspaceSpec
-from oasis_fx.torch_private import FakeTensor, is_traceable_wrapper_subclass
+from oasis_fx.torch_private import FakeTensor, is_traceable_wrapper_subclass, known_fake
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _as_based(
     for use in members:
         weight = example_inputs[position[use.weight]]
         if of_gradient:
-            use = replace(use, features=smaller_side(weight.shape, use.features))
+            use = replace(use, features=smaller_side(known_fake(weight).shape, use.features))
         known = () if isinstance(weight, FakeTensor) else STORE.read_over(weight)
         if known and use.features not in known:
             reasons[position[use.weight]] = "another graph reads it over its other dimension"
@@ -116,11 +116,11 @@ def _split(
     for use in members:
         index = position[use.weight]
         weight = example_inputs[index]
-        n = num_features(weight.shape, use.features)
+        n = num_features(known_fake(weight).shape, use.features)
         rank = settings.rank_of(names[index], n)
         assert rank is not None  # a weight that no glob of rank names was left alone before
         spec = SubspaceSpec(
-            rank=rank,
+            rank=int(rank),  # where n is a symbol that decides it, torch guards on its value
             rule=settings.rule,
             learning_rate=settings.subspace_lr,  # type: ignore[arg-type]
             every=settings.subspace_every,  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def _split(
             if present is None and waiting is not None:  # a resumed run parts them as the one that saved them did
                 present = waiting.group
         alone = index if of_gradient else None  # each gradient has a basis of its own
-        parts.setdefault((spec, n, weight.dtype, weight.device, present, alone), []).append(use)
+        parts.setdefault((spec, str(n), weight.dtype, weight.device, present, alone), []).append(use)
     return [
         WeightGroup(tuple(position[use.weight] for use in uses), tuple(use.features for use in uses), spec)
         for (spec, *_), uses in parts.items()

@@ -19,7 +19,7 @@ from oasis_fx.runtime.rules import BatchRule, StatisticRule
 from oasis_fx.runtime.slots import Group, lend
 from oasis_fx.runtime.store import STORE
 from oasis_fx.runtime.subspace import Family, Subspace, SubspaceSpec, Versions
-from oasis_fx.torch_private import FakeTensor, active_ddp, tracing_fake_mode
+from oasis_fx.torch_private import FakeTensor, active_ddp, known_fake, tracing_fake_mode
 
 Compiled = Callable[..., Any]
 OnUse = Callable[[Subspace, tuple[str, ...]], Any]
@@ -68,32 +68,33 @@ def lifted_weights(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) 
 def fake_runtime_inputs(
     groups: Sequence[WeightGroup], example_inputs: Sequence[Any], stats: bool
 ) -> tuple[list[torch.Tensor], list[str]]:
-    """Fake runtime inputs in the fake mode of the compile, with static shapes: they have no source to guard on."""
+    """Fake runtime inputs in the fake mode of the compile, and their names.
+
+    Their sizes are those of the fake weights, symbols too, so that a graph made for weights of any size takes bases of
+    any size. They have no source to guard on.
+    """
     mode = tracing_fake_mode()
     assert mode is not None  # Dynamo always sets one
     lending = _lending(groups, stats)
     bases, energies, controls, slots = [], [], [], []
-    for group in groups:
-        for weight, features in zip(group.weights, group.features, strict=True):
-            w = example_inputs[weight]
-            slot = torch.zeros(1, dtype=w.dtype, device=w.device).expand(num_rows(w.shape, features), group.spec.rank)
-            slots.append(slot.detach().requires_grad_())
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        n = num_features(w.shape, features)
-        shape = n, group.spec.rank
-        basis = torch.empty(shape, dtype=dtype, device=w.device)
-        if lending.control:  # laid out as what will come: generated code looks at the strides
-            basis = stand_in(shape, dtype, w.device)
-        bases.append(basis.requires_grad_())
-        if lending.energy:
-            energies.append(torch.zeros((), dtype=dtype, device=w.device).requires_grad_())
-        if lending.control:
-            controls.append(torch.zeros(3, dtype=torch.int64, device="cpu"))
+    with mode:
+        for group in groups:
+            for weight, features in zip(group.weights, group.features, strict=True):
+                w = known_fake(example_inputs[weight])
+                slot = torch.zeros(1, dtype=w.dtype, device=w.device)
+                slots.append(slot.expand(num_rows(w.shape, features), group.spec.rank).detach().requires_grad_())
+            dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+            shape = num_features(w.shape, features), group.spec.rank
+            # One of a batch rule is laid out as what will come: generated code looks at the strides.
+            make = stand_in if lending.control else torch.empty
+            bases.append(make(shape, dtype=dtype, device=w.device).requires_grad_())
+            if lending.energy:
+                energies.append(torch.zeros((), dtype=dtype, device=w.device).requires_grad_())
+            if lending.control:
+                controls.append(torch.zeros(3, dtype=torch.int64, device="cpu"))
     inputs = {"basis": bases, "energy": energies, "control": controls, "slot": slots}
     names = [f"{kind}_{index}" for kind, made in inputs.items() for index in range(len(made))]
-    made = [*bases, *energies, *controls, *slots]
-    fakes: list[torch.Tensor] = [mode.from_tensor(t, static_shapes=True) for t in made]
-    return fakes, names
+    return [*bases, *energies, *controls, *slots], names
 
 
 def _averaging(members: Sequence[torch.Tensor], ddp: DistributedDataParallel | None) -> GradientSync | None:

@@ -48,6 +48,7 @@ class Item:
 
 def gather(optimizer: SubspaceOptimizer) -> Iterator[Item]:
     """Everything that this step updates. Raises before anything has changed."""
+    has_ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
     for index, group in enumerate(optimizer.param_groups):
         optimizer.check_group(group)  # it may have been set since the last step
         for number, weight in enumerate(group["params"]):
@@ -56,15 +57,16 @@ def gather(optimizer: SubspaceOptimizer) -> Iterator[Item]:
             if weight.grad.is_sparse:
                 raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
             name = group["param_names"][number] if "param_names" in group else f"{number} of group {index}"
-            for subspace in STORE.all_of(whole(weight)):
-                subspace.check_averaged()
+            if has_ranks:
+                for subspace in STORE.all_of(whole(weight)):
+                    subspace.check_averaged()
             yield _item(optimizer, weight, group, name)
 
 
 def _item(optimizer: SubspaceOptimizer, weight: torch.Tensor, group: Mapping[str, Any], name: str) -> Item:
     gradient, state = local_gradient(weight), optimizer.state.get(weight, {})
     assert gradient is not None
-    _check_shapes(optimizer, name, local(weight), gradient, state)
+    data = local(weight)
     subspace, features = _place(optimizer, weight, gradient, state)
     if is_low_rank(state):
         low_rank = True
@@ -73,7 +75,12 @@ def _item(optimizer: SubspaceOptimizer, weight: torch.Tensor, group: Mapping[str
         low_rank = subspace is not None and not subspace.spec.rule.dense and not full_rank
     if subspace is not None and low_rank:
         _check_binding(optimizer, weight, subspace, name)
-        _check_rank(optimizer, weight, state, subspace, features, name)
+        if state.get("features", features) != features:
+            raise ValueError(
+                f"parameter {name} has moments in a basis of dimensions {state['features']} and a gradient in one of "
+                f"{features}: a graph reads it the other way round. Take them away by optimizer.state.pop(parameter)"
+            )
+    _check_shapes(optimizer, name, data, gradient, state, subspace if low_rank else None)
     if isinstance(gradient, LowRankGrad):
         if not gradient.is_low_rank:
             gradient = gradient.factor
@@ -81,7 +88,7 @@ def _item(optimizer: SubspaceOptimizer, weight: torch.Tensor, group: Mapping[str
             factor = gradient.cell.current_factor()
             gradient = LowRankGrad(factor, gradient.subspace, gradient, features=gradient.features)
     hyper = optimizer.hyper_of(group, weight)
-    return Item(weight, local(weight), gradient, hyper, subspace, features, low_rank)
+    return Item(weight, data, gradient, hyper, subspace, features, low_rank)
 
 
 def _place(
@@ -110,48 +117,40 @@ def _check_binding(optimizer: SubspaceOptimizer, weight: torch.Tensor, subspace:
         )
 
 
-def _check_rank(
-    optimizer: SubspaceOptimizer,
-    weight: torch.Tensor,
-    state: State,
-    subspace: Subspace,
-    features: Features | None,
-    name: str,
-) -> None:
-    if not is_low_rank(state):
-        return
-    assert features is not None
-    wanted = num_rows(local(weight).shape, features), subspace.shape[1]
-    for kind in optimizer.states:
-        if kind in state and tuple(state[kind].shape) != wanted:
-            raise ValueError(
-                f"parameter {name} has {_SPOKEN.get(kind, kind)} of shape {tuple(state[kind].shape)} and a gradient of "
-                f"shape {wanted}: its rank has changed since they began"
-            )
-
-
 def _check_shapes(
-    optimizer: SubspaceOptimizer, name: str, data: torch.Tensor, gradient: torch.Tensor, state: State
+    optimizer: SubspaceOptimizer,
+    name: str,
+    data: torch.Tensor,
+    gradient: torch.Tensor,
+    state: State,
+    subspace: Subspace | None,
 ) -> None:
-    """Raise ValueError where the data of a weight were given another shape: kernels do not look at it."""
-    if gradient.shape != data.shape:
+    """Raise ValueError where a weight has another shape than its gradient or its states: kernels do not look at it.
+
+    ``subspace`` is the one that low-rank states are to be in; None where they are in none, or it is not known yet.
+    """
+    shape, low_rank = data.shape, is_low_rank(state)
+    if gradient.shape != shape:
         raise ValueError(
-            f"parameter {name} has shape {tuple(data.shape)} and a gradient of shape {tuple(gradient.shape)}: it "
+            f"parameter {name} has shape {tuple(shape)} and a gradient of shape {tuple(gradient.shape)}: it "
             "has changed its shape since the backward pass"
         )
-    low_rank = is_low_rank(state)
+    if low_rank:
+        rows, basis = num_rows(shape, state["features"]), state.get("basis")
+        has_basis = basis is None or basis.shape[0] == num_features(shape, state["features"])
     for kind in optimizer.states_of(low_rank):
         if kind not in state:
             continue
-        shape, fits = tuple(state[kind].shape), state[kind].shape == data.shape
-        if low_rank:
-            fits = shape[0] == num_rows(data.shape, state["features"])
-            basis = state.get("basis")
-            fits = fits and (basis is None or basis.shape[0] == num_features(data.shape, state["features"]))
-        if not fits:
+        found = state[kind].shape
+        if not (has_basis and found[0] == rows if low_rank else found == shape):
             raise ValueError(
-                f"parameter {name} has shape {tuple(data.shape)} and {_SPOKEN.get(kind, kind)} of shape {shape}: its "
-                "shape has changed since they began. Take them away by optimizer.state.pop(parameter)"
+                f"parameter {name} has shape {tuple(shape)} and {_SPOKEN.get(kind, kind)} of shape {tuple(found)}: "
+                "its shape has changed since they began. Take them away by optimizer.state.pop(parameter)"
+            )
+        if low_rank and subspace is not None and found[1] != subspace.shape[1]:
+            raise ValueError(
+                f"parameter {name} has {_SPOKEN.get(kind, kind)} of shape {tuple(found)} and a gradient of shape "
+                f"{(rows, subspace.shape[1])}: its rank has changed since they began"
             )
 
 

@@ -32,10 +32,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def local_gradient(weight: torch.Tensor) -> torch.Tensor | None:
     """The gradient of the local part of a weight."""
     gradient = weight.grad
-    if gradient is not None and is_sharded(gradient) and gradient.placements != weight.placements:  # type: ignore[attr-defined]
+    if gradient is None or not is_sharded(gradient):
+        return gradient
+    if gradient.placements != weight.placements:  # type: ignore[attr-defined]
         with torch.no_grad():
             gradient = gradient.redistribute(placements=weight.placements)  # type: ignore[attr-defined]
-    return None if gradient is None else local(gradient)
+    return local(gradient)
 
 
 def whole(weight: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,21 +58,34 @@ class Tapped(torch.nn.Module):
 
     def first_name(self, weight: str) -> str:
         """The name under which a weight with several is among the named parameters."""
-        parameter = self.get_parameter(weight)
+        parameter = dict(self.named_parameters(remove_duplicate=False))[weight]
         return next(name for name, other in self.named_parameters() if other is parameter)
 
     def saw(self, weight: str, rows: torch.Tensor | None, summed: tuple[int, ...]) -> None:
         if torch.is_grad_enabled():
             self.uses.append(Use(self.first_name(weight), None if rows is None else rows.detach().clone(), summed))
 
-    def tap(self, weight: str) -> torch.Tensor:
-        parameter = getattr(self, weight)
-        if not parameter.requires_grad or not torch.is_grad_enabled():
+    def tap(self, weight: str, parameter: torch.Tensor | None = None) -> torch.Tensor:
+        """A weight, plus zeros whose gradient will be that of this read."""
+        parameter = getattr(self, weight) if parameter is None else parameter
+        name = self.first_name(weight)
+        uses = [use for use in self.uses if use.weight == name]
+        if not uses or not parameter.requires_grad or not torch.is_grad_enabled():
             return parameter
         zeros = torch.zeros_like(parameter, requires_grad=True)
-        name = self.first_name(weight)
-        next(use for use in reversed(self.uses) if use.weight == name).parts.append(zeros)
+        next((use for use in uses if not use.parts), uses[-1]).parts.append(zeros)
         return parameter + zeros
+
+    def tap_submodules(self) -> None:
+        """Let each read of a matrix by `nn.Linear` or `nn.MultiheadAttention` go through `tap`."""
+        for path, module in list(self.named_modules()):
+            if path and isinstance(module, torch.nn.Linear | torch.nn.MultiheadAttention):
+                matrices = [name for name, weight in module.named_parameters(recurse=False) if weight.dim() >= 2]
+                reads = {name: property(partial(self._read, f"{path}.{name}", name)) for name in matrices}
+                module.__class__ = type(type(module).__name__, (type(module),), reads)
+
+    def _read(self, weight: str, name: str, module: torch.nn.Module) -> torch.Tensor:
+        return self.tap(weight, module._parameters[name])
 
 
 @dataclass
@@ -127,6 +141,8 @@ def run_program(program: Program, backend: Any, *, tapped: bool = False) -> Run:
     }  # fmt: skip
     exec(compile(module_text(program, tapped=tapped), f"<program {program.seed}>", "exec"), names)
     net = names["Net"](randoms(0, dtype))
+    if tapped:
+        net.tap_submodules()
     run = Run(net, [], [], [])
 
     def nonleaf(x: torch.Tensor) -> torch.Tensor:
