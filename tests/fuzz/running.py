@@ -36,12 +36,19 @@ class Use:
         rows: X [N, n], or None where it is not known.
         summed: the dimensions of the weight that the matmul sums over, where they are known.
         parts: zeros that were added to the weight; their gradients are this use's part of dW.
+        seen: X itself, and how often it had been changed in place by then.
     """
 
     weight: str
     rows: torch.Tensor | None
     summed: tuple[int, ...] = ()
     parts: list[torch.Tensor] = field(default_factory=list)
+    seen: tuple[torch.Tensor, int] | None = None
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether X was changed in place afterwards: eager mode then has no dW of this use, and refuses to make one."""
+        return self.seen is not None and self.seen[0]._version != self.seen[1]
 
     def gradient(self) -> torch.Tensor | None:
         """This use's part of dW, or None where it gets none or it is not known."""
@@ -56,14 +63,20 @@ class Tapped(torch.nn.Module):
         super().__init__()
         self.uses: list[Use] = []
 
+    def get_parameter(self, target: str) -> torch.nn.Parameter:
+        """As torch's, past what `tap_submodules` puts in the place of a matrix."""
+        return dict(self.named_parameters(remove_duplicate=False))[target]
+
     def first_name(self, weight: str) -> str:
         """The name under which a weight with several is among the named parameters."""
-        parameter = dict(self.named_parameters(remove_duplicate=False))[weight]
+        parameter = self.get_parameter(weight)
         return next(name for name, other in self.named_parameters() if other is parameter)
 
     def saw(self, weight: str, rows: torch.Tensor | None, summed: tuple[int, ...]) -> None:
         if torch.is_grad_enabled():
-            self.uses.append(Use(self.first_name(weight), None if rows is None else rows.detach().clone(), summed))
+            use = Use(self.first_name(weight), None if rows is None else rows.detach().clone(), summed)
+            use.seen = None if rows is None else (rows, rows._version)
+            self.uses.append(use)
 
     def tap(self, weight: str, parameter: torch.Tensor | None = None) -> torch.Tensor:
         """A weight, plus zeros whose gradient will be that of this read."""

@@ -64,7 +64,7 @@ def compare_statistic(
 def _terms(
     reference: Run, run: Run, same: Comparison, subspace: Subspace, members: list[tuple[str, LowRankGrad]]
 ) -> list[Term] | None:
-    """What C is made of, equal ones together; None where the X of a use is not known.
+    """What C is made of, equal ones together; None where the X of a use is not known, or changes after it.
 
     Weights whose gradients are dense in the end, as where another graph reads them differently, may have a share too.
     """
@@ -75,7 +75,7 @@ def _terms(
     for use in reference.net.uses:
         if use.weight not in sharing:
             continue
-        if use.rows is None:
+        if use.rows is None or use.has_changed:
             return None
         if use.rows.shape[1] != basis.shape[0]:
             continue
