@@ -49,7 +49,8 @@ def compare_statistic(
             rows, basis = rows.to(found.dtype), subspace.basis.detach()
             same("statistic of a gradient", name, found, rows.mT @ (rows @ basis))
         return
-    terms = _terms(reference, run, same, subspace, members)
+    parted = {read.weight for s in program.statements() for read in s.reads if "for part in" in s.text}
+    terms = _terms(reference, run, same, subspace, members, parted)
     if terms is None:
         same.missed("statistic")
         return
@@ -62,10 +63,16 @@ def compare_statistic(
 
 
 def _terms(
-    reference: Run, run: Run, same: Comparison, subspace: Subspace, members: list[tuple[str, LowRankGrad]]
+    reference: Run,
+    run: Run,
+    same: Comparison,
+    subspace: Subspace,
+    members: list[tuple[str, LowRankGrad]],
+    parted: set[str],
 ) -> list[Term] | None:
     """What C is made of, equal ones together; None where the X of a use is not known, or changes after it.
 
+    X counts once for each part of the weights named by ``parted``, unless the graph has one node for all.
     Weights whose gradients are dense in the end, as where another graph reads them differently, may have a share too.
     """
     basis, times = subspace.basis.detach(), max(1, reference.num_backwards)
@@ -83,12 +90,13 @@ def _terms(
         term, gradient = rows.mT @ (rows @ basis), use.gradient()
         counts = use.weight in summed and use.summed in ((), summed[use.weight]) and gradient is not None
         least = int(counts and float(gradient.norm()) > same.close)
+        most = times * len(run.net.get_parameter(use.weight)) if use.weight in parted else times
         for index, (known, at_least, at_most) in enumerate(terms):
             if same.error(term, known) <= same.close:
-                terms[index] = known, max(least, at_least), at_most + times
+                terms[index] = known, max(least, at_least), at_most + most
                 break
         else:
-            terms.append((term, least, times))
+            terms.append((term, least, most))
     return terms or None
 
 

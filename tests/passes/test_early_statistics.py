@@ -77,3 +77,15 @@ def _span(graph: torch.fx.Graph, statistics: set[str]) -> int:
         if node.name in statistics
         for source in node.all_input_nodes
     )
+
+
+def test_a_node_waits_for_the_last_of_its_inputs() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("primals_1")
+    once = graph.call_function(torch.ops.aten.exp.default, (x,))
+    twice = graph.call_function(torch.ops.aten.exp.default, (once,))
+    statistic = graph.call_function(torch.ops.aten.mm.default, (x, twice))
+    graph.output((statistic,))
+    early_statistics(graph)
+    graph.lint()
+    assert [node for node in graph.nodes if node.op == "call_function"] == [once, twice, statistic]
