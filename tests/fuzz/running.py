@@ -86,7 +86,11 @@ class Tapped(torch.nn.Module):
         if not uses or not parameter.requires_grad or not torch.is_grad_enabled():
             return parameter
         zeros = torch.zeros_like(parameter, requires_grad=True)
-        next((use for use in uses if not use.parts), uses[-1]).parts.append(zeros)
+        use = next((use for use in uses if not use.parts), uses[-1])
+        if use.parts and use.rows is None:  # in a loop
+            use = Use(name, None, use.summed)
+            self.uses.append(use)
+        use.parts.append(zeros)
         return parameter + zeros
 
     def tap_submodules(self) -> None:
