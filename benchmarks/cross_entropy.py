@@ -89,7 +89,7 @@ def measure(way: str, method: str, args: argparse.Namespace, folder: str) -> dic
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-    from oasis_fx.measure import saved_for_backward_bytes
+    from oasis_fx.inspect.measure import saved_for_backward_bytes
 
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.distributed import synchronize
+from oasis_fx.distributed import prepare
 
 RESULTS = Path(__file__).with_name("results")
 ENOUGH = 2**40  # a bucket that nothing fills: all is sent at the end of the backward pass
@@ -42,7 +42,7 @@ class Contender:
         self.sync = None
         if name.startswith("DDP"):
             if ours:
-                self.sync = synchronize(self.model, bucket_bytes=ENOUGH if "end" in name else args.bucket)
+                self.sync = prepare(self.model, bucket_bytes=ENOUGH if "end" in name else args.bucket)
             self.model.compile(backend=backend)
             self.run: torch.nn.Module = DistributedDataParallel(self.model, bucket_cap_mb=args.bucket / 2**20)
         else:
@@ -51,7 +51,7 @@ class Contender:
                 block.compile(backend=backend)
                 fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
-            self.sync = synchronize(self.model, bucket_bytes=args.bucket) if ours else None
+            self.sync = prepare(self.model, bucket_bytes=args.bucket) if ours else None
             self.run = self.model
         parameters = list(self.model.parameters())
         self.optimizer: torch.optim.Optimizer = (

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 from oasis_fx import OasisAdamW
-from oasis_fx.measure import optimizer_bytes
-from oasis_fx.runtime.layout import LINEAR
-from oasis_fx.runtime.slots import Group, lend
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.graph.matricization import LINEAR
+from oasis_fx.inspect.measure import optimizer_bytes
+from oasis_fx.runtime.gradients.slots import Group, lend
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 
 class _Product(torch.autograd.Function):

@@ -63,7 +63,7 @@ class Contender:
         import contenders
 
         from oasis_fx import LowRankGrad
-        from oasis_fx.measure import gradient_bytes, saved_for_backward_bytes
+        from oasis_fx.inspect.measure import gradient_bytes, saved_for_backward_bytes
 
         peak = self.peak()
         loss = self.model(**self.batch).loss

@@ -15,11 +15,11 @@ import torch
 from tabulate import tabulate
 from transformers import LlamaConfig
 
-from oasis_fx.config import Settings
-from oasis_fx.cost import matmul_flops, saved_storages
+from oasis_fx._torch.compiler import functorch_config
+from oasis_fx.memory.node_costs import matmul_flops, saved_storages
 from oasis_fx.plan.liveness import moments
 from oasis_fx.plan.trace import partition_as, trace_fake
-from oasis_fx.torch_private import functorch_config
+from oasis_fx.settings import Settings
 
 SHARES = (1.0, 0.8, 0.5, 0.3, 0.2, 0.1, 0.05)
 

@@ -24,9 +24,9 @@ def predicted(args: argparse.Namespace) -> dict[str, int]:
     import torch
     from transformers import LlamaConfig
 
-    from oasis_fx.config import Settings
     from oasis_fx.plan.memory import peak
     from oasis_fx.plan.methods import Planner
+    from oasis_fx.settings import Settings
 
     config = LlamaConfig(**models.llama(args), use_cache=False)
     planner = Planner(config, args.batch, args.seq, getattr(torch, args.dtype), Settings(rank=args.rank))

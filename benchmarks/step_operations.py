@@ -16,7 +16,7 @@ from tabulate import tabulate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime import fused
+from oasis_fx.runtime.optim.kernels import fused
 
 
 class Count(TorchDispatchMode):

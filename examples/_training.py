@@ -16,7 +16,7 @@ from _data import IGNORE, load_examples
 from _models import add_lora, load_model
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes
+from oasis_fx.inspect.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes
 
 # The best of those tried on the demo's data, lora aside (docs/performance.md).
 LEARNING_RATES = {"oasis": 1e-4, "adamw": 1e-4, "lora": 5e-4}

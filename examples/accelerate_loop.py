@@ -14,7 +14,7 @@ from _models import EMBEDDED, load_model
 from accelerate import Accelerator
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.distributed import synchronize
+from oasis_fx.distributed import prepare
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     optimizer = OasisAdamW(model.parameters(), lr=1e-4)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, given.steps)
     if accelerator.num_processes > 1:
-        synchronize(model)  # before it is wrapped
+        prepare(model)  # before it is wrapped
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
 
     state, done = given.out / "state", 0

@@ -16,7 +16,7 @@ from _models import EMBEDDED, load_model
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from oasis_fx.huggingface import oasis_trainer
+from oasis_fx.integrations.huggingface import oasis_trainer
 
 
 def main() -> None:

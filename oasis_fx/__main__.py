@@ -8,17 +8,19 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oasis_fx.config import INNER_COMPILERS, Settings
+from oasis_fx import __version__
+from oasis_fx.inspect.diff import COLOR_CHOICES, side_by_side, wants_color
 from oasis_fx.plan import command as plan
-from oasis_fx.runtime.rules import RULES
-from oasis_fx.show.diff import COLOR_CHOICES, side_by_side, wants_color
+from oasis_fx.runtime.subspaces.rules import RULES
+from oasis_fx.settings import INNER_COMPILERS, Settings
 
 if TYPE_CHECKING:
-    from oasis_fx.lowering import CompiledGraph
-    from oasis_fx.show.graphs import GraphSet
+    from oasis_fx.compile.lowering import CompiledGraph
+    from oasis_fx.inspect.graphs import GraphSet
 
 _GRAPHS = ("before", "after", "forward", "backward", "all")
 _FORMATS = ("python", "table", "dot", "html")
@@ -70,6 +72,7 @@ def _plan(args: argparse.Namespace) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="oasis-fx", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"oasis-fx {__version__}, torch {version('torch')}")
     commands = parser.add_subparsers(dest="command", required=True)
     printer = commands.add_parser("print", help="the joint graph before and after the passes, forward and backward")
     explainer = commands.add_parser("explain", help="each weight: its rank, what it saves, or why it was skipped")
@@ -133,15 +136,15 @@ def _rank(text: str) -> Any:
 
 def _trace(args: argparse.Namespace, settings: Settings) -> list[CompiledGraph]:
     # Late: `oasis-fx --help` and a bad argument need not wait for the compiler's modules.
-    from oasis_fx.targets import load_target
-    from oasis_fx.tracing import trace_model
+    from oasis_fx.cli.targets import load_target
+    from oasis_fx.inspect.tracing import trace_model
 
     model, inputs = load_target(args.target)
     return trace_model(model, inputs, settings, dynamic=True if args.dynamic else None)
 
 
 def _explain(records: Sequence[CompiledGraph]) -> str:
-    from oasis_fx.show.report import report
+    from oasis_fx.inspect.report import report
 
     tables = [str(graph) for graph in report(records)]
     if len(tables) > 1:
@@ -150,20 +153,20 @@ def _explain(records: Sequence[CompiledGraph]) -> str:
 
 
 def _report_page(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
-    from oasis_fx.show.pages import report_page
+    from oasis_fx.inspect.pages import report_page
 
     return report_page(records, _settings(args), title=f"oasis_fx on {args.target}", only=args.only)
 
 
 def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
-    from oasis_fx.show.graphs import GRAPHS, graphs, views
+    from oasis_fx.inspect.graphs import GRAPHS, graphs, views
 
     sets = graphs(records)
     chosen = GRAPHS if args.graph in (None, "all") else (args.graph,)
     missing = len(records) - len(sets)
     note = f"{missing} of {len(records)} graphs have no weight in a subspace: not shown" if missing else ""
     if args.format == "html":
-        from oasis_fx.show.pages import graphs_page
+        from oasis_fx.inspect.pages import graphs_page
 
         return graphs_page(sets, title=f"Graphs of {args.target}", which=chosen, only=args.only, note=note)
     if args.diff:
@@ -176,12 +179,12 @@ def _print(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
 
 def _one_graph(title: str, shown: GraphSet, which: str, args: argparse.Namespace) -> str:
     if args.format == "table":
-        from oasis_fx.show.node_table import node_table
+        from oasis_fx.inspect.node_table import node_table
 
         return f"# {title}\n\n{node_table(shown, which, args.only)}\n"
     if args.format == "dot":
-        from oasis_fx.show.dot import format_dot
-        from oasis_fx.show.sketch import sketch
+        from oasis_fx.inspect.dot import format_dot
+        from oasis_fx.inspect.sketch import sketch
 
         return format_dot(sketch(shown, which, args.only), title)
     return f"# {title}\n{shown.text(which, only=args.only)}"

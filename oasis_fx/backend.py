@@ -11,16 +11,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
-from oasis_fx.config import Rank, Settings
 from oasis_fx.errors import survive
-from oasis_fx.runtime.rules import Rule
+from oasis_fx.runtime.subspaces.rules import Rule
+from oasis_fx.settings import Rank, Settings
 
 if TYPE_CHECKING:  # these load Inductor
-    from oasis_fx.lowering import CompiledGraph
-    from oasis_fx.runtime.subspace import Subspace
-    from oasis_fx.show.graphs import GraphSet
-    from oasis_fx.show.report import GraphReport
-    from oasis_fx.stats import Stats
+    from oasis_fx.compile.lowering import CompiledGraph
+    from oasis_fx.inspect.graphs import GraphSet
+    from oasis_fx.inspect.report import GraphReport
+    from oasis_fx.inspect.stats import Stats
+    from oasis_fx.runtime.subspaces.subspace import Subspace
 
 Compiled = Callable[..., Any]
 
@@ -50,7 +50,7 @@ def oasis_backend(
         rank: columns of each basis: a whole number from 1 (more than in_features means all of them), a
             fraction of in_features between 0 and 1, or a dict of globs over weight names to either, where
             the first that matches counts and weights that none matches keep dense gradients.
-        subspace: how a basis is chosen and moves: the name of a rule, or a rule of `oasis_fx.runtime.rules`:
+        subspace: how a basis is chosen and moves: the name of a rule, or a rule of `oasis_fx.runtime.subspaces.rules`:
             ``"oja"`` of OASIS (arXiv 2604.09406), ``"pca"``, ``"random"``, ``"principal_random"``, ``"sampled"``,
             ``"dct"`` for activations; ``"gradient_svd"``, ``"gradient_oja"``, ``"gradient_power"`` for weight
             gradients. docs/subspaces.md says what each does.
@@ -123,7 +123,8 @@ class OasisBackend:
     ) -> Compiled:
         """Compile one graph of Dynamo. `mode` and `options` are those of `torch.compile`."""
         try:
-            from oasis_fx import groups, lowering, torch_private
+            from oasis_fx._torch import compiler as torch_private
+            from oasis_fx.compile import groups, lowering
         except ImportError as error:
             survive(error, f"gradients stay dense, oasis_fx does not know this torch ({torch.__version__})")
             return torch._inductor.compile(gm, list(example_inputs), options=dict(options or {}) or None)
@@ -147,13 +148,13 @@ class OasisBackend:
 
     def report(self) -> list[GraphReport]:
         """One report for each graph compiled so far, in order; `str()` of one is a table."""
-        from oasis_fx.show.report import report
+        from oasis_fx.inspect.report import report
 
         return report(self.compiled_graphs())
 
     def graphs(self) -> list[GraphSet]:
         """For each graph with candidate weights: the joint graph before and after, and the two partitions."""
-        from oasis_fx.show.graphs import graphs
+        from oasis_fx.inspect.graphs import graphs
 
         return graphs(self.compiled_graphs())
 
@@ -166,7 +167,7 @@ class OasisBackend:
             model: whose names of weights to use; else those that the compiled graphs know, which start at the
                 module that was compiled.
         """
-        from oasis_fx.stats import collect_stats
+        from oasis_fx.inspect.stats import collect_stats
 
         return collect_stats(self._subspaces, model)
 

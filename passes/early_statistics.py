@@ -19,8 +19,8 @@ from itertools import pairwise
 
 from torch import fx
 
-from oasis_fx.graph import ancestors, dependents
-from oasis_fx.torch_private import is_tangent, is_write
+from oasis_fx._torch.compiler import is_tangent, is_write
+from oasis_fx.graph.edits import ancestors, dependents
 
 
 def early_statistics(graph: fx.Graph) -> None:

@@ -5,7 +5,7 @@
                                                   +-- computed from one
 
 A weight that is used several times has the sum of such matmuls in its slot, one that is used in parts what puts the
-gradients of the parts together (`oasis_fx.passes.gradient_parts`). Batched and grouped matmuls of experts, and
+gradients of the parts together (`oasis_fx.passes.matchers.gradient_parts`). Batched and grouped matmuls of experts, and
 convolutions, count as matmuls. The match is by what a node computes and depends on, not by the module or function that
 the user called.
 """
@@ -20,19 +20,10 @@ from typing import Any
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from oasis_fx.graph import (
-    Contraction,
-    Kind,
-    LiftedWeight,
-    Skipped,
-    WeightGradient,
-    aten,
-    dependents,
-    outputs,
-    shape,
-    value,
-)
-from oasis_fx.passes.dimension_labels import (
+from oasis_fx._torch.compiler import gradient_positions, input_placeholders, is_tangent
+from oasis_fx.graph.edits import aten, dependents, outputs, shape, value
+from oasis_fx.graph.facts import Contraction, Kind, LiftedWeight, Skipped, WeightGradient
+from oasis_fx.passes.matchers.dimension_labels import (
     RESHAPES,
     SAME_SHAPE,
     TRANSPOSES,
@@ -43,8 +34,7 @@ from oasis_fx.passes.dimension_labels import (
     labels_behind,
     permutation,
 )
-from oasis_fx.passes.gradient_parts import gradient_parts, is_zero
-from oasis_fx.torch_private import gradient_positions, input_placeholders, is_tangent
+from oasis_fx.passes.matchers.gradient_parts import gradient_parts, is_zero
 
 GROUPED_BACKWARD = "transformers.grouped_mm_fallback_backward.default"
 

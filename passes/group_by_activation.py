@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from oasis_fx.graph import shape
-from oasis_fx.passes.follow_weights import behind_reshapes, operation, stored_weight
-from oasis_fx.passes.read_decomposed import decomposed_matmuls
-from oasis_fx.passes.read_matmuls import matmuls
+from oasis_fx.graph.edits import shape
+from oasis_fx.passes.matchers.follow_weights import behind_reshapes, operation, stored_weight
+from oasis_fx.passes.matchers.read_decomposed import decomposed_matmuls
+from oasis_fx.passes.matchers.read_matmuls import matmuls
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 

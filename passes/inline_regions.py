@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from oasis_fx.graph import value
-from oasis_fx.torch_private import copy_dynamo_attributes
+from oasis_fx._torch.compiler import copy_dynamo_attributes
+from oasis_fx.graph.edits import value
 
 
 def inline_regions(gm: fx.GraphModule) -> fx.GraphModule:

@@ -25,9 +25,9 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from oasis_fx.cost import num_bytes, storage_node, viewed
-from oasis_fx.graph import ancestors, aten, dependents, insert_after, outputs, value
-from oasis_fx.torch_private import changed_inputs, is_backward_write, is_tangent, is_write, traced_in_backward
+from oasis_fx._torch.compiler import changed_inputs, is_backward_write, is_tangent, is_write, traced_in_backward
+from oasis_fx.graph.edits import ancestors, aten, dependents, insert_after, outputs, value
+from oasis_fx.memory.node_costs import num_bytes, storage_node, viewed
 
 
 def keep_changed_inputs(graph: fx.Graph, num_forward_outputs: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from oasis_fx.torch_private import copy_dynamo_attributes, mark_static_input
+from oasis_fx._torch.compiler import copy_dynamo_attributes, mark_static_input
 
 
 def lift_runtime_inputs(gm: fx.GraphModule, tensors: Sequence[torch.Tensor], names: Sequence[str]) -> fx.GraphModule:

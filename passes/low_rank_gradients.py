@@ -23,22 +23,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from oasis_fx.graph import (
-    Contraction,
-    Kind,
-    LiftedWeight,
-    WeightGradient,
-    aten,
-    insert_after,
-    insert_before,
-    outputs,
-    prims,
-    set_output,
-    shape,
-    value,
-)
+from oasis_fx._torch.compiler import gradient_positions, input_placeholders
+from oasis_fx.graph.edits import aten, insert_after, insert_before, outputs, prims, set_output, shape, value
+from oasis_fx.graph.facts import Contraction, Kind, LiftedWeight, WeightGradient
 from oasis_fx.passes.project_activations import Projection, convolution_arguments, projection_key
-from oasis_fx.torch_private import gradient_positions, input_placeholders
 
 
 def low_rank_gradients(

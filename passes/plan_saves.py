@@ -4,8 +4,8 @@
     after    the nodes to keep for the backward pass, and those to run in it once more
 
 The backward pass demands values of the forward pass. Each is kept, which costs its bytes, or computed again, which
-costs a price (`oasis_fx.prices`) and demands its inputs in turn. For one exchange rate between bytes and price the
-cheapest choice for the whole graph is a minimum cut, exactly: a value v is two nodes, and
+costs a price (`oasis_fx.memory.recompute_costs`) and demands its inputs in turn. For one exchange rate between bytes
+and price the cheapest choice for the whole graph is a minimum cut, exactly: a value v is two nodes, and
 
     source -> v_in            price of v            cut where v is computed again
     v_in   -> v_out           rate * bytes of v     cut where v is kept
@@ -35,10 +35,11 @@ import torch
 from networkx.algorithms.flow import boykov_kolmogorov
 from torch import fx
 
-from oasis_fx.cost import num_bytes, storage_node
-from oasis_fx.graph import PassError, ancestors, dependents, outputs, value
-from oasis_fx.prices import recompute_price
-from oasis_fx.torch_private import is_tangent
+from oasis_fx._torch.compiler import is_tangent
+from oasis_fx.graph.edits import ancestors, dependents, outputs, value
+from oasis_fx.graph.verifier import PassError
+from oasis_fx.memory.node_costs import num_bytes, storage_node
+from oasis_fx.memory.recompute_costs import recompute_price
 
 # Of two tensors of equal price a byte, the one that is made later is kept: it is let go sooner. Equal layers would
 # otherwise all change sides at one rate, and no budget between could be met.
@@ -58,7 +59,7 @@ class SavePlan:
         kept: nodes whose storage is kept; none is a view or an input.
         again: nodes of the forward pass, views among them, that the backward graph contains.
         num_bytes: of ``kept``.
-        price: of ``again``, in the unit of `oasis_fx.prices`.
+        price: of ``again``, in the unit of `oasis_fx.memory.recompute_costs`.
     """
 
     kept: tuple[fx.Node, ...]

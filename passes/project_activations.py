@@ -25,21 +25,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from oasis_fx.graph import (
-    Contraction,
-    Kind,
-    LiftedWeight,
-    PassError,
-    WeightGradient,
-    aten,
-    insert_after,
-    outputs,
-    prims,
-    set_output,
-    shape,
-    value,
-)
-from oasis_fx.torch_private import gradient_positions, input_placeholders
+from oasis_fx._torch.compiler import gradient_positions, input_placeholders
+from oasis_fx.graph.edits import aten, insert_after, outputs, prims, set_output, shape, value
+from oasis_fx.graph.facts import Contraction, Kind, LiftedWeight, WeightGradient
+from oasis_fx.graph.verifier import PassError
 
 # X^T X over many tokens passes 65504, the largest float16. C is formed in float16 with this factor, which is taken out
 # again in the dtype of the basis: other uses of the same basis may add a C that was formed without it.

@@ -19,20 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from oasis_fx.graph import (
-    LiftedWeight,
-    Skipped,
-    WeightGradient,
-    aten,
-    insert_after,
-    outputs,
-    prims,
-    set_output,
-    shape,
-    value,
-)
+from oasis_fx._torch.compiler import gradient_positions, input_placeholders
+from oasis_fx.graph.edits import aten, insert_after, outputs, prims, set_output, shape, value
+from oasis_fx.graph.facts import LiftedWeight, Skipped, WeightGradient
 from oasis_fx.passes.low_rank_gradients import full_size, stored_layout
-from oasis_fx.torch_private import gradient_positions, input_placeholders
 
 
 def find_dense_gradients(

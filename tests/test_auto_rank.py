@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
-from oasis_fx.runtime import subspace_optimizer
+from oasis_fx.runtime.optim import base as subspace_optimizer
 
 
 class Net(torch.nn.Module):

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.gathering import gather
-from oasis_fx.runtime.layout import as_rows
-from oasis_fx.runtime.low_rank_grad import LowRankGrad as Gradient
-from oasis_fx.runtime.sgd import OasisSGD
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.graph.matricization import as_rows
+from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad as Gradient
+from oasis_fx.runtime.optim.gathering import gather
+from oasis_fx.runtime.optim.sgd import OasisSGD
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::oasis_fx.LowRankGradWarning")
 

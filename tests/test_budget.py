@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from oasis_fx import oasis_backend
-from oasis_fx.config import Settings
-from oasis_fx.measure import saved_for_backward_bytes
-from oasis_fx.partitioner import JointPartitioner
-from oasis_fx.runtime.layout import as_rows
-from oasis_fx.runtime.low_rank_grad import LowRankGrad
-from oasis_fx.sizes import parse_bytes
+from oasis_fx.compile.partitioner import JointPartitioner
+from oasis_fx.graph.matricization import as_rows
+from oasis_fx.inspect.measure import saved_for_backward_bytes
+from oasis_fx.memory.sizes import parse_bytes
+from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
+from oasis_fx.settings import Settings
 
 
 class Block(torch.nn.Module):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import copy, json, sys, torch
 from oasis_fx import LowRankGrad, oasis_backend
-from oasis_fx.runtime.layout import as_rows
+from oasis_fx.graph.matricization import as_rows
 arguments = json.loads(sys.argv[1])
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 7)).double()

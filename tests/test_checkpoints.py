@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, OasisMuon, oasis_backend
-from oasis_fx.checkpoint import flatten, unflatten
+from oasis_fx.integrations.checkpoint import from_tensors, to_tensors
 
 PROGRAM = """
 import os, sys, time, torch
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime import subspace_optimizer
+from oasis_fx.runtime.optim import base as subspace_optimizer
 
 subspace_optimizer.RANK_STEPS = (20,)
 file, steps = sys.argv[1], int(sys.argv[2])
@@ -75,7 +75,7 @@ def test_killed_at_any_moment_it_ends_where_it_would_have(tmp_path) -> None:
     assert sum("basis" in state for state in whole["optimizer"]["state"].values()) == 2
     for name, weight in whole["model"].items():
         assert torch.equal(weight, killed["model"][name]), name
-    expected, found = flatten(whole["optimizer"]), flatten(killed["optimizer"])
+    expected, found = to_tensors(whole["optimizer"]), to_tensors(killed["optimizer"])
     assert expected[1] == found[1]
     assert all(torch.equal(tensor, found[0][name]) for name, tensor in expected[0].items())
 
@@ -120,7 +120,7 @@ def test_safetensors(tmp_path, make, rule) -> None:
     from safetensors import safe_open
 
     model, compiled, optimizer = trained(make, subspace=rule)
-    tensors, text = flatten(optimizer.state_dict())
+    tensors, text = to_tensors(optimizer.state_dict())
     safetensors.save_file(tensors, tmp_path / "optimizer.safetensors", {"oasis_fx": text})
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = train(compiled, optimizer, range(3, 7))
@@ -128,7 +128,7 @@ def test_safetensors(tmp_path, make, rule) -> None:
     model, compiled, optimizer = trained(make, 0, subspace=rule)
     with safe_open(tmp_path / "optimizer.safetensors", "pt") as file:
         read = {name: file.get_tensor(name) for name in file.keys()}  # it is no dict
-        saved = unflatten(read, file.metadata()["oasis_fx"])
+        saved = from_tensors(read, file.metadata()["oasis_fx"])
     model.load_state_dict(weights)
     optimizer.load_state_dict(saved)
     assert train(compiled, optimizer, range(3, 7)) == expected
@@ -142,19 +142,19 @@ def test_flat_and_back_is_the_same() -> None:
         "state": {0: {"a": shared, "t": (1, 2)}, 1: {"a": shared, "part": shared[0], "turned": shared.T}},
         "param_groups": [{"lr": 0.1, "params": [0, 1], "flag": None, "text": "x", "on": True}],
     }
-    tensors, text = flatten(given)
-    found = unflatten(tensors, text)
+    tensors, text = to_tensors(given)
+    found = from_tensors(tensors, text)
     assert found["param_groups"] == given["param_groups"] and found["state"][0]["t"] == (1, 2)
     assert found["state"][0]["a"] is found["state"][1]["a"]
     for name in ("part", "turned"):
         assert torch.equal(found["state"][1][name], given["state"][1][name])
     with pytest.raises(ValueError, match="state/x is"):
-        flatten({"state": {"x": object()}})
+        to_tensors({"state": {"x": object()}})
 
 
 def test_equal_addresses_of_two_devices_are_two_tensors(monkeypatch) -> None:
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 1)
-    tensors, _ = flatten({"state": {"a": torch.zeros(2), "b": torch.zeros(2, device="meta")}})
+    tensors, _ = to_tensors({"state": {"a": torch.zeros(2), "b": torch.zeros(2, device="meta")}})
     assert {name: tensor.device.type for name, tensor in tensors.items()} == {"state/a": "cpu", "state/b": "meta"}
 
 

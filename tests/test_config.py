@@ -7,7 +7,7 @@ import math
 import pytest
 
 from oasis_fx import oasis_backend
-from oasis_fx.config import Settings
+from oasis_fx.settings import Settings
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from oasis_fx import oasis_backend
-from oasis_fx.config import Settings
-from oasis_fx.cost import matmul_flops
-from oasis_fx.measure import saved_for_backward_bytes
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
-from oasis_fx.show.report import report
-from oasis_fx.tracing import trace_model
+from oasis_fx.inspect.measure import saved_for_backward_bytes
+from oasis_fx.inspect.report import report
+from oasis_fx.inspect.tracing import trace_model
+from oasis_fx.memory.node_costs import matmul_flops
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
+from oasis_fx.settings import Settings
 
 RANK = 2
 

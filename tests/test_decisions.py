@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oasis_fx import oasis_backend
-from oasis_fx.show.decisions import AGAIN, BACKWARD, PROJECTED, SAVED
+from oasis_fx.inspect.decisions import AGAIN, BACKWARD, PROJECTED, SAVED
 
 
 class Net(torch.nn.Module):

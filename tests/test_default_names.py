@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, oasis_backend
-from oasis_fx.config import Settings
+from oasis_fx.settings import Settings
 
 HEADS = ["lm_head", "model.lm_head", "embed_out", "gpt_neox.embed_out", "score", "model.score", "head", "classifier",
          "model.classifier", "output_projection", "decoder.output_projection"]  # fmt: skip

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.layout import as_rows, from_rows, smaller_side
-from oasis_fx.runtime.moving import advance_subspaces
-from oasis_fx.runtime.rules import (
+from oasis_fx.graph.matricization import as_rows, from_rows, smaller_side
+from oasis_fx.runtime.subspaces.moving import update_bases
+from oasis_fx.runtime.subspaces.rules import (
     DCT,
     PCA,
     BatchRule,
@@ -28,7 +28,7 @@ from oasis_fx.runtime.rules import (
     StatisticRule,
     register,
 )
-from oasis_fx.runtime.store import STORE
+from oasis_fx.runtime.subspaces.store import STORE
 
 RANK = 3
 
@@ -341,14 +341,14 @@ def test_a_coded_basis_under_states_of_full_size_is_in_the_checkpoint(rule) -> N
 
 
 @pytest.mark.parametrize("rule", [DenseOja(), DensePCA(), DenseRandom(), DenseGradientOja()], ids=str)
-def test_another_optimizer_moves_them_by_advance_subspaces(rule) -> None:
+def test_another_optimizer_moves_them_by_update_bases(rule) -> None:
     model = Net()
     compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule, subspace_every=1, inner="aot_eager"))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for step in range(3):
         compiled(batch(step)).backward()
         optimizer.step()
-        advance_subspaces(model.parameters())
+        update_bases(model.parameters())
         optimizer.zero_grad()
     (subspace,) = STORE.all_of(model.up.weight)
     assert int(subspace.num_updates) == 3
@@ -366,7 +366,7 @@ def test_a_step_between_forward_and_backward_is_refused_or_right() -> None:
         (subspace,) = STORE.all_of(model.up.weight)
         q = subspace.basis.detach().clone()
         compiled(batch(1)).backward()
-        advance_subspaces(model.parameters())
+        update_bases(model.parameters())
         model.zero_grad()
         if rule.name == "dense_oja":
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):

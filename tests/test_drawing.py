@@ -13,17 +13,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from oasis_fx.config import Settings
-from oasis_fx.cost import saved_storages
-from oasis_fx.show.block import typical_block
-from oasis_fx.show.compact import compact
-from oasis_fx.show.dot import format_dot
-from oasis_fx.show.drawing import draw
-from oasis_fx.show.graphs import GRAPHS, graphs
-from oasis_fx.show.layout import layered
-from oasis_fx.show.sketch import Arrow, Box, Sketch, sketch
-from oasis_fx.targets import load_target
-from oasis_fx.tracing import trace_model
+from oasis_fx.cli.targets import load_target
+from oasis_fx.inspect.block import typical_block
+from oasis_fx.inspect.compact import compact
+from oasis_fx.inspect.dot import format_dot
+from oasis_fx.inspect.drawing import draw
+from oasis_fx.inspect.drawing_layout import layered
+from oasis_fx.inspect.graphs import GRAPHS, graphs
+from oasis_fx.inspect.sketch import Arrow, Box, Sketch, sketch
+from oasis_fx.inspect.tracing import trace_model
+from oasis_fx.memory.node_costs import saved_storages
+from oasis_fx.settings import Settings
 
 BLOCKS = f"{Path(__file__).parent}/two_blocks.py:build"
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oasis_fx import LowRankGrad, oasis_backend
-from oasis_fx.runtime.layout import as_rows
+from oasis_fx.graph.matricization import as_rows
 
 INNER = ["aot_eager", "inductor"]
 

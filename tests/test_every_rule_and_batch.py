@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.layout import as_rows
-from oasis_fx.runtime.rules import DCT, GradientPower
-from oasis_fx.runtime.store import STORE
+from oasis_fx.graph.matricization import as_rows
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower
+from oasis_fx.runtime.subspaces.store import STORE
 
 N_IN, N_OUT, RANK = 6, 7, 3
 BY_X = ["oja", "pca", "random", "principal_random", "sampled", "dct"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime.rules import RULES, Oja, Rule, StatisticRule, register
+from oasis_fx.runtime.subspaces.rules import RULES, Oja, Rule, StatisticRule, register
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes
+from oasis_fx.inspect.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes
 
 
 def test_bytes_of_a_layer() -> None:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.rules import DCT, GradientPower
-from oasis_fx.runtime.store import STORE
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower
+from oasis_fx.runtime.subspaces.store import STORE
 
 ALL = ["oja", "pca", "random", "principal_random", "sampled", "gradient_svd", "gradient_oja", "gradient_power", "dct",
        DCT("gradient"), GradientPower(error_feedback=True)]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from oasis_fx.names import _from_placeholder
+from oasis_fx.compile.names import _from_placeholder
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import fx
 
-from oasis_fx.config import Settings
-from oasis_fx.cost import saved_storages, storage_node
-from oasis_fx.show.graphs import GRAPHS, graphs, views
-from oasis_fx.show.node_table import node_table
-from oasis_fx.show.nodes import source_line, within
-from oasis_fx.targets import load_target
-from oasis_fx.tracing import trace_model
+from oasis_fx.cli.targets import load_target
+from oasis_fx.inspect.graphs import GRAPHS, graphs, views
+from oasis_fx.inspect.node_table import node_table
+from oasis_fx.inspect.nodes import source_line, within
+from oasis_fx.inspect.tracing import trace_model
+from oasis_fx.memory.node_costs import saved_storages, storage_node
+from oasis_fx.settings import Settings
 
 BLOCKS = f"{Path(__file__).parent}/two_blocks.py:build"
 

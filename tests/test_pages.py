@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from oasis_fx.config import Settings
-from oasis_fx.cost import readable_bytes
-from oasis_fx.show.estimate import estimate_dense
-from oasis_fx.show.graphs import graphs
-from oasis_fx.show.pages import graphs_page, report_page, saved_by_operator
-from oasis_fx.show.report import report
-from oasis_fx.targets import load_target
-from oasis_fx.tracing import trace_model
+from oasis_fx.cli.targets import load_target
+from oasis_fx.inspect.estimate import estimate_dense
+from oasis_fx.inspect.graphs import graphs
+from oasis_fx.inspect.pages import graphs_page, report_page, saved_by_operator
+from oasis_fx.inspect.report import report
+from oasis_fx.inspect.tracing import trace_model
+from oasis_fx.memory.node_costs import readable_bytes
+from oasis_fx.settings import Settings
 
 FOLDER = Path(__file__).parent
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -140,7 +140,7 @@ def test_a_model_without_weights_in_a_subspace_has_a_page() -> None:
 def test_templates_are_in_the_wheel() -> None:
     package = FOLDER.parent / "oasis_fx" / "show"
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
-    listed = project["tool"]["setuptools"]["package-data"]["oasis_fx.show"]
+    listed = project["tool"]["setuptools"]["package-data"]["oasis_fx.inspect"]
     templates = set(package.glob("templates/*"))
     assert templates and templates <= {file for glob in listed for file in package.glob(glob)}
 

@@ -12,14 +12,14 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from oasis_fx.config import Settings
-from oasis_fx.show.diff import side_by_side, wants_color
-from oasis_fx.show.graphs import GRAPHS, graphs
-from oasis_fx.show.node_table import node_table
-from oasis_fx.show.printing import number_nodes, print_graph
-from oasis_fx.show.report import report
-from oasis_fx.targets import load_target
-from oasis_fx.tracing import trace_model
+from oasis_fx.cli.targets import load_target
+from oasis_fx.inspect.diff import side_by_side, wants_color
+from oasis_fx.inspect.graphs import GRAPHS, graphs
+from oasis_fx.inspect.node_table import node_table
+from oasis_fx.inspect.printing import number_nodes, print_graph
+from oasis_fx.inspect.report import report
+from oasis_fx.inspect.tracing import trace_model
+from oasis_fx.settings import Settings
 
 TITLES = {"before": "joint", "after": "joint", "forward": "forward", "backward": "backward"}
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from oasis_fx import oasis_backend
-from oasis_fx.measure import saved_for_backward_bytes
+from oasis_fx.inspect.measure import saved_for_backward_bytes
 
 
 class Net(torch.nn.Module):

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, OasisWarning, oasis_backend
-from oasis_fx.runtime.moving import IDLE_STEPS, advance_subspaces
-from oasis_fx.runtime.sgd import OasisSGD
-from oasis_fx.runtime.store import STORE
+from oasis_fx.runtime.optim.sgd import OasisSGD
+from oasis_fx.runtime.subspaces.moving import IDLE_STEPS, update_bases
+from oasis_fx.runtime.subspaces.store import STORE
 
 pytestmark = pytest.mark.filterwarnings("ignore::oasis_fx.LowRankGradWarning")
 N = 6
@@ -217,13 +217,13 @@ def test_at_a_low_rank_each_road_is_the_plain_loop(road) -> None:
 
 
 @pytest.mark.parametrize("road", [plain, penalty_in_one_pass, nan_hook, replaced, backward_inputs, autograd_grad])
-def test_a_stock_optimizer_is_right_and_advance_subspaces_moves_the_bases(road) -> None:
+def test_a_stock_optimizer_is_right_and_update_bases_moves_the_bases(road) -> None:
     net, reference = make_net(), make_net()
     model = torch.compile(net, backend=oasis_backend(rank=N, inner="aot_eager"))
     ours, theirs = (torch.optim.SGD(x.parameters(), lr=0.3, momentum=0.9) for x in (net, reference))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OasisWarning)
-        train(road, net, model, ours, 4, after=lambda: advance_subspaces(net.parameters()))
+        train(road, net, model, ours, 4, after=lambda: update_bases(net.parameters()))
     train(road, reference, reference, theirs, 4)
     for p, q in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q)
@@ -233,11 +233,11 @@ def test_a_stock_optimizer_is_right_and_advance_subspaces_moves_the_bases(road) 
 
 
 def test_a_stock_optimizer_gets_one_warning_with_the_cure(monkeypatch) -> None:
-    monkeypatch.setattr("oasis_fx.runtime.foreign._warned", set())
+    monkeypatch.setattr("oasis_fx.runtime.gradients.foreign._warned", set())
     net = make_net()
     model = torch.compile(net, backend=oasis_backend(rank=2, inner="aot_eager"))
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
-    with pytest.warns(OasisWarning, match=r"AdamW is given full-size .* OasisAdamW .*advance_subspaces\(") as caught:
+    with pytest.warns(OasisWarning, match=r"AdamW is given full-size .* OasisAdamW .*update_bases\(") as caught:
         train(plain, net, model, optimizer, 3)
     (found,) = [w for w in caught if w.category is OasisWarning]
     assert found.filename == __file__

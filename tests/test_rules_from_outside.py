@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.layout import as_rows
-from oasis_fx.runtime.rules import DCT, GradientPower
-from oasis_fx.runtime.store import STORE
+from oasis_fx.graph.matricization import as_rows
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower
+from oasis_fx.runtime.subspaces.store import STORE
 
 EAGER = {"inner": "aot_eager"}
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from oasis_fx import LowRankGrad
+from oasis_fx._torch.compiler import compile_caches_disabled
 from oasis_fx.backend import OasisBackend
-from oasis_fx.config import Settings
-from oasis_fx.lowering import run_node_by_node
-from oasis_fx.torch_private import compile_caches_disabled
+from oasis_fx.compile.lowering import run_node_by_node
+from oasis_fx.settings import Settings
 
 D = torch.float64
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime.layout import as_rows
+from oasis_fx.graph.matricization import as_rows
 
 X = torch.randn(30, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.logspace(
     0, -1, 12, dtype=torch.float64

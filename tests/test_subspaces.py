@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes
-from oasis_fx.runtime.layout import as_rows
-from oasis_fx.runtime.rules import DCT, GradientPower, PrincipalRandom
+from oasis_fx.graph.matricization import as_rows
+from oasis_fx.inspect.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, PrincipalRandom
 
 OF_ACTIVATIONS = ["oja", "pca", "random", "principal_random", "sampled", "dct"]
 OF_GRADIENTS = ["gradient_svd", "gradient_oja", "gradient_power", DCT("gradient")]

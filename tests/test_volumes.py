@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, oasis_backend
-from oasis_fx.runtime.layout import as_rows
+from oasis_fx.graph.matricization import as_rows
 
 
 def patches(x: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:

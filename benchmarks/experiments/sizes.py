@@ -11,7 +11,7 @@ import torch
 
 def measure(name: str, *, model: str, rank: int | float | str, batch: int, length: int, **fixed: Any) -> dict[str, int]:
     """Bytes by kind, of real tensors in the second step; gradients are those that outlive the backward pass."""
-    from oasis_fx.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes
+    from oasis_fx.inspect.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes
 
     torch._dynamo.reset()
     network, method = byte_lm.byte_lm(model, 0).to(fixed["device"]), methods.METHODS[name]

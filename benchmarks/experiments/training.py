@@ -111,7 +111,7 @@ def _subspaces(optimizer: torch.optim.Optimizer) -> list[tuple[float, float, int
 
 
 def _sizes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    from oasis_fx.measure import gradient_bytes, optimizer_bytes
+    from oasis_fx.inspect.measure import gradient_bytes, optimizer_bytes
 
     return {
         "weights": sum(p.nbytes for p in model.parameters()),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from oasis_fx.config import Settings
-from oasis_fx.sizes import parse_bytes
+from oasis_fx.memory.sizes import parse_bytes
+from oasis_fx.settings import Settings
 
 DTYPES = ("bfloat16", "float32", "float16")
 

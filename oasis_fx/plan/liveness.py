@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from oasis_fx.cost import is_matmul, num_bytes, storage_node
-from oasis_fx.graph import outputs, value
+from oasis_fx.graph.edits import outputs, value
+from oasis_fx.memory.node_costs import is_matmul, num_bytes, storage_node
 
 _FUSED = ("sum", "mean", "amax", "amin", "var_mean", "var", "convert_element_type", "where", "cat", "full", "iota")
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from oasis_fx.cost import saved_storages
+from oasis_fx.graph.matricization import num_features, num_rows
+from oasis_fx.inspect.nodes import module_path
+from oasis_fx.memory.node_costs import saved_storages
 from oasis_fx.plan.liveness import Moment, moments
 from oasis_fx.plan.trace import Partition, Traced
-from oasis_fx.runtime.layout import num_features, num_rows
-from oasis_fx.show.nodes import module_path
 
 KINDS = ("weights", "gradients", "optimizer", "bases", "activations", "logits", "temporaries")
 CHUNKS = 16  # of a cross-entropy that never makes all logits at once

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from oasis_fx.config import Settings
 from oasis_fx.plan import memory
 from oasis_fx.plan.configs import blocks_of, with_blocks
 from oasis_fx.plan.memory import Memory, Phases, States
 from oasis_fx.plan.trace import Partition, Traced, partition_as, trace_fake
+from oasis_fx.settings import Settings
 
 STOCK_BUDGETS = (0.5, 0.3, 0.1)
 BUDGETS = (1.0, 0.5, 0.3, 0.1)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from oasis_fx.budget import partition_within
-from oasis_fx.config import Settings
-from oasis_fx.lowering import CompiledGraph
+from oasis_fx._torch.compiler import FakeTensorMode, functorch_config
+from oasis_fx.compile.lowering import CompiledGraph
+from oasis_fx.compile.partition_within import partition_within
+from oasis_fx.compile.pipeline import Trace, copy_graph
+from oasis_fx.inspect.graphs import partition_by_torch, trace_of
+from oasis_fx.inspect.tracing import trace_model
 from oasis_fx.passes.early_statistics import early_statistics
-from oasis_fx.pipeline import Trace, copy_graph
-from oasis_fx.show.graphs import partition_by_torch, trace_of
-from oasis_fx.torch_private import FakeTensorMode, functorch_config
-from oasis_fx.tracing import trace_model
+from oasis_fx.settings import Settings
 
 Partition = tuple[fx.Graph, fx.Graph]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from oasis_fx import LowRankGrad
-from oasis_fx.runtime.layout import as_rows
+from oasis_fx.graph.matricization import as_rows
 
 EAGER = {"inner": "aot_eager"}
 

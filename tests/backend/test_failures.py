@@ -13,34 +13,34 @@ from oasis_fx import LowRankGrad, OasisWarning, oasis_backend
 from .small import EAGER, assert_exact, backward, batch, net
 
 PLACES = [
-    "oasis_fx.groups.parameter_names",
-    "oasis_fx.torch_private.is_partial_graph",
-    "oasis_fx.lowering.choose_groups",
-    "oasis_fx.groups.group_by_activation",
+    "oasis_fx.compile.groups.parameter_names",
+    "oasis_fx._torch.compiler.is_partial_graph",
+    "oasis_fx.compile.lowering.choose_groups",
+    "oasis_fx.compile.groups.group_by_activation",
     "oasis_fx.passes.group_by_activation.matmuls",
-    "oasis_fx.lowering.lifted_weights",
-    "oasis_fx.lowering.fake_runtime_inputs",
-    "oasis_fx.lowering.lift_runtime_inputs",
+    "oasis_fx.compile.lowering.lifted_weights",
+    "oasis_fx.compile.lowering.fake_runtime_inputs",
+    "oasis_fx.compile.lowering.lift_runtime_inputs",
     "oasis_fx.passes.lift_runtime_inputs.copy_dynamo_attributes",
-    "oasis_fx.lowering.known_fake",
-    "oasis_fx.lowering.call_with_runtime_inputs",
-    "oasis_fx.lowering.partition_joint",
-    "oasis_fx.pipeline.is_whole_joint",
-    "oasis_fx.pipeline.fx_graph_cse",
-    "oasis_fx.pipeline.copy_graph",
-    "oasis_fx.pipeline.find_weight_gradients",
-    "oasis_fx.pipeline.project_activations",
-    "oasis_fx.pipeline.low_rank_gradients",
-    "oasis_fx.pipeline.check_graph",
-    "oasis_fx.pipeline.keep_changed_inputs",
-    "oasis_fx.pipeline.copies_not_made",
-    "oasis_fx.pipeline.early_statistics",
+    "oasis_fx.compile.lowering.known_fake",
+    "oasis_fx.compile.lowering.call_with_runtime_inputs",
+    "oasis_fx.compile.lowering.partition_joint",
+    "oasis_fx.compile.pipeline.is_whole_joint",
+    "oasis_fx.compile.pipeline.fx_graph_cse",
+    "oasis_fx.compile.pipeline.copy_graph",
+    "oasis_fx.compile.pipeline.find_weight_gradients",
+    "oasis_fx.compile.pipeline.project_activations",
+    "oasis_fx.compile.pipeline.low_rank_gradients",
+    "oasis_fx.compile.pipeline.check_graph",
+    "oasis_fx.compile.pipeline.keep_changed_inputs",
+    "oasis_fx.compile.pipeline.copies_not_made",
+    "oasis_fx.compile.pipeline.early_statistics",
 ]
-OF_GRADIENTS = ["oasis_fx.pipeline.find_dense_gradients", "oasis_fx.pipeline.project_gradients"]
+OF_GRADIENTS = ["oasis_fx.compile.pipeline.find_dense_gradients", "oasis_fx.compile.pipeline.project_gradients"]
 OF_BUDGETS = [
-    "oasis_fx.pipeline.partition_within",
-    "oasis_fx.budget.plan_saves",
-    "oasis_fx.budget._partition_as_planned",
+    "oasis_fx.compile.pipeline.partition_within",
+    "oasis_fx.compile.partition_within.plan_saves",
+    "oasis_fx.compile.partition_within._partition_as_planned",
     "oasis_fx.passes.plan_saves.ancestors",
 ]
 CASES = [
@@ -117,7 +117,7 @@ def test_a_wrong_value_of_a_pass_is_caught(monkeypatch, surviving) -> None:
         node.meta["val"] = node.meta["val"].new_empty(1, 1)
         return projections
 
-    monkeypatch.setattr("oasis_fx.pipeline.project_activations", careless)
+    monkeypatch.setattr("oasis_fx.compile.pipeline.project_activations", careless)
     model, reference, said = trained({})
     assert_exact(model, reference, set())
     (text,) = said
@@ -129,7 +129,7 @@ def test_a_failure_is_left_out_of_the_caches(tmp_path, monkeypatch, break_at, su
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, x = net().float(), batch().float()
     with monkeypatch.context() as broken:
-        broken.setattr("oasis_fx.pipeline.project_activations", lambda *_: 1 / 0)
+        broken.setattr("oasis_fx.compile.pipeline.project_activations", lambda *_: 1 / 0)
         with pytest.warns(OasisWarning, match="ZeroDivisionError"):
             backward(torch.compile(model, backend=oasis_backend(rank=3)), x)
     assert not isinstance(model[0].weight.grad, LowRankGrad)
@@ -152,7 +152,7 @@ def test_what_stock_refuses_is_raised_as_stock_raises_it(monkeypatch, surviving)
     def fail(gm, *_):
         raise OnPurpose(f"{len(gm.graph.find_nodes(op='placeholder'))} inputs")
 
-    monkeypatch.setattr("oasis_fx.lowering.aot_eager_lowering", fail)
+    monkeypatch.setattr("oasis_fx.compile.lowering.aot_eager_lowering", fail)
     with warnings.catch_warnings(), pytest.raises(Exception, match="5 inputs"):
         warnings.simplefilter("error", OasisWarning)
         backward(torch.compile(net(), backend=oasis_backend(rank=3, **EAGER)), batch())

@@ -71,6 +71,6 @@ def stays_dense(warning: str) -> None:
 
 def test_a_torch_without_the_private_names_is_plain_inductor(monkeypatch) -> None:
     monkeypatch.delenv("OASIS_FX_RAISE")
-    monkeypatch.setitem(sys.modules, "oasis_fx.lowering", None)
-    monkeypatch.delattr("oasis_fx.lowering", raising=False)
+    monkeypatch.setitem(sys.modules, "oasis_fx.compile.lowering", None)
+    monkeypatch.delattr("oasis_fx.compile.lowering", raising=False)
     stays_dense("does not know this torch")

@@ -19,7 +19,7 @@ from .small import EAGER, assert_exact, backward, batch, net
 )
 def test_mode_and_options_reach_inductor(keywords, monkeypatch) -> None:
     seen = {}
-    import oasis_fx.lowering as lowering
+    import oasis_fx.compile.lowering as lowering
 
     real = lowering.inductor_lowering
 
@@ -72,7 +72,7 @@ def test_by_name() -> None:
 
 
 def test_no_grad_and_eval_graphs_are_the_inner_compilers(monkeypatch) -> None:
-    import oasis_fx.lowering as lowering
+    import oasis_fx.compile.lowering as lowering
 
     monkeypatch.setattr(lowering, "lower", lambda *_: pytest.fail("a graph without gradients was rewritten"))
     model, x = net().eval(), batch()

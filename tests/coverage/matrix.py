@@ -14,10 +14,10 @@ from torch._dynamo.utils import counters
 from zoo import DEFAULT_RANK, Entry
 
 from oasis_fx import LowRankGrad, oasis_backend
+from oasis_fx._torch.compiler import compile_caches_disabled, inductor_lowering
 from oasis_fx.backend import OasisBackend
-from oasis_fx.config import Settings
-from oasis_fx.lowering import run_node_by_node
-from oasis_fx.torch_private import compile_caches_disabled, inductor_lowering
+from oasis_fx.compile.lowering import run_node_by_node
+from oasis_fx.settings import Settings
 
 Backend = Callable[..., Any]
 

@@ -16,7 +16,7 @@ from matrix import compare, reasons_for_dense, table_row
 from zoo import DEFAULT_RANK, Entry, load_all
 
 from oasis_fx import LowRankGrad
-from oasis_fx.runtime.layout import as_rows
+from oasis_fx.graph.matricization import as_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 PACKAGES = ("torch", "transformers", "timm", "diffusers", "peft", "torchao")

@@ -19,7 +19,7 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed import distributed_c10d as c10d
 
 from oasis_fx import LowRankGrad
-from oasis_fx.runtime.subspace import Subspace, SubspaceSpec, initial_basis
+from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis
 
 ROWS, WIDTH, RANK = 6, 8, 3
 

@@ -19,10 +19,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from oasis_fx import LowRankGrad, LowRankGradWarning, OasisAdamW, OasisLion, OasisMuon, oasis_backend
-from oasis_fx.distributed import synchronize
+from oasis_fx.distributed import prepare
 from oasis_fx.errors import OasisWarning
-from oasis_fx.runtime import subspace_optimizer
-from oasis_fx.runtime.shards import local_gradient
+from oasis_fx.runtime.optim import base as subspace_optimizer
+from oasis_fx.runtime.subspaces.shards import local_gradient
 
 WIDTH, VOCABULARY, BATCH, STEPS = 64, 96, 96, 8
 
@@ -74,7 +74,7 @@ def made(backend, sharded: bool, *, optimizer=OasisAdamW, dtype=torch.float64, p
         for block in model.blocks:
             fully_shard(block, **settings)
         fully_shard(model, **settings)
-        handle = synchronize(model)
+        handle = prepare(model)
     return model, optimizer(model.parameters(), lr=1e-2, weight_decay=0.1), handle
 
 
@@ -236,14 +236,14 @@ def refused() -> dict:
 
 def columns() -> None:
     layer = torch.nn.Linear(WIDTH, 2 * WIDTH, bias=False)
-    synchronize(fully_shard(layer, mesh=mesh_of(1), shard_placement_fn=lambda p: Shard(p.dim() - 1)))
+    prepare(fully_shard(layer, mesh=mesh_of(1), shard_placement_fn=lambda p: Shard(p.dim() - 1)))
 
 
 def several_meshes() -> None:
     own = DeviceMesh("cpu", [dist.get_rank()])
     layers = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH))
     fully_shard(layers[0], mesh=mesh_of(1)), fully_shard(layers[1], mesh=own)
-    synchronize(layers)
+    prepare(layers)
 
 
 def unsynchronized() -> None:

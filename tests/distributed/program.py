@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.distributed import synchronize
-from oasis_fx.runtime import subspace_optimizer
+from oasis_fx.distributed import prepare
+from oasis_fx.runtime.optim import base as subspace_optimizer
 
 WIDTH, VOCABULARY, BATCH, STEPS = 64, 96, 96, 8
 
@@ -59,7 +59,7 @@ def train(rank: int, world: int, *, backend=None, parallel: bool = True, sync: b
     torch._dynamo.reset()
     model = Net(seed).to(dtype)
     backend = backend or oasis_backend(8, inner="aot_eager")
-    handle = synchronize(model, bucket_bytes=bucket_bytes) if parallel and sync else None
+    handle = prepare(model, bucket_bytes=bucket_bytes) if parallel and sync else None
     run = DistributedDataParallel(model, bucket_cap_mb=1) if parallel else model
     compiled = torch.compile(run, backend=backend)
     optimizer = OasisAdamW(model.parameters(), lr=1e-2)
@@ -118,7 +118,7 @@ def ranks_change(rank: int, world: int) -> dict:
 
 def removed() -> None:
     model = Net()
-    synchronize(model).remove()
+    prepare(model).remove()
     torch.compile(DistributedDataParallel(model), backend=oasis_backend(8, inner="aot_eager"))(*batch(0, 0, 1))
 
 
@@ -162,7 +162,7 @@ def trainer(folder: Path, world: int) -> dict:
     import tiny
     from transformers import Trainer, TrainingArguments
 
-    from oasis_fx.huggingface import oasis_trainer
+    from oasis_fx.integrations.huggingface import oasis_trainer
 
     args = TrainingArguments(
         str(folder / f"trainer{world}"), max_steps=6, per_device_train_batch_size=4 // world, learning_rate=3e-3,

@@ -28,9 +28,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.distributed import synchronize
-from oasis_fx.runtime.moving import advance_subspaces
-from oasis_fx.runtime.store import STORE
+from oasis_fx.distributed import prepare
+from oasis_fx.runtime.subspaces.moving import update_bases
+from oasis_fx.runtime.subspaces.store import STORE
 
 WIDTH, ROWS, STEPS = 8, 12, 5
 ALONE = 0, 1  # rank and number of ranks of the run on the joint batch
@@ -112,7 +112,7 @@ def error_of(run) -> str:
 
 def zero_redundancy() -> dict:
     model = net()
-    synchronize(model)
+    prepare(model)
     run = DistributedDataParallel(model)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=OasisAdamW, lr=1e-2)
     before = weights_of(model)
@@ -121,12 +121,12 @@ def zero_redundancy() -> dict:
 
 
 def zero_redundancy_of_stock() -> dict:
-    """With dense states of torch's AdamW it is right: bases move alike by `advance_subspaces`."""
+    """With dense states of torch's AdamW it is right: bases move alike by `update_bases`."""
     found = []
     for place in (ALONE, here()):
         model = net()
         if place != ALONE:
-            synchronize(model)
+            prepare(model)
         run = model if place == ALONE else DistributedDataParallel(model)
         settings = {"lr": 1e-2, "foreach": False}
         if place == ALONE:
@@ -136,7 +136,7 @@ def zero_redundancy_of_stock() -> dict:
         for step in range(STEPS):
             run(inputs(step, *place)).square().mean().backward()
             optimizer.step()
-            advance_subspaces(model.parameters())
+            update_bases(model.parameters())
             model.zero_grad()
         found.append(weights_of(model) + bases_of(model))
     return {"distance": distance(*found), "spread": spread(found[1])}
@@ -145,7 +145,7 @@ def zero_redundancy_of_stock() -> dict:
 def bases_apart() -> dict:
     """One rank loads a basis that the others do not have."""
     model = net()
-    synchronize(model)
+    prepare(model)
     run = DistributedDataParallel(model)
     optimizer = OasisAdamW(model.parameters(), lr=1e-2)
     take_steps(model, run, optimizer, here())
@@ -157,7 +157,7 @@ def bases_apart() -> dict:
 
 def joined() -> dict:
     model = net()
-    synchronize(model)
+    prepare(model)
     ddp = DistributedDataParallel(model)
     optimizer = OasisAdamW(model.parameters(), lr=1e-2)
 
@@ -175,7 +175,7 @@ def not_averaged() -> dict:
 
 def prepared():
     model = net()
-    synchronize(model)
+    prepare(model)
     ddp = DistributedDataParallel(model)
     return model, ddp, ddp, OasisAdamW(model.parameters(), lr=1e-2)
 
@@ -212,7 +212,7 @@ def quiet_to_the_end() -> str:
 def moved_by_hand() -> str:
     model, _, run, _ = prepared()
     by_hand(model)(run(inputs(0, *here())).square().mean())
-    return error_of(lambda: advance_subspaces(model.parameters()))
+    return error_of(lambda: update_bases(model.parameters()))
 
 
 def within_backward() -> str:
@@ -235,7 +235,7 @@ _NOT_AVERAGED = {
 
 
 def thawed() -> dict:
-    """Frozen at `synchronize`, thawed later; with the same DDP, one made anew, and `synchronize` called again."""
+    """Frozen at `prepare`, thawed later; with the same DDP, one made anew, and `prepare` called again."""
     found = {}
     for name in ("the same", "wrapped anew", "synchronized anew", "dense", "fsdp"):
         runs, sent = [], []
@@ -245,16 +245,16 @@ def thawed() -> dict:
             run, handle = model, None
             if place != ALONE and name == "fsdp":
                 run = fully_shard(model, mesh=init_device_mesh("cpu", (place[1],)))
-                handle = synchronize(model)
+                handle = prepare(model)
             elif place != ALONE:
-                handle = synchronize(model)
+                handle = prepare(model)
                 run = DistributedDataParallel(model)
             optimizer = OasisAdamW(model.parameters(), lr=1e-2)
             take_steps(model, run, optimizer, place, range(2))
             model.a.weight.requires_grad_(True)
             if place != ALONE and name == "synchronized anew":
                 sent.append(handle.sent)
-                again = synchronize(model)
+                again = prepare(model)
             if place != ALONE and "anew" in name:
                 run = DistributedDataParallel(model)
             take_steps(model, run, optimizer, place, range(2, 2 + STEPS))
@@ -274,11 +274,11 @@ def made_dense_by_a_hook() -> dict:
             model = net()
             run = model
             if place != ALONE and name == "ddp":
-                synchronize(model)
+                prepare(model)
                 run = DistributedDataParallel(model)
             elif place != ALONE:
                 run = fully_shard(model, mesh=init_device_mesh("cpu", (place[1],)))
-                synchronize(model)
+                prepare(model)
             for weight in [model.a.weight, model.b.weight]:
                 seen = getattr(weight, "_oasis_whole", weight)
                 # What a hook sees of a rank is its own batch's: the clipping must not bite for runs to be equal.
@@ -330,9 +330,9 @@ def wrapped(name: str):
     run = model
     if name.startswith("fsdp"):
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-        synchronize(model)
+        prepare(model)
     else:
-        synchronize(model)
+        prepare(model)
         run = DistributedDataParallel(model)
     return model, OasisAdamW(model.parameters(), lr=1e-2), run
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oasis_fx.distributed import synchronize
+from oasis_fx.distributed import prepare
 
 PROGRAM = Path(__file__).with_name("program.py")
 
@@ -48,7 +48,7 @@ def test_it_trains_as_one_process_on_the_joint_batch(tmp_path, world) -> None:
 def test_a_model_that_nobody_synchronizes_is_refused(tmp_path) -> None:
     """Nor one whose synchronization was taken away."""
     found = result("unsynchronized", tmp_path)
-    assert all("call oasis_fx.distributed.synchronize(model)" in found[when] for when in ("never", "no more")), found
+    assert all("call oasis_fx.distributed.prepare(model)" in found[when] for when in ("never", "no more")), found
 
 
 def test_ranks_that_change(tmp_path) -> None:
@@ -92,6 +92,6 @@ def test_a_rank_that_is_lost_ends_the_job_with_an_error(tmp_path, case) -> None:
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="bucket_bytes is 0"):
-        synchronize(torch.nn.Linear(2, 2), bucket_bytes=0)
+        prepare(torch.nn.Linear(2, 2), bucket_bytes=0)
     with pytest.raises(RuntimeError, match="init_process_group"):
-        synchronize(torch.nn.Linear(2, 2))
+        prepare(torch.nn.Linear(2, 2))

@@ -61,7 +61,7 @@ def test_what_is_refused_or_left_out(tmp_path) -> None:
     assert "rank is 4: the rank of sharded weights cannot change" in found["resize"]
     assert "sharded by dimension 1: oasis_fx needs its rows sharded" in found["columns"]
     assert "meshes of several sets of ranks" in found["several meshes"]
-    assert "call oasis_fx.distributed.synchronize(model) after fully_shard" in found["not synchronized"]
+    assert "call oasis_fx.distributed.prepare(model) after fully_shard" in found["not synchronized"]
     assert all(found["not finite"]), "a step was taken although a gradient of another rank is not finite"
 
 

@@ -68,7 +68,7 @@ def test_not_averaged(found, road) -> None:
 
 @pytest.mark.parametrize("how", ["the same", "wrapped anew", "synchronized anew", "dense", "fsdp"])
 def test_thawed(found, how) -> None:
-    """A weight that was frozen at `synchronize` trains as in one process on the joint batch."""
+    """A weight that was frozen at `prepare` trains as in one process on the joint batch."""
     assert all(rank[how]["distance"] < 1e-12 and rank[how]["spread"] == 0 for rank in found), found
 
 

@@ -10,7 +10,7 @@ A way is Python over these names:
 from __future__ import annotations
 
 from fuzz.program import Program, module_text
-from oasis_fx.runtime.rules import RULES
+from oasis_fx.runtime.subspaces.rules import RULES
 
 CALLS = {
     "once": "out = keep(f(*batches[0]))\nloss(out).backward()\ndone()",
@@ -61,8 +61,8 @@ def alone(program: Program) -> str:
     return f"""\
 # seed {program.seed}: {", ".join(sorted(program.features()))}
 {PREAMBLE}from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.layout import as_rows
-from oasis_fx.runtime.rules import *
+from oasis_fx.graph.matricization import as_rows
+from oasis_fx.runtime.subspaces.rules import *
 
 
 def randoms(seed):

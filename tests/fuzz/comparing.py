@@ -10,8 +10,8 @@ from fuzz.projected import compare_dense
 from fuzz.running import Run, rule
 from fuzz.statistics import compare_statistic
 from oasis_fx import LowRankGrad
-from oasis_fx.runtime.layout import as_rows
-from oasis_fx.runtime.subspace import Subspace
+from oasis_fx.graph.matricization import as_rows
+from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
 def compare(program: Program, reference: Run, run: Run, counts: dict[str, int]) -> None:

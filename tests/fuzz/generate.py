@@ -16,7 +16,7 @@ from fuzz import statements
 from fuzz.calling import CALLS
 from fuzz.drawing import Drawing
 from fuzz.program import REGIONS, Options, Program, Statement
-from oasis_fx.runtime.rules import RULES
+from oasis_fx.runtime.subspaces.rules import RULES
 
 SHARES: tuple[tuple[float, Callable[[Drawing], Statement | None]], ...] = (
     (0.42, statements.multiply),

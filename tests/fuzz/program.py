@@ -90,7 +90,7 @@ class Options:
     """How a program is compiled and called.
 
     Attributes:
-        rule: the name of a rule, or Python over the names of `oasis_fx.runtime.rules`.
+        rule: the name of a rule, or Python over the names of `oasis_fx.runtime.subspaces.rules`.
         rank: of all weights; a float is a share of in_features. 99 is full.
         inner: an inner compiler of the backend, or ``"no code"``: Inductor without its code generation.
         calls: a key of `fuzz.calling.CALLS`.

@@ -13,8 +13,8 @@ import torch
 
 from fuzz.closeness import Comparison, Wrong
 from fuzz.running import Run, Use
-from oasis_fx.runtime.layout import Features, as_rows, from_rows, num_features
-from oasis_fx.runtime.store import STORE
+from oasis_fx.graph.matricization import Features, as_rows, from_rows, num_features
+from oasis_fx.runtime.subspaces.store import STORE
 
 _MOST = 5000  # sums that are tried
 

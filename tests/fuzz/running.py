@@ -19,11 +19,11 @@ from fuzz.calling import CALLS
 from fuzz.program import Program, module_text
 from oasis_fx import OasisAdamW
 from oasis_fx.backend import OasisBackend
-from oasis_fx.config import Settings
-from oasis_fx.lowering import run_node_by_node
-from oasis_fx.runtime import rules
-from oasis_fx.runtime.rules import RULES, Rule, Sampled
-from oasis_fx.runtime.subspace import Subspace
+from oasis_fx.compile.lowering import run_node_by_node
+from oasis_fx.runtime.subspaces import rules
+from oasis_fx.runtime.subspaces.rules import RULES, Rule, Sampled
+from oasis_fx.runtime.subspaces.subspace import Subspace
+from oasis_fx.settings import Settings
 
 SECONDS = 120  # of the processor; a program that takes longer counts as a crash
 

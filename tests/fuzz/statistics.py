@@ -15,10 +15,10 @@ from fuzz.closeness import Comparison, Wrong
 from fuzz.program import Program
 from fuzz.running import Run
 from oasis_fx import LowRankGrad
-from oasis_fx.runtime.layout import as_rows
-from oasis_fx.runtime.rules import StatisticRule
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import Subspace
+from oasis_fx.graph.matricization import as_rows
+from oasis_fx.runtime.subspaces.rules import StatisticRule
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import Subspace
 
 _MOST = 3000  # sums that are tried
 

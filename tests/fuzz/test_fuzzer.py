@@ -14,7 +14,7 @@ from fuzz.generate import generate
 from fuzz.oracle import draw, judge
 from fuzz.program import Options, Parameter, Program, Read, Statement
 from fuzz.shrink import shrink
-from oasis_fx import pipeline
+from oasis_fx.compile import pipeline
 from oasis_fx.passes import low_rank_gradients, project_activations
 
 ROWS = "{}.reshape(-1, 4)"
@@ -82,7 +82,7 @@ def test_a_crash_of_ours_is_no_crash_of_stock(monkeypatch) -> None:
         raise ZeroDivisionError("of ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr("oasis_fx.lowering.call_with_runtime_inputs", fail)
+        patch.setattr("oasis_fx.compile.lowering.call_with_runtime_inputs", fail)
         verdict = judge(TWICE)
     assert verdict.kind == "crash" and "of ours" in verdict.detail
     everywhere = Statement("torch.compiler.is_compiling() and 1 / 0")

@@ -130,7 +130,7 @@ def test_trl(tmp_path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from oasis_fx.huggingface import oasis_trainer
+    from oasis_fx.integrations.huggingface import oasis_trainer
 
     words = {f"w{i}": i for i in range(tiny.VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from oasis_fx import LowRankGrad, OasisAdamW, OasisLion, OasisSGD
-from oasis_fx.huggingface import OasisCallback, oasis_trainer
+from oasis_fx.integrations.huggingface import OasisCallback, oasis_trainer
 
 from . import tiny
 

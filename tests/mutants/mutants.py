@@ -4,7 +4,7 @@ A mutant is an entry of one of the ``.toml`` files beside this one:
 
     [[mutant]]
     name = "the verifier is not called"
-    file = "oasis_fx/pipeline.py"
+    file = "oasis_fx/compile/pipeline.py"
     old = '''exact text, found once in the file'''
     new = '''what stands there in the mutant'''
     tests = ["tests/passes/test_rewrites.py::test_name"]

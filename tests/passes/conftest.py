@@ -11,11 +11,11 @@ import torch
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
-from oasis_fx.config import Settings
-from oasis_fx.graph import LiftedWeight
-from oasis_fx.lowering import CompiledGraph, lower
-from oasis_fx.pipeline import copy_graph
-from oasis_fx.torch_private import fx_graph_cse
+from oasis_fx._torch.compiler import fx_graph_cse
+from oasis_fx.compile.lowering import CompiledGraph, lower
+from oasis_fx.compile.pipeline import copy_graph
+from oasis_fx.graph.facts import LiftedWeight
+from oasis_fx.settings import Settings
 
 
 @dataclass
@@ -79,7 +79,7 @@ def capture_joint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Joint]:
             records.append(record)
             return compiled
 
-        monkeypatch.setattr("oasis_fx.lowering.partition_joint", keep)
+        monkeypatch.setattr("oasis_fx.compile.lowering.partition_joint", keep)
         torch.compiler.reset()
         torch.compile(function, backend=backend, fullgraph=True)(*inputs)
         (record,) = records

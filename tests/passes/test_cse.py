@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from oasis_fx import oasis_backend
-from oasis_fx.graph import aten
+from oasis_fx.graph.edits import aten
 
 
 class Attention(torch.nn.Module):

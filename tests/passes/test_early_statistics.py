@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-import oasis_fx.pipeline as pipeline
-from oasis_fx.config import Settings
-from oasis_fx.cost import storage_node
-from oasis_fx.graph import outputs
+import oasis_fx.compile.pipeline as pipeline
+from oasis_fx.compile.pipeline import copy_graph
+from oasis_fx.graph.edits import outputs
+from oasis_fx.inspect.graphs import trace_of
+from oasis_fx.inspect.tracing import trace_model
+from oasis_fx.memory.node_costs import storage_node
 from oasis_fx.passes.early_statistics import early_statistics
-from oasis_fx.pipeline import copy_graph
-from oasis_fx.show.graphs import trace_of
-from oasis_fx.tracing import trace_model
+from oasis_fx.settings import Settings
 
 
 def test_the_order_changes_and_no_value_does(monkeypatch) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from oasis_fx.cost import num_bytes
-from oasis_fx.graph import value
+from oasis_fx.compile.pipeline import rewrite_joint
+from oasis_fx.graph.edits import value
+from oasis_fx.memory.node_costs import num_bytes
 from oasis_fx.passes.plan_saves import plan_saves
-from oasis_fx.pipeline import rewrite_joint
 
 TOKENS, WIDTH, VOCABULARY = 64, 256, 4000
 

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
-from oasis_fx.budget import _partition_as_planned
-from oasis_fx.cost import num_bytes, saved_storages
-from oasis_fx.graph import PassError, dependents, outputs, value
+from oasis_fx._torch.compiler import is_tangent
+from oasis_fx.compile.partition_within import _partition_as_planned
+from oasis_fx.compile.pipeline import copy_graph, rewrite_joint
+from oasis_fx.graph.edits import dependents, outputs, value
+from oasis_fx.graph.verifier import PassError
+from oasis_fx.memory.node_costs import num_bytes, saved_storages
 from oasis_fx.passes.plan_saves import _checkpoints, _cut, _read, _waists, plan_saves
-from oasis_fx.pipeline import copy_graph, rewrite_joint
-from oasis_fx.torch_private import is_tangent
 
 N = 64
 

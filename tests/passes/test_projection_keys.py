@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from oasis_fx import LowRankGrad, oasis_backend
-from oasis_fx.runtime.layout import as_rows
+from oasis_fx.graph.matricization import as_rows
 
 X = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

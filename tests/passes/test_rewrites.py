@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oasis_fx.graph import PassError, aten, check_graph, outputs
+from oasis_fx._torch.compiler import gradient_positions
+from oasis_fx.compile.pipeline import copy_graph, rewrite_joint
+from oasis_fx.graph.edits import aten, outputs
+from oasis_fx.graph.verifier import PassError, check_graph
 from oasis_fx.passes.find_weight_gradients import find_weight_gradients
 from oasis_fx.passes.low_rank_gradients import low_rank_gradients
 from oasis_fx.passes.project_activations import project_activations
-from oasis_fx.pipeline import copy_graph, rewrite_joint
-from oasis_fx.torch_private import gradient_positions
 
 X = torch.randn(3, 4, 6, dtype=torch.float64)
 

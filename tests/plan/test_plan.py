@@ -13,14 +13,14 @@ transformers = pytest.importorskip("transformers")
 
 from oasis_fx import OasisAdamW, oasis_backend  # noqa: E402
 from oasis_fx.__main__ import main  # noqa: E402
-from oasis_fx.config import Settings  # noqa: E402
-from oasis_fx.cost import saved_storages  # noqa: E402
-from oasis_fx.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes  # noqa: E402
+from oasis_fx.inspect.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes  # noqa: E402
+from oasis_fx.memory.node_costs import saved_storages  # noqa: E402
 from oasis_fx.plan import memory, methods  # noqa: E402
 from oasis_fx.plan.configs import BUILT_IN, load_config, with_blocks  # noqa: E402
 from oasis_fx.plan.memory import KINDS, Phases, States  # noqa: E402
 from oasis_fx.plan.methods import Planner, largest_batch  # noqa: E402
 from oasis_fx.plan.trace import trace_fake  # noqa: E402
+from oasis_fx.settings import Settings  # noqa: E402
 
 BLOCKS = 5
 

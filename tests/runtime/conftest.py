@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from oasis_fx.runtime.slots import Group, lend
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.runtime.gradients.slots import Group, lend
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 
 class _LowRankProduct(torch.autograd.Function):

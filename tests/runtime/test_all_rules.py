@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.gathering import gather, prepare_state
-from oasis_fx.runtime.rules import DCT, GradientPower, Rule
+from oasis_fx.runtime.optim.gathering import gather, prepare_state
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, Rule
 
 RANK, LR = 4, 0.02
 

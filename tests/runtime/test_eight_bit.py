@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.measure import optimizer_bytes
-from oasis_fx.runtime.eight_bit import in_float32, new_codes
+from oasis_fx.inspect.measure import optimizer_bytes
+from oasis_fx.runtime.optim.eight_bit import in_float32, new_codes
 
 
 class Net(torch.nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oasis_fx.runtime.moving import advance_subspaces
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.runtime.subspaces.moving import update_bases
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::oasis_fx.LowRankGradWarning", "ignore::oasis_fx.OasisWarning")
 SPEC = SubspaceSpec(16)
@@ -65,7 +65,7 @@ def test_a_foreign_optimizer_steps_as_on_dense_gradients(name, products, make_we
         reference.grad = w.grad.to_dense().clone()
         before = STORE.existing(w, SPEC).basis.clone()
         ours.step(), theirs.step()
-        advance_subspaces([w])
+        update_bases([w])
         assert not torch.equal(STORE.existing(w, SPEC).basis, before)
         ours.zero_grad(), theirs.zero_grad()
     torch.testing.assert_close(w, reference)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oasis_fx.runtime.low_rank_grad import LowRankGrad
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::oasis_fx.LowRankGradWarning")
 

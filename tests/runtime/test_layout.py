@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oasis_fx.runtime.layout import add_product_, as_rows, from_rows, num_features, num_rows
+from oasis_fx.graph.matricization import add_product_, as_rows, from_rows, num_features, num_rows
 
 LAYOUTS = {
     "linear [m, n]": ((5, 8), (1, 2)),

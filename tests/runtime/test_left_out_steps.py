@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.layout import as_rows
-from oasis_fx.runtime.moving import move_bases
-from oasis_fx.runtime.rules import DCT, DrawnRule, GradientPower, Random
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import Subspace, SubspaceSpec, initial_basis
+from oasis_fx.graph.matricization import as_rows
+from oasis_fx.runtime.subspaces.moving import move_bases
+from oasis_fx.runtime.subspaces.rules import DCT, DrawnRule, GradientPower, Random
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis
 
 RANK, EVERY = 3, 2
 

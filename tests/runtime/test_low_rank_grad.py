@@ -10,12 +10,12 @@ import warnings
 import pytest
 import torch
 
-from oasis_fx.runtime import gradient_operators as module
-from oasis_fx.runtime.layout import LINEAR
-from oasis_fx.runtime.low_rank_grad import LowRankGrad, LowRankGradWarning
-from oasis_fx.runtime.slots import Group, lend
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.graph.matricization import LINEAR
+from oasis_fx.runtime.gradients import operators as module
+from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad, LowRankGradWarning
+from oasis_fx.runtime.gradients.slots import Group, lend
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 SPEC = SubspaceSpec(3)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime.rules import GradientPower
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import Momentum, Subspace, SubspaceSpec
+from oasis_fx.runtime.subspaces.rules import GradientPower
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import Momentum, Subspace, SubspaceSpec
 
 # What belongs to the object, or stands for what is compared besides.
 OWN = {"handle", "dtype", "device", "_stored", "_num_recoded", "energy", "latest_move"}

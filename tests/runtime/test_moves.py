@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from oasis_fx.runtime import orthonormalize as module
-from oasis_fx.runtime.moving import move_bases
-from oasis_fx.runtime.orthonormalize import orthonormalize
-from oasis_fx.runtime.subspace import Subspace, SubspaceSpec, initial_basis
-from oasis_fx.runtime.updates import all_finite
+from oasis_fx.runtime.optim.updates import all_finite
+from oasis_fx.runtime.subspaces import orthonormalize as module
+from oasis_fx.runtime.subspaces.moving import move_bases
+from oasis_fx.runtime.subspaces.orthonormalize import orthonormalize
+from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis
 
 
 def subspace(n: int = 9, r: int = 3, seed: int = 0, **spec) -> Subspace:

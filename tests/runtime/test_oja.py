@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from oasis_fx.runtime.moving import POWER_STEP, advance_subspaces, move_bases
-from oasis_fx.runtime.subspace import Subspace, SubspaceSpec, initial_basis
+from oasis_fx.runtime.subspaces.moving import POWER_STEP, move_bases, update_bases
+from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis
 
 
 def subspace(n=12, r=4, eta=1.0, dtype=torch.float64, updates=1, seed=0) -> Subspace:
@@ -109,12 +109,12 @@ def test_initial_basis_depends_on_its_arguments_only() -> None:
     torch.testing.assert_close(first, -0.6015892970127994)
 
 
-def test_advance_subspaces_for_other_optimizers(products, make_weight) -> None:
+def test_update_bases_for_other_optimizers(products, make_weight) -> None:
     w = make_weight(5, 12)
     (y,) = products(torch.randn(30, 12, dtype=torch.float64), [w], SubspaceSpec(4))
     y.square().sum().backward()
     before = w.grad.basis.detach().clone()
-    advance_subspaces([w])
+    update_bases([w])
     assert not torch.equal(w.grad.basis, before) and w.grad.subspace.statistic is None
 
 

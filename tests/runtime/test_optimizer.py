@@ -9,11 +9,11 @@ import warnings
 import pytest
 import torch
 
-from oasis_fx.runtime.gathering import gather, prepare_state
-from oasis_fx.runtime.low_rank_grad import LowRankGrad
-from oasis_fx.runtime.optimizer import OasisAdamW
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.optim.adamw import OasisAdamW
+from oasis_fx.runtime.optim.gathering import gather, prepare_state
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 SPEC = SubspaceSpec(3, learning_rate=0.7)
 BETAS, EPS = (0.8, 0.95), 1e-6

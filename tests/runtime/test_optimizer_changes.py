@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oasis_fx.runtime.gathering import gather, prepare_state
-from oasis_fx.runtime.optimizer import OasisAdamW
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.runtime.optim.adamw import OasisAdamW
+from oasis_fx.runtime.optim.gathering import gather, prepare_state
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 SPEC = SubspaceSpec(3, learning_rate=0.7)
 BETAS = (0.8, 0.95)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD
-from oasis_fx.runtime.subspace_optimizer import SubspaceOptimizer
-from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate
+from oasis_fx.runtime.optim.base import SubspaceOptimizer
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
 
 LR, DECAY, RANK, STEPS = 0.125, 0.25, 3, 3
 LAYOUTS = {  # shape, features, strides

@@ -8,9 +8,9 @@ import io
 import pytest
 import torch
 
-from oasis_fx.runtime.optimizer import OasisAdamW
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.runtime.optim.adamw import OasisAdamW
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 SPEC = SubspaceSpec(3)
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oasis_fx.runtime import orthonormalize as module
-from oasis_fx.runtime.orthonormalize import orthonormalize
+from oasis_fx.runtime.subspaces import orthonormalize as module
+from oasis_fx.runtime.subspaces.orthonormalize import orthonormalize
 
 
 def defect(q: torch.Tensor) -> float:

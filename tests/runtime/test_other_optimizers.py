@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
-from oasis_fx.runtime.gathering import gather, prepare_state
-from oasis_fx.runtime.muon import orthogonalize
+from oasis_fx.runtime.optim.gathering import gather, prepare_state
+from oasis_fx.runtime.optim.muon import orthogonalize
 
 RANK, LR, STEPS = 3, 0.05, 7
 

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from oasis_fx.runtime import rank_budget
-from oasis_fx.runtime.rank_budget import QUANTUM, Spectrum, geometric, joined, share_out
+from oasis_fx.runtime.subspaces import rank_allocation as rank_budget
+from oasis_fx.runtime.subspaces.rank_allocation import QUANTUM, Spectrum, geometric, joined, share_out
 
 
 def falling(ratio: float, n: int, rank: int, rows: int = 64, share: float = 0.25) -> Spectrum:

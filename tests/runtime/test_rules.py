@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime.moving import POWER_STEP
-from oasis_fx.runtime.rules import DCT, GradientPower, PrincipalRandom, Rule
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.runtime.subspaces.moving import POWER_STEP
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, PrincipalRandom, Rule
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 RANK, LR, BETAS, EPS, STEPS = 4, 0.02, (0.9, 0.95), 1e-8, 7
 

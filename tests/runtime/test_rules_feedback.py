@@ -7,7 +7,7 @@ import copy
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime.rules import GradientPower
+from oasis_fx.runtime.subspaces.rules import GradientPower
 
 
 def batch(seed: int) -> torch.Tensor:

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from oasis_fx.runtime.optimizer import OasisAdamW
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.runtime.optim.adamw import OasisAdamW
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 EVERY_3 = SubspaceSpec(3, every=3)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oasis_fx.runtime.gradient_cell import StaleGradientError
-from oasis_fx.runtime.low_rank_grad import LowRankGrad
-from oasis_fx.runtime.moving import move_bases
-from oasis_fx.runtime.optimizer import OasisAdamW
-from oasis_fx.runtime.rules import RULES
-from oasis_fx.runtime.sgd import OasisSGD
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.runtime.gradients.cell import StaleGradientError
+from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.optim.adamw import OasisAdamW
+from oasis_fx.runtime.optim.sgd import OasisSGD
+from oasis_fx.runtime.subspaces.moving import move_bases
+from oasis_fx.runtime.subspaces.rules import RULES
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::oasis_fx.LowRankGradWarning")
 SPEC, FULL = SubspaceSpec(3), SubspaceSpec(8)

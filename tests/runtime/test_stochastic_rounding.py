@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from oasis_fx.runtime.stochastic_rounding import _sixteen_bits, round_stochastically_
+from oasis_fx.runtime.optim.rounding import _sixteen_bits, round_stochastically_
 
 
 def test_unbiased_and_to_a_neighbour() -> None:

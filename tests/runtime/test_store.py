@@ -9,9 +9,9 @@ import weakref
 
 import torch
 
-from oasis_fx.runtime.layout import LINEAR
-from oasis_fx.runtime.store import Preloaded, SubspaceStore
-from oasis_fx.runtime.subspace import SubspaceSpec, initial_basis
+from oasis_fx.graph.matricization import LINEAR
+from oasis_fx.runtime.subspaces.store import Preloaded, SubspaceStore
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec, initial_basis
 
 SPEC = SubspaceSpec(3)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD
-from oasis_fx.checkpoint import flatten, unflatten
-from oasis_fx.runtime.strides import alike, is_packed, state_layout
+from oasis_fx.integrations.checkpoint import from_tensors, to_tensors
+from oasis_fx.runtime.optim.strides import alike, is_packed, state_layout
 
 SHAPE = (6, 4, 3, 2)
 LAYOUTS = {
@@ -112,7 +112,7 @@ def test_a_convolution_with_channels_last_resumes_bitwise(road, bits) -> None:
     train(net, optimizer, range(2))
     saved = copy.deepcopy(optimizer.state_dict())
     if road == "flat":
-        saved = unflatten(*flatten(saved))
+        saved = from_tensors(*to_tensors(saved))
     again, resumed = build()
     again.load_state_dict(net.state_dict())
     resumed.load_state_dict(saved)

@@ -8,10 +8,10 @@ import io
 import pytest
 import torch
 
-from oasis_fx.runtime.moving import advance_subspaces
-from oasis_fx.runtime.optimizer import OasisAdamW
-from oasis_fx.runtime.store import STORE
-from oasis_fx.runtime.subspace import SubspaceSpec
+from oasis_fx.runtime.optim.adamw import OasisAdamW
+from oasis_fx.runtime.subspaces.moving import update_bases
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 EVERY_3 = SubspaceSpec(3, every=3)
 
@@ -152,12 +152,12 @@ def test_graphs_with_other_periods_keep_their_own_bases(products, make_weight) -
     assert int(STORE.existing(weights[0], EVERY_3).num_updates) == 1
 
 
-def test_other_optimizers_count_by_advance_subspaces(products, make_weight) -> None:
+def test_other_optimizers_count_by_update_bases(products, make_weight) -> None:
     weights, _ = build(make_weight)
     updates = []
     for step in range(4):
         gradient(products, weights, EVERY_3, step)
-        advance_subspaces(weights)
+        update_bases(weights)
         updates.append(int(STORE.existing(weights[0], EVERY_3).num_updates))
         for weight in weights:
             weight.grad = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from oasis_fx.runtime.transport import transport_mean, transport_second_moment
+from oasis_fx.runtime.optim.transport import transport_mean, transport_second_moment
 
 BIAS1, BIAS2 = torch.tensor([[[0.19]]], dtype=torch.float64), torch.tensor([[[0.002]]], dtype=torch.float64)
 

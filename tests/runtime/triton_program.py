@@ -10,9 +10,9 @@ import warnings
 import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, OasisLion, oasis_backend
-from oasis_fx.runtime import fused, triton_kernels
-from oasis_fx.runtime.adamw import Hyper, step_dense_bfloat16
-from oasis_fx.runtime.updates import DenseUpdate, LowRankUpdate
+from oasis_fx.runtime.optim.adam_updates import Hyper, step_dense_bfloat16
+from oasis_fx.runtime.optim.kernels import fused, triton_kernels
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.005}
 

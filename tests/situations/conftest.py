@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, oasis_backend
-from oasis_fx.runtime.layout import as_rows
+from oasis_fx.graph.matricization import as_rows
 
 
 class Block(torch.nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from oasis_fx import oasis_backend
-from oasis_fx.runtime.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 
 D = 8
 BUDGETS = (None, 0.8, 0.5, 0.2, 0.0, "300B", 1.0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime.gathering import gather, prepare_state
+from oasis_fx.runtime.optim.gathering import gather, prepare_state
 
 
 def trained(kit, steps: int = 2):

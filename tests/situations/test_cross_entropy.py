@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from oasis_fx import LowRankGrad, OasisBackend, oasis_backend
-from oasis_fx.config import Settings
-from oasis_fx.lowering import run_node_by_node
+from oasis_fx.compile.lowering import run_node_by_node
+from oasis_fx.settings import Settings
 
 TOKENS, VOCABULARY = 64, 512
 AUTO_CHUNKER = {

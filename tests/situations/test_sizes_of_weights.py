@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, OasisWarning, oasis_backend
-from oasis_fx.runtime.layout import as_rows
+from oasis_fx.graph.matricization import as_rows
 
 SIZES = range(4, 16, 2)
 

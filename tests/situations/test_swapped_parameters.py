@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.store import STORE
+from oasis_fx.runtime.subspaces.store import STORE
 
 
 @pytest.fixture

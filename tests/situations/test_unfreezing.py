@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, OasisSGD, oasis_backend
-from oasis_fx.runtime.store import STORE
+from oasis_fx.runtime.subspaces.store import STORE
 
 
 class Net(torch.nn.Module):

@@ -1,0 +1,42 @@
+"""Readable names of a graph's parameters, for globs and messages. Never for finding a parameter again."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+from oasis_fx._torch.compiler import input_source
+
+_STEP = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.([A-Za-z]\w*)")
+_NO_STEP = ("_orig_mod", "_modules", "_parameters")  # Dynamo reads some modules as __dict__['_modules'][name]
+_ROOT = re.compile(r"^[LG]\['[^']*'\]")
+
+
+def weight_name(placeholder: fx.Node) -> str:
+    """The dotted path from the compiled module to a parameter, such as ``model.layers.0.mlp.up_proj.weight``.
+
+    Read off Dynamo's source text: ``L['self']._modules['fc']._parameters['weight']`` is ``fc.weight``.
+    Where Dynamo gives none (a graph split for distributed training), it is read off the placeholder's own name.
+    """
+    source = input_source(placeholder)
+    if source is None:
+        return _from_placeholder(placeholder.name)
+    path = [next(part for part in match if part) for match in _STEP.findall(_ROOT.sub("", source))]
+    return ".".join(step for step in path if step not in _NO_STEP) or placeholder.name
+
+
+def _from_placeholder(name: str) -> str:
+    """``l_self_modules_fc_parameters_weight_`` is ``fc.weight``; a name of another form stays as it is."""
+    steps = re.split(r"_(?:modules|parameters)_", name.removeprefix("l_self").rstrip("_"))
+    return ".".join(steps[1:]) if name.startswith("l_self_") and len(steps) > 1 else name
+
+
+def relative_name(name: str, to: str) -> str:
+    """``layers.0.k_proj.weight`` beside ``layers.0.q_proj.weight`` is ``k_proj``."""
+    parts, others = name.split("."), to.split(".")
+    while len(parts) > 1 and len(others) > 1 and parts[-1] == others[-1]:
+        parts, others = parts[:-1], others[:-1]
+    while len(parts) > 1 and len(others) > 1 and parts[0] == others[0]:
+        parts, others = parts[1:], others[1:]
+    return ".".join(parts)

@@ -1,0 +1,261 @@
+"""Averages gradients over ranks while the backward pass goes on: what `oasis_fx.distributed.prepare` makes."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from oasis_fx._torch.compiler import at_end_of_backward
+from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.subspaces.by_tensor import ByTensor
+from oasis_fx.runtime.subspaces.rules import BatchRule
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import Subspace
+
+_BASES_DIFFER = 1e-4  # between sums over the entries of all bases, whose columns have length 1
+
+_syncs = ByTensor()  # weak references, by weight
+
+
+def sync_of(weight: torch.Tensor) -> GradientSync | None:
+    """What averages the gradient of a parameter, as compiled graphs see it; None for nothing."""
+    found = _syncs.get(weight) if _syncs else None
+    return None if found is None else found()
+
+
+def _hook(weight: torch.nn.Parameter, function: Callable[[Any], None]) -> Any:
+    """Register a hook for complete gradients, also where the weight is frozen now: it may be thawed later."""
+    frozen = not weight.requires_grad
+    if frozen:
+        weight.requires_grad_(True)  # torch asks for it, and keeps the hook when it is set back
+    try:
+        return weight.register_post_accumulate_grad_hook(function)
+    finally:
+        if frozen:
+            weight.requires_grad_(False)
+
+
+@dataclass
+class _Bucket:
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+class GradientSync:
+    """Averages the gradients of some weights over ranks. Made by `prepare`.
+
+    Attributes:
+        sent: bytes that this rank has given to collectives so far.
+        ranks: gradients are averaged over so many.
+        replicas: which these are, where they are more than one.
+        early: those of them that it gave while a backward pass went on.
+        dense: bytes that DDP would have given for the same gradients.
+    """
+
+    peer = "DDP"  # what would have sent gradients at full size
+
+    def __init__(self, weights: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None, bucket_bytes: int):
+        self.group, self.bucket_bytes = group, bucket_bytes
+        self.ranks = dist.get_world_size(group)
+        self.replicas = frozenset(dist.get_process_group_ranks(group) if self.ranks > 1 else ())
+        self.sent = self.early = self.dense = 0
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._device = weights[0].device if weights else torch.device("cpu")
+        self._unsent: set[torch.nn.Parameter] = set()  # of backward passes under no_sync
+        self._numbers = {weight: number for number, weight in enumerate(weights)}
+        self._hooks: dict[torch.nn.Parameter, Any] = {}
+        for weight in weights:
+            before = sync_of(weight)
+            if before is not None:  # the model was synchronized before: the new one takes its place
+                self._take_over(before, weight)
+            self._hooks[weight] = _hook(weight, self._complete)
+            _syncs[weight] = weakref.ref(self)
+        self._reset()
+
+    def follow(self, ddp: DistributedDataParallel) -> None:
+        """Send nothing in backward passes in which ``ddp`` sends nothing, under its `no_sync()`.
+
+        A compiled graph that runs within the forward pass of ``ddp`` calls this by itself.
+
+        Raises:
+            RuntimeError: ``ddp`` runs within `torch.distributed.algorithms.join.Join`.
+        """
+        if ddp._join_config.enable:
+            raise RuntimeError(
+                "torch.distributed.algorithms.join.Join: a rank that has run out of inputs would not take part in what "
+                "oasis_fx.distributed.prepare averages. Give every rank the same number of batches "
+                "(DistributedSampler with drop_last=True), or train without oasis_backend and prepare"
+            )
+        if self._ddp is None or self._ddp() is not ddp:
+            self._ddp = weakref.ref(ddp)
+
+    def remove(self) -> None:
+        """Average no more; DDP is then refused again."""
+        for weight in list(self._hooks):
+            self._let_go(weight)
+            _syncs.pop(weight, None)
+
+    def _let_go(self, weight: torch.nn.Parameter) -> None:
+        self._hooks.pop(weight).remove()
+
+    def _take_over(self, before: GradientSync, weight: torch.nn.Parameter) -> None:
+        """Average a weight from now on, with what micro-batches have gathered of it so far."""
+        before._let_go(weight)
+        if weight in before._unsent:
+            before._unsent.remove(weight)
+            self._unsent.add(weight)
+
+    def __str__(self) -> str:
+        num_weights = sum(weight.requires_grad for weight in self._hooks)
+        sent = f"{num_weights} weights averaged over {self.ranks} ranks: {self.sent / 2**20:.1f} MiB sent"
+        if not self.sent:
+            return sent
+        share = f"{self.sent / max(1, self.dense):.2f} of what {self.peer} would have sent"
+        return f"{sent}, {share}, {self.early / self.sent:.2f} of it while backward passes went on"
+
+    def _reset(self) -> None:
+        self._buckets: dict[Any, _Bucket] = {}
+        self._flying: list[tuple[Any, torch.Tensor, list[torch.Tensor]]] = []
+        self._subspaces: dict[Subspace, None] = {}
+        self._checksum, self._waits, self._ends = 0, False, False
+
+    def _complete(self, weight: torch.nn.Parameter) -> None:
+        """The gradient of a weight is complete."""
+        if self.ranks == 1:
+            return
+        ddp = None if self._ddp is None else self._ddp()
+        if ddp is not None and not ddp.require_backward_grad_sync:
+            self._unsent.add(weight)
+            return
+        self._begin()
+        self._unsent.discard(weight)
+        self._take(weight)
+
+    def _begin(self) -> None:
+        if not self._waits:
+            self._waits = True
+            at_end_of_backward(self._finish)
+
+    def _late(self) -> list[torch.nn.Parameter]:
+        """Weights that an earlier micro-batch has used, and this one has not."""
+        late = [weight for weight in self._unsent if weight.grad is not None]
+        self._unsent.clear()
+        return late
+
+    def _take(self, weight: torch.nn.Parameter) -> None:
+        gradient = weight.grad
+        assert gradient is not None
+        values, kind = gradient, 0
+        if isinstance(gradient, LowRankGrad):
+            values = gradient.factor
+            if gradient.is_low_rank:
+                kind = self._note(gradient.subspace)
+        self._sign(weight, values, kind)
+        self._note_statistics(weight)
+        self._add(values)
+
+    def _note_statistics(self, weight: torch.nn.Parameter) -> None:
+        """Average what the bases of a weight move by, whatever a hook has made of its gradient."""
+        for subspace in STORE.all_of(weight):
+            if subspace.statistic is not None:
+                self._note(subspace)
+
+    def _sign(self, weight: torch.nn.Parameter, values: torch.Tensor, kind: int) -> None:
+        signature = repr((self._numbers[weight], tuple(values.shape), values.dtype, kind))
+        self._checksum = zlib.crc32(signature.encode(), self._checksum)
+        self.dense += weight.numel() * values.element_size()
+
+    def _note(self, subspace: Subspace) -> int:
+        rule = subspace.spec.rule
+        if isinstance(rule, BatchRule):
+            raise RuntimeError(
+                f"subspace={rule.name!r} goes by the batch of one rank: under data parallel training every rank would "
+                "have a basis of its own. Use 'oja', 'gradient_oja', 'random'"
+            )
+        self._subspaces[subspace] = None
+        return 1 if subspace.code is None else 2 + zlib.crc32(subspace.code.numpy().tobytes())
+
+    def _add(self, values: torch.Tensor) -> None:
+        key = values.dtype, values.device
+        bucket = self._buckets.setdefault(key, _Bucket())
+        bucket.tensors.append(values)
+        bucket.num_bytes += values.nbytes
+        if bucket.num_bytes >= self.bucket_bytes:
+            self._launch(self._buckets.pop(key).tensors)
+
+    def _launch(self, tensors: list[torch.Tensor]) -> None:
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).div_(self.ranks)
+        self._count(flat)
+        self._flying.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, tensors))
+
+    def _count(self, given: torch.Tensor) -> None:
+        self.sent += given.nbytes
+        self.early += 0 if self._ends else given.nbytes
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """The backward pass is over: the rest, the statistics, and what came of it all."""
+        self._ends = True
+        try:
+            for weight in sorted(self._late(), key=self._numbers.__getitem__):
+                self._take(weight)
+            for subspace in self._subspaces:
+                statistics = (subspace.statistic, subspace.energy_sum)
+                for tensor in [s for s in statistics if s is not None]:
+                    self._add(tensor)
+            own = self._fingerprint()
+            agreed = own.clone()
+            self._add(agreed)
+            self._launch_rest()
+            self._arrive()
+            for subspace in self._subspaces:
+                subspace.statistic_is_local = False
+            self._check_agreement(own, agreed)
+        finally:
+            self._reset()
+
+    def _fingerprint(self) -> torch.Tensor:
+        """What all ranks must have alike [2]: which weights have which gradients, and the bases these are in."""
+        signature = torch.tensor([float(self._checksum % 2**20)], dtype=torch.float64, device=self._device)
+        sums = [s.basis.detach().sum(dtype=torch.float64).view(1) for s in self._subspaces if s.code is None]
+        bases = torch.cat(sums).sum(dim=0, keepdim=True) if sums else torch.zeros_like(signature)
+        return torch.cat([signature, bases.to(self._device)])
+
+    def _check_agreement(self, own: torch.Tensor, agreed: torch.Tensor) -> None:
+        apart = (own - agreed).abs()
+        # A mean over ranks is rounded. Signatures are whole numbers; bases may differ by rounding on unlike devices.
+        limits = torch.tensor([1e-6, _BASES_DIFFER], dtype=apart.dtype, device=apart.device)
+        if bool((apart <= limits).all()):  # false for NaN
+            return
+        if not float(apart[0]) <= 1e-6:
+            raise RuntimeError(
+                "ranks do not agree on which weights have which gradients: the same model, settings, seeds and "
+                "used weights are needed on all of them"
+            )
+        names = "; ".join(subspace.spoken_name for subspace in self._subspaces)
+        raise RuntimeError(
+            f"the bases of {names[:500]} are not the same on all ranks: every rank has to take the same steps, with "
+            "one optimizer that has all of these weights, and to load the same checkpoint"
+        )
+
+    def _launch_rest(self) -> None:
+        for bucket in self._buckets.values():
+            self._launch(bucket.tensors)
+
+    def _sum_over_replicas(self, part: torch.Tensor) -> None:
+        """What hybrid sharding does besides."""
+
+    def _arrive(self) -> None:
+        for work, flat, tensors in self._flying:
+            work.wait()
+            self._sum_over_replicas(flat)
+            parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))

@@ -1,0 +1,140 @@
+"""What a partitioned graph saves for the backward pass and computes in matmuls, counted on fake values."""
+
+from __future__ import annotations
+
+import math
+import operator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from oasis_fx.graph.edits import aten, outputs, shape, value
+from oasis_fx.graph.facts import Contraction, Kind
+
+# Attention on a CPU, for which torch's counter has no formula: query, key and value, in the second behind dO.
+_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def hint(number: Any) -> int:
+    """An int, or the example value of a symbolic one; 0 where it depends on data and has none."""
+    if isinstance(number, torch.SymInt):
+        return int(number.node.hint) if number.node.has_hint() else 0
+    return int(number)
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements, by the hints of symbolic sizes."""
+    return math.prod(hint(size) for size in tensor.shape) * tensor.dtype.itemsize
+
+
+def readable_bytes(count: int) -> str:
+    """``96 B``, ``1.5 KiB``, ``2.0 MiB``."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count} B"
+
+
+def value_bytes(found: Any) -> int:
+    """Bytes of a node's value: of a tensor, of several together, 0 of a size or of None."""
+    if isinstance(found, tuple | list):
+        return sum(value_bytes(item) for item in found)
+    return num_bytes(found) if isinstance(found, torch.Tensor) else 0
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
+    """What a node is a view of; None where it has memory of its own."""
+    if node.op != "call_function":
+        return None
+    # An item of split() is a view of what is split; an item of var_mean() owns its memory.
+    maker = node.all_input_nodes[0] if node.target is operator.getitem else node
+    target = maker.target
+    return maker.all_input_nodes[0] if isinstance(target, torch._ops.OpOverload) and _is_view(target) else None
+
+
+@cache
+def _is_view(target: torch._ops.OpOverload) -> bool:
+    """By its schema, which says what shares memory: ``slice.Tensor(Tensor(a) self, ...) -> Tensor(a)``."""
+    if target.overloadpacket is aten._unsafe_view:
+        return True  # a view that autograd is not told of
+    returned = target._schema.returns
+    return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+
+
+def num_rows(term: Contraction, n: int) -> int:
+    """N of a contraction over n features: tokens, those of all experts together, or patches."""
+    if term.kind is Kind.CONVOLUTION:
+        batch, _, *places = (hint(size) for size in shape(term.dy))
+        return batch * math.prod(places)
+    return math.prod(hint(size) for size in shape(term.x)) // n
+
+
+def storage_node(node: fx.Node) -> fx.Node:
+    """The node that owns the memory of ``node``, behind views."""
+    while (behind := viewed(node)) is not None:
+        node = behind
+    return node
+
+
+def saved_storages(forward: fx.Graph, num_forward_outputs: int) -> dict[str, int]:
+    """Bytes that a forward graph keeps for the backward, by the name of the node that owns the memory.
+
+    Each storage counts once; inputs (weights and bases among them) exist anyway and do not count.
+    """
+    extra = outputs(forward)[num_forward_outputs:]
+    owners = dict.fromkeys(storage_node(node) for node in extra if isinstance(node, fx.Node))
+    kept = [node for node in owners if node.op != "placeholder" and isinstance(value(node), torch.Tensor)]
+    return {node.name: num_bytes(value(node)) for node in kept}
+
+
+def matmul_flops(graph: fx.Graph) -> int:
+    """Floating-point operations of matmuls, attention and convolutions, by torch's own counts."""
+    return sum(node_flops(node) for node in graph.nodes)
+
+
+def is_matmul(node: fx.Node) -> bool:
+    """Whether `matmul_flops` counts a node."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    packet = node.target.overloadpacket
+    return packet in (_ATTENTION, _ATTENTION_BACKWARD) or packet in flop_registry
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node that `matmul_flops` counts is attention in one operator."""
+    return "attention" in str(node.target)
+
+
+def node_flops(node: fx.Node) -> int:
+    """What `matmul_flops` counts for a node; 0 for one that is none of those."""
+    if not is_matmul(node):
+        return 0
+    assert isinstance(node.target, torch._ops.OpOverload)  # for the type checker: is_matmul has looked
+    packet = node.target.overloadpacket
+    args: Any
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _sized)
+    if packet is _ATTENTION:
+        return int(sdpa_flop_count(*(given.shape for given in args[:3])))  # type: ignore[no-untyped-call]
+    if packet is _ATTENTION_BACKWARD:
+        return int(sdpa_backward_flop_count(*(given.shape for given in args[:4])))  # type: ignore[no-untyped-call]
+    formula = flop_registry[packet]
+    return int(formula(*args, **kwargs, out_val=_sized(node)))
+
+
+def _sized(node: fx.Node) -> Any:
+    """A value of a node with plain sizes, for formulas."""
+    return _plain(value(node))
+
+
+def _plain(found: Any) -> Any:
+    if isinstance(found, torch.Tensor):
+        return torch.empty([hint(size) for size in found.shape], dtype=found.dtype, device="meta")
+    if isinstance(found, torch.SymInt):
+        return hint(found)
+    if isinstance(found, tuple | list):
+        return type(found)(_plain(item) for item in found)
+    return found

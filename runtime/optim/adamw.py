@@ -1,0 +1,216 @@
+"""OasisAdamW: AdamW whose moments live in the subspaces of the weights, and move with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+
+from oasis_fx.graph.matricization import Features, as_rows
+from oasis_fx.runtime.optim.adam_updates import Hyper, bias_correction, step_dense_bfloat16, step_fused, step_low_rank
+from oasis_fx.runtime.optim.base import SubspaceOptimizer
+from oasis_fx.runtime.optim.eight_bit import in_float32, new_codes, quantizes, require_torchao
+from oasis_fx.runtime.optim.group_settings import (
+    check_bits,
+    check_decays,
+    check_flags,
+    check_numbers,
+    check_rounding,
+    rounds_stochastically,
+)
+from oasis_fx.runtime.optim.kernels import fused
+from oasis_fx.runtime.optim.resizing import fit_columns
+from oasis_fx.runtime.optim.transport import transport_mean, transport_second_moment
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
+from oasis_fx.runtime.optim.weight_steps import store_weight
+
+
+class OasisAdamW(SubspaceOptimizer):
+    """AdamW for models compiled with `oasis_backend`.
+
+    A weight whose gradient is a `LowRankGrad` has moments of m x r, float32 (float64 for float64 weights),
+    which go over to the new basis whenever the basis moves; every other parameter is torch's fused AdamW. At
+    the end of a step each basis whose statistic has grown moves, under `subspace_every=k` at each k-th step.
+    A step in which any gradient is not finite is left out whole, as `GradScaler` would: weights, moments, step
+    counts and bases stay as they were.
+
+    Args:
+        params: parameters, named parameters, or groups of either, as torch's optimizers take them. Weights
+            that share a basis must all be in one optimizer.
+        lr: learning rate, from 0; a float or a one-element tensor.
+        betas: decay of the moments a step, each in [0, 1); floats or one-element tensors.
+        eps: added to the root of the second moment, from 0.
+        weight_decay: decoupled: each step multiplies weights by ``1 - lr * weight_decay``; from 0.
+        stochastic_rounding: round bfloat16 weights at random, so that updates below half a step are not lost.
+            None: on for bfloat16. Rounding repeats itself: it is seeded by the number of steps.
+        rank_scaling: multiply the learning rate of a weight in a subspace by ``sqrt(n / r)``, so that its step is as
+            long as AdamW's and a learning rate for AdamW holds at every rank. A setting of a group.
+        residual: where a weight in a subspace has a dense gradient, step outside of its subspace as well (Fira's way);
+            False leaves that part out. For a full-rank step now and then, run some steps by a model compiled
+            otherwise: ``exact = torch.compile(model.forward)``. A setting of a group.
+        full_rank: keep moments of the weights' own shape, and make each low-rank gradient a full-size matrix, one at a
+            time, to update them: what PRAC does. A setting of a group; for weights whose moments have not begun.
+        state_bits: 32, or 8: all moments of 4096 numbers and more as eight-bit codes in blocks of 256, by torchao. A
+            setting of a group; for weights whose moments have not begun.
+
+    Settings of groups are read at each step: schedulers may set them, or change tensors in place.
+
+    Raises:
+        ValueError: naming the value and what is allowed, here, in `add_param_group`, and at the step that follows where
+            one was set in ``param_groups``; torchao is asked for and missing.
+
+    Source: OASIS, arXiv 2604.09406; transport of moments: LDAdam, arXiv 2410.16103; eight bits: arXiv 2110.02861.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    mean_state: ClassVar[str | None] = "exp_avg"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        stochastic_rounding: bool | None = None,
+        rank_scaling: bool = True,
+        residual: bool = False,
+        full_rank: bool = False,
+        state_bits: int = 32,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding,
+            "rank_scaling": rank_scaling,
+            "residual": residual,
+            "full_rank": full_rank,
+            "state_bits": state_bits,
+        }
+        super().__init__(params, defaults)
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        check_numbers(group, "lr", "eps", "weight_decay")
+        check_decays(group)
+        check_rounding(group)
+        check_flags(group, "rank_scaling", "residual", "full_rank")
+        check_bits(group)
+        if group.get("state_bits", 32) == 8:
+            require_torchao()
+
+    def new_state(self, name: str, like: torch.Tensor, group: Mapping[str, Any]) -> State:
+        if group.get("state_bits", 32) == 32 or not quantizes(like):
+            return super().new_state(name, like, group)
+        codes, scale = new_codes(like)
+        return {name: codes, f"{name}_scale": scale}
+
+    def decoded(self, state: State) -> State:
+        if not _in_codes(state):
+            return state
+        with in_float32(state, self.states) as plain:
+            return plain
+
+    @contextmanager
+    def states_in_place(self, state: State) -> Iterator[State]:
+        if not _in_codes(state):
+            yield state
+            return
+        with in_float32(state, self.states) as plain:
+            yield plain
+
+    def projected_states(
+        self, state: State, basis: torch.Tensor, features: Features, group: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        mean, second = (as_rows(state[name], features).to(basis.dtype)[None] for name in self.states)
+        bias1, bias2 = (bias_correction(float(beta), state["step"]).to(mean) for beta in group["betas"])
+        moved = transport_second_moment(second, mean, basis[None], bias1, bias2)
+        return {"exp_avg": transport_mean(mean, basis[None])[0], "exp_avg_sq": moved[0]}
+
+    def resize_state(self, state: State, columns: int, group: Mapping[str, Any]) -> None:
+        plain, fitted = self.decoded(state), dict[str, torch.Tensor]()
+        for name in self.states:
+            fill = plain[name].amin(dim=1, keepdim=True) if name == "exp_avg_sq" else None
+            fitted[name] = fit_columns(plain[name], columns, fill)
+            state.pop(f"{name}_scale", None)
+            state.update(self.new_state(name, fitted[name], group))
+        if not _in_codes(state):
+            state.update(fitted)
+            return
+        with in_float32(state, self.states) as plain:
+            for name, value in fitted.items():
+                plain[name].copy_(value)
+
+    def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hyper:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        return Hyper(
+            float(group["lr"]),
+            beta1,
+            beta2,
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            rounds_stochastically(group, weight),
+            bool(group.get("rank_scaling", False)),
+            bool(group.get("residual", False)),
+        )
+
+    def mean_decay(self, group: Mapping[str, Any]) -> float:
+        return float(group["betas"][0])
+
+    def step_low_rank(
+        self, updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
+    ) -> None:
+        plain = [update for update in updates if not _in_codes(update.state)]
+        if plain:
+            step_low_rank(plain, hyper, gate, generator)
+        for update in updates:
+            if _in_codes(update.state):  # one at a time, or all would be in float32 at once
+                with in_float32(update.state, self.states) as state:
+                    step_low_rank([replace(update, state=state)], hyper, gate, generator)
+
+    def step_dense(
+        self, updates: Sequence[DenseUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
+    ) -> None:
+        coded = [update for update in updates if _in_codes(update.state)]
+        for update in coded:
+            with in_float32(update.state, self.states) as state:
+                self._step_in_float32(replace(update, state=state), hyper, gate, generator)
+        updates = [update for update in updates if not _in_codes(update.state)]
+        if hyper.stochastic_rounding:
+            for update in fused.step_dense_bfloat16(updates, hyper, gate, generator):
+                step_dense_bfloat16(update.weight, update.gradient, update.state, hyper, gate, generator)
+            return
+        if not updates:
+            return
+        weights, gradients = [update.weight for update in updates], [update.gradient for update in updates]
+        step_fused(weights, gradients, [update.state for update in updates], hyper, gate)
+
+    def _step_in_float32(
+        self, update: DenseUpdate, hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
+    ) -> None:
+        weight = update.weight if update.weight.dtype == torch.float32 else update.weight.float()
+        step_fused([weight], [update.gradient.float()], [update.state], hyper, gate)
+        if weight is not update.weight:
+            store_weight(update.weight, weight, hyper, generator)
+
+    def transport(self, states: Sequence[State], overlap: torch.Tensor, group: Mapping[str, Any]) -> None:
+        if _in_codes(states[0]):
+            for state, r in zip(states, overlap, strict=True):
+                with in_float32(state, self.states) as plain:
+                    self.transport([plain], r[None], group)
+            return
+        mean, second = (torch.stack([s[key] for s in states]) for key in self.states)
+        step = torch.stack([s["step"] for s in states]).view(-1, 1, 1)
+        bias1, bias2 = (bias_correction(float(beta), step).to(mean.dtype) for beta in group["betas"])
+        moved = transport_second_moment(second, mean, overlap, bias1, bias2)
+        torch._foreach_copy_([s["exp_avg_sq"] for s in states], list(moved))
+        torch._foreach_copy_([s["exp_avg"] for s in states], list(transport_mean(mean, overlap)))
+
+
+def _in_codes(state: State) -> bool:
+    return bool(state["exp_avg"].dtype == torch.uint8)

@@ -1,0 +1,134 @@
+"""Which steps of weights our Triton kernels take, and with what; all others go by torch's operators."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from oasis_fx.errors import OasisWarning
+from oasis_fx.graph.matricization import rows_view
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
+
+if TYPE_CHECKING:
+    from oasis_fx.runtime.optim.adam_updates import Hyper
+
+DEVICES = ("cuda",)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from oasis_fx.runtime.optim.kernels import triton_kernels
+    except ImportError:  # a torch built without Triton
+        return None
+    return triton_kernels
+
+
+_broken = False
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the present device, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _launch(run: Callable[[], None], device: torch.device) -> bool:
+    """Whether it ran. A machine that cannot build kernels is told once."""
+    global _broken
+    try:
+        with device_guard(device):
+            run()
+    except Exception as error:
+        _broken = True
+        why = f"{type(error).__name__}: {error}"
+        message = f"Triton cannot build the kernels of optimizer steps, which are slower now ({why})"
+        warnings.warn(message, OasisWarning, stacklevel=2)
+        return False
+    return True
+
+
+def _usable(*tensors: torch.Tensor) -> bool:
+    return not _broken and all(tensor.device.type in DEVICES for tensor in tensors) and _kernels() is not None
+
+
+def add_product(
+    update: LowRankUpdate,
+    u: torch.Tensor,
+    keep: float,
+    alpha: float,
+    gate: torch.Tensor | None,
+    generator: torch.Generator | None,
+) -> bool:
+    """``W = keep W + alpha U Q^T`` by a kernel, rounded stochastically where there is a ``generator``.
+
+    Returns:
+        False where no kernel suits: nothing has changed then.
+    """
+    weight, basis = update.weight, update.basis
+    if not _usable(weight) or weight.dtype not in _DTYPES or basis.dtype != torch.float32:
+        return False
+    rows = rows_view(weight, update.features)
+    if rows is None or not (u.is_contiguous() and basis.is_contiguous()):
+        return False
+    seed = None if generator is None else _next_seed(generator)
+    done = _launch(
+        lambda: _kernels().add_product_(rows, u, basis, keep=keep, alpha=alpha, gate=gate, seed=seed),  # type: ignore[union-attr]
+        weight.device,
+    )
+    if done:
+        torch.autograd.graph.increment_version(weight)  # a kernel does not, and autograd looks at it
+    return done
+
+
+def step_dense_bfloat16(
+    updates: Sequence[DenseUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
+) -> list[DenseUpdate]:
+    """AdamW with stochastic rounding by a kernel a weight; returns the updates that no kernel suits."""
+    suited = [update for update in updates if _usable(update.weight) and _is_plain_bfloat16(update)]
+    if not suited:
+        return list(updates)
+    steps = [update.state["step"] for update in suited]
+    counts = torch.stack(steps).double() + 1
+    biases = torch.stack([1 - beta**counts for beta in (hyper.beta1, hyper.beta2)], dim=1).float()
+    for number, update in enumerate(suited):
+        step = functools.partial(_step_one, update, biases[number], hyper, gate, _next_seed(generator))
+        done = _launch(step, update.weight.device)
+        if not done:
+            suited = suited[:number]
+            break
+    stepped = [update.state["step"] for update in suited]
+    if stepped:
+        torch._foreach_add_(stepped, torch.ones_like(steps[0]) if gate is None else gate.to(steps[0].dtype))
+    done_with = {id(update) for update in suited}
+    return [update for update in updates if id(update) not in done_with]
+
+
+def _step_one(update: DenseUpdate, biases: torch.Tensor, hyper: Hyper, gate: torch.Tensor | None, seed: int) -> None:
+    weight, state = update.weight, update.state
+    _kernels().step_adamw_(  # type: ignore[union-attr]
+        weight, update.gradient, state["exp_avg"], state["exp_avg_sq"], biases, lr=hyper.lr, beta1=hyper.beta1,
+        beta2=hyper.beta2, eps=hyper.eps, weight_decay=hyper.weight_decay, gate=gate, seed=seed,
+    )  # fmt: skip
+    for changed in (weight, state["exp_avg"], state["exp_avg_sq"]):
+        torch.autograd.graph.increment_version(changed)
+
+
+def _is_plain_bfloat16(update: DenseUpdate) -> bool:
+    tensors = update.weight, update.gradient, update.state["exp_avg"], update.state["exp_avg_sq"]
+    return all(tensor.dtype == torch.bfloat16 and tensor.is_contiguous() for tensor in tensors)
+
+
+def _next_seed(generator: torch.Generator) -> int:
+    """A seed that no other kernel of this step has. Read from the host's side of a GPU's generator: nothing waits."""
+    if generator.device.type == "cpu":
+        return int(torch.randint(1 << 31, (), generator=generator))
+    offset = int(generator.get_offset())
+    generator.set_offset(offset + 4)
+    return (generator.initial_seed() << 20) + offset

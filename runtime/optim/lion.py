@@ -1,0 +1,116 @@
+"""OasisLion: Lion, its momentum in the subspaces of the weights.
+
+    U = sign(b1 m + (1 - b1) G);   m = b2 m + (1 - b2) G;   W = (1 - lr wd) W - lr sqrt(n / r) U Q^T
+
+Signs are taken of coordinates in the basis, so the update's size depends on the basis: ||U Q^T||_F = sqrt(m r) for
+any orthonormal one. The factor makes it that of a dense step, as for `OasisAdamW`.
+
+Source: Lion, arXiv 2302.06675; in a subspace, Online Subspace Descent, arXiv 2408.12857.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from oasis_fx.runtime.optim.base import SubspaceOptimizer
+from oasis_fx.runtime.optim.group_settings import (
+    check_decays,
+    check_flags,
+    check_numbers,
+    check_rounding,
+    rounds_stochastically,
+)
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, real_update
+from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weight, where
+
+
+@dataclass(frozen=True)
+class Hyper:
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    stochastic_rounding: bool
+    rank_scaling: bool
+
+
+class OasisLion(SubspaceOptimizer):
+    """Lion for models compiled with `oasis_backend`.
+
+    Args:
+        params: as for `OasisAdamW`.
+        lr: learning rate, from 0; a float or a one-element tensor. A third to a tenth of AdamW's is usual.
+        betas: weights of the momentum in the update, and its decay a step; each in [0, 1).
+        weight_decay: decoupled, from 0.
+        stochastic_rounding, rank_scaling: as for `OasisAdamW`.
+
+    Raises:
+        ValueError: naming the value and what is allowed.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    mean_state: ClassVar[str | None] = "exp_avg"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        stochastic_rounding: bool | None = None,
+        rank_scaling: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding,
+            "rank_scaling": rank_scaling,
+        }
+        super().__init__(params, defaults)
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        check_numbers(group, "lr", "weight_decay")
+        check_decays(group)
+        check_rounding(group)
+        check_flags(group, "rank_scaling")
+
+    def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hyper:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        rounding = rounds_stochastically(group, weight)
+        decay, scaling = float(group["weight_decay"]), bool(group.get("rank_scaling", False))
+        return Hyper(float(group["lr"]), beta1, beta2, decay, rounding, scaling)
+
+    def mean_decay(self, group: Mapping[str, Any]) -> float:
+        return float(group["betas"][1])
+
+    def step_low_rank(
+        self, updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
+    ) -> None:
+        for update in updates:
+            minus_u = _advance(update.state["exp_avg"], update.factor, hyper, gate)
+            step_weight(update, minus_u, hyper, gate, generator, update.rank_scale if hyper.rank_scaling else 1.0)
+            update.state["step"] += where(gate, torch.ones_like(update.state["step"]))
+
+    def step_dense(
+        self, updates: Sequence[DenseUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
+    ) -> None:
+        for update in map(real_update, updates):
+            minus_u = _advance(update.state["exp_avg"], update.gradient, hyper, gate)
+            step_dense_weight(update.weight, minus_u, hyper, gate, generator)
+            update.state["step"] += where(gate, torch.ones_like(update.state["step"]))
+
+
+def _advance(mean: torch.Tensor, gradient: torch.Tensor, hyper: Hyper, gate: torch.Tensor | None) -> torch.Tensor:
+    """Update the momentum in place; return -U."""
+    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    m = mean.to(g.dtype)
+    minus_u = -torch.sign(m.lerp(g, 1 - hyper.beta1))
+    new = m.lerp(g, 1 - hyper.beta2)
+    mean.copy_(new if gate is None else torch.where(gate, new, m))
+    return where(gate, minus_u)

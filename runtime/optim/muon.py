@@ -1,0 +1,173 @@
+"""OasisMuon: orthogonalised momentum in the subspaces of the weights.
+
+    M = mu M + G [m, r];   O = U V^T of M = U S V^T, by an exact SVD
+    O = O min(1, gamma ||O_before|| / ||O||)                      the norm-growth limiter
+    W = (1 - lr wd) W - lr scale sqrt(max(m, n)) f O Q^T,   f = sqrt(min(m, n) / r)
+
+One moment only, which goes over to a new basis as M R: no second moment has to be carried. An SVD and not
+Newton-Schulz's iteration, whose error is large for moments of low rank and bad condition. Other parameters (biases,
+norms, embeddings, heads) are AdamW's.
+
+Source: SUMO, arXiv 2505.24749, but for its term G - Q Q^T G, which nobody has here: only dW Q leaves the graph. The
+paper's scale is 1 times its learning rate; 0.2 gives updates of the size of AdamW's (Moonlight, arXiv 2502.16982), so
+that one learning rate serves all parameters. f is ours: O has min(m, r) directions of length 1 where that of a dense
+gradient has min(m, n); with it a step is as long at every rank (docs/results.md has what it is worth).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from oasis_fx.graph.matricization import Features, as_rows
+from oasis_fx.runtime.optim.adam_updates import Hyper as AdamHyper
+from oasis_fx.runtime.optim.adam_updates import step_dense_bfloat16, step_fused
+from oasis_fx.runtime.optim.base import SubspaceOptimizer
+from oasis_fx.runtime.optim.group_settings import (
+    check_decays,
+    check_flags,
+    check_limit,
+    check_momentum,
+    check_numbers,
+    check_rounding,
+    rounds_stochastically,
+)
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
+from oasis_fx.runtime.optim.weight_steps import step_weight, where
+
+
+@dataclass(frozen=True)
+class Hyper:
+    adam: AdamHyper
+    momentum: float
+    scale: float
+    limit: float
+    rank_scaling: bool
+
+
+class OasisMuon(SubspaceOptimizer):
+    """Muon for models compiled with `oasis_backend`.
+
+    Args:
+        params: as for `OasisAdamW`.
+        lr: learning rate, from 0; a float or a one-element tensor.
+        momentum: mu, in [0, 1).
+        weight_decay: decoupled, from 0.
+        scale: factor of the update, from 0; see above.
+        limit: gamma: how much an update's norm may grow from one step to the next, over 1; `math.inf` for any.
+        betas, eps: of AdamW, for parameters whose gradient is not low-rank.
+        stochastic_rounding: as for `OasisAdamW`.
+        rank_scaling: multiply the learning rate of a weight in a subspace by f, see above.
+
+    Raises:
+        ValueError: naming the value and what is allowed.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    steps_shards: ClassVar[bool] = False  # the update is orthogonalised over all rows
+    dense_states: ClassVar[tuple[str, ...] | None] = ("exp_avg", "exp_avg_sq")
+    mean_state: ClassVar[str | None] = None  # a sum of gradients, not a mean
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 1e-2,
+        *,
+        scale: float = 0.2,
+        limit: float = 1.1,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        stochastic_rounding: bool | None = None,
+        rank_scaling: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "scale": scale,
+            "limit": limit,
+            "betas": betas,
+            "eps": eps,
+            "stochastic_rounding": stochastic_rounding,
+            "rank_scaling": rank_scaling,
+        }
+        super().__init__(params, defaults)
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        check_numbers(group, "lr", "weight_decay", "scale", "eps")
+        check_decays(group)
+        check_rounding(group)
+        check_flags(group, "rank_scaling")
+        check_momentum(group)
+        check_limit(group)
+
+    def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hyper:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        rounding = rounds_stochastically(group, weight)
+        adam = AdamHyper(float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), rounding)
+        scaling = bool(group.get("rank_scaling", False))
+        return Hyper(adam, float(group["momentum"]), float(group["scale"]), float(group["limit"]), scaling)
+
+    def projected_states(
+        self, state: State, basis: torch.Tensor, features: Features, group: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        # What AdamW kept for the dense weight is a mean of gradients; the momentum here is their sum.
+        mean = as_rows(state["exp_avg"], features).to(basis.dtype) @ basis
+        return {"momentum_buffer": mean / (1 - float(group["momentum"]))}
+
+    def step_low_rank(
+        self, updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
+    ) -> None:
+        batches: dict[Any, list[LowRankUpdate]] = {}
+        for update in updates:
+            m = update.state["momentum_buffer"]
+            m.copy_(where(gate, hyper.momentum * m + update.factor, m))
+            batches.setdefault((m.shape, m.dtype), []).append(update)
+        for batch in batches.values():
+            directions = orthogonalize(torch.stack([update.state["momentum_buffer"] for update in batch]))
+            for update, o in zip(batch, directions, strict=True):
+                factor = hyper.scale * math.sqrt(max(o.shape[0], update.basis.shape[0]))
+                if hyper.rank_scaling:
+                    factor *= _rank_scale(update, o.shape[0])
+                minus_o = where(gate, -self._limited(update.state, o, hyper, gate))
+                step_weight(update, minus_o, hyper.adam, gate, generator, factor)
+                update.state["step"] += where(gate, torch.ones_like(update.state["step"]))
+
+    def _limited(self, state: State, o: torch.Tensor, hyper: Hyper, gate: torch.Tensor | None) -> torch.Tensor:
+        norm, before = torch.linalg.vector_norm(o), state.setdefault("update_norm", o.new_zeros(()))
+        allowed = torch.where(before > 0, hyper.limit * before, torch.inf)
+        factor = (allowed / norm.clamp_min(torch.finfo(o.dtype).tiny)).clamp_max(1.0)
+        before.copy_(where(gate, norm * factor, before))
+        return o * factor
+
+    def step_dense(
+        self, updates: Sequence[DenseUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
+    ) -> None:
+        if hyper.adam.stochastic_rounding:
+            for update in updates:
+                step_dense_bfloat16(update.weight, update.gradient, update.state, hyper.adam, gate, generator)
+            return
+        weights, gradients = [update.weight for update in updates], [update.gradient for update in updates]
+        step_fused(weights, gradients, [update.state for update in updates], hyper.adam, gate)
+
+
+def orthogonalize(m: torch.Tensor) -> torch.Tensor:
+    """``U V^T`` of each ``M = U S V^T`` [L, m, r]; directions whose singular value is zero to rounding are left out."""
+    u, s, vh = torch.linalg.svd(m, full_matrices=False)
+    kept = s > s[..., :1] * torch.finfo(m.dtype).eps * max(m.shape[-2:])
+    return (u * kept.unsqueeze(-2)) @ vh
+
+
+def _rank_scale(update: LowRankUpdate, m: int) -> float:
+    """What makes a step O Q^T as long as that of an orthogonalised dense gradient.
+
+    O is as long as min(m, r) says and not as r, and a dense one as min(m, n): `LowRankUpdate.rank_scale` has neither.
+    """
+    n, r = update.basis.shape
+    return update.rank_scale * math.sqrt(r / n * min(m, n) / min(m, r))

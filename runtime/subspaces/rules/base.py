@@ -1,0 +1,199 @@
+"""What a rule is: how a subspace gets its basis, and how the basis moves.
+
+A rule derives from one of three classes, by what it goes by:
+
+    StatisticRule   C = A^T A Q, summed over the backward passes of a step; the basis moves at the step's end
+    BatchRule       A itself, handed over while the graph runs; the basis moves first and projects the same batch
+    DrawnRule       nothing: the basis is made from a few numbers
+
+A is the activation X [N, n] that a group of layers reads (``on = "activation"``: the backward pass keeps ``X Q``), or
+the gradient dW [m, n] of one weight (``on = "gradient"``: X is kept, dW lives inside the backward graph, ``dW Q``
+leaves it).
+
+A rule is a frozen dataclass: its fields are its settings, they are part of a subspace's identity. docs/extending.md
+adds one in a few lines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from oasis_fx.runtime.subspaces.subspace import Subspace
+
+Side = Literal["activation", "gradient"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Common to all rules; derive from one of the three classes below.
+
+    Attributes:
+        name: what `oasis_backend(subspace=...)` calls it.
+        every: optimizer steps between two moves, unless ``subspace_every`` says otherwise.
+        learning_rate: unless ``subspace_lr`` says otherwise; rules without a step size ignore it.
+        transports: whether optimizer states are carried over to a basis that has moved (LDAdam's way), or kept as they
+            are, in coordinates that now mean something else (GaLore's).
+        orthonormal: whether ``Q^T Q = I``.
+        dense: whether the gradient leaves the graph at full size, ``(dY^T P) Q^T`` (``(dW Q) Q^T`` on gradients), to be
+            stepped by any optimizer with states at full size. The basis moves as it would otherwise.
+        coded: whether the basis is a function of a few numbers, ``expand(code)``, and not stored.
+        draws: whether each subspace needs a seed, which comes from torch's generator as first weights do.
+    """
+
+    name: ClassVar[str]
+    every: ClassVar[int] = 1
+    learning_rate: ClassVar[float] = 1.0
+    transports: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = True
+    dense: ClassVar[bool] = False
+    coded: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+
+    @property
+    def resizable(self) -> bool:
+        """Whether any orthonormal basis of any rank will do to go on with."""
+        return self.orthonormal and not self.coded
+
+    @property
+    def on(self) -> Side:
+        """What the projection sits on."""
+        return "activation"
+
+    def expand(self, code: torch.Tensor, n: int, r: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The basis [n, r] of a ``coded`` rule, from its code: int64 on the CPU."""
+        raise NotImplementedError
+
+    def first_code(self, r: int, seed: int) -> torch.Tensor:
+        """The code that a subspace starts with; ``seed`` is 0 for one that does not draw."""
+        raise NotImplementedError
+
+
+class StatisticRule(Rule):
+    """A rule that goes by C. It moves a batch of subspaces of one shape at once."""
+
+    needs_energy: ClassVar[bool] = False
+
+    def step(
+        self, basis: torch.Tensor, statistic: torch.Tensor, energy: torch.Tensor, rate: torch.Tensor
+    ) -> torch.Tensor:
+        """What the new bases are the orthonormal part of.
+
+        Args:
+            basis: Q [L, n, r].
+            statistic: C [L, n, r], divided by its largest entry.
+            energy: ||A||^2 [L, 1, 1] in the same units; NaN where graphs do not sum it (``needs_energy`` makes them).
+            rate: the step size [L, 1, 1]; `POWER_STEP` at the first move of a basis, from its random start.
+
+        Returns:
+            [L, n, r]; it is orthonormalised with a positive diagonal.
+        """
+        raise NotImplementedError
+
+
+class BatchRule(Rule):
+    """A rule that goes by the batch itself. It runs within the compiled graph, as an opaque operator.
+
+    Attributes:
+        uses_momentum: whether `choose` is to find the first moment of an optimizer in the subspace.
+        each_batch: whether every batch gets a basis of its own, which nothing outlives. Its gradients have to be
+            ``dense``, since nothing would be left to read a factor by; ``every`` and ``subspace_every`` say nothing.
+    """
+
+    uses_momentum: ClassVar[bool] = False
+    each_batch: ClassVar[bool] = False
+
+    def choose(self, batch: torch.Tensor, subspace: Subspace, generator: torch.Generator) -> torch.Tensor:
+        """The new basis [n, r], or its code where the rule is ``coded``.
+
+        Args:
+            batch: A [N or m, n], finite and not all zeros, in the dtype of the basis; not to be changed. N may be
+                smaller than r. Where the rule is ``each_batch`` it may be anything, without rows too.
+            subspace: with its present basis, ``num_updates``, and ``momentum`` where the rule ``uses_momentum``.
+            generator: on the CPU, for whatever is random; a function of the subspace and its ``num_updates``.
+        """
+        raise NotImplementedError
+
+    def weights(self, n: int, r: int) -> torch.Tensor | None:
+        """Factors [r] of the columns in the projection ``A Q diag(weights)``; None for ones. From 0 where ``dense``."""
+        return None
+
+    def project_gradient(self, gradient: torch.Tensor, subspace: Subspace, old: torch.Tensor | None) -> torch.Tensor:
+        """The factor [m, r] of a gradient dW [m, n]; ``old`` is the basis before, where it moved just now."""
+        return gradient @ subspace.basis.detach()
+
+
+class DrawnRule(Rule):
+    """A rule that goes by no data. Its basis is drawn anew at each ``every``-th step."""
+
+    coded: ClassVar[bool] = True
+
+    def next_code(self, code: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+RULES: dict[str, Rule] = {}
+
+
+def register(rule: Rule) -> Rule:
+    """Make a rule known by its name.
+
+    Raises:
+        ValueError: another rule has the name, it derives from none of the three classes, or its class attributes
+            contradict each other.
+    """
+    _check(rule)
+    if type(RULES.get(rule.name, rule)) is not type(rule):
+        raise ValueError(f"a rule named {rule.name!r} exists: {RULES[rule.name]!r}")
+    RULES[rule.name] = rule
+    return rule
+
+
+def rule_of(given: str | Rule) -> Rule:
+    """The rule that a name or an instance stands for.
+
+    Raises:
+        ValueError: naming what is known; or as `register`, of an instance.
+    """
+    if isinstance(given, Rule):
+        _check(given)
+        return given
+    if not isinstance(given, str) or given not in RULES:
+        raise ValueError(f"subspace is {given!r}: it must be one of {', '.join(map(repr, RULES))}, or a rule")
+    return RULES[given]
+
+
+def _check(rule: object) -> None:
+    if not isinstance(rule, StatisticRule | BatchRule | DrawnRule):
+        raise ValueError(f"rule is {rule!r}: it must derive from StatisticRule, BatchRule or DrawnRule")
+    if rule.on not in ("activation", "gradient"):
+        raise ValueError(f"rule {rule.name!r} has on = {rule.on!r}: it must be 'activation' or 'gradient'")
+    if isinstance(rule, BatchRule) and rule.each_batch and not rule.dense:
+        raise ValueError(
+            f"rule {rule.name!r} has each_batch = True and dense = False: a factor in a basis that is gone could not "
+            "be read. Set dense = True, or let the basis outlive its batch"
+        )
+    if isinstance(rule, StatisticRule) and rule.coded:
+        raise ValueError(
+            f"rule {rule.name!r} is a StatisticRule with coded = True: its basis moves by C and is stored. "
+            "Derive from BatchRule or DrawnRule"
+        )
+    if isinstance(rule, DrawnRule) and not rule.coded:
+        raise ValueError(f"rule {rule.name!r} is a DrawnRule with coded = False: its basis is made from its code alone")
+
+
+def top_right_singular_vectors(a: torch.Tensor, r: int) -> torch.Tensor:
+    """Orthonormal [n, r] that spans the rows of ``a`` [k, n] best; columns by falling singular value.
+
+    The sign of each column is that of its largest entry. Where k < r the rest is completed to an orthonormal basis.
+    """
+    if a.shape[0] > 2 * a.shape[1]:  # many tokens: the eigenvectors of the small Gram matrix, in float64
+        wide = a.double()
+        vectors = torch.linalg.eigh(wide.mT @ wide).eigenvectors.flip(-1)[:, :r].to(a.dtype)
+    else:
+        vectors = torch.linalg.svd(a, full_matrices=a.shape[0] < r).Vh[:r].mT
+    peaks = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return vectors * torch.where(peaks < 0, -1.0, 1.0).to(vectors.dtype)

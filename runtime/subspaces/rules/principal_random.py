@@ -1,0 +1,66 @@
+"""A principal part of the activation and a random part of the rest: together unbiased.
+
+    Q1 = the r1 top right singular vectors of X;   Q2 = qf((I - Q1 Q1^T) S),  S ~ N(0, 1) [n, r2]
+    X~ = X Q1 Q1^T + k X Q2 Q2^T,   k = (n - r1) / r2,   E[X~] = X
+
+The basis is Q = [Q1, Q2], orthonormal; the projection is X Q diag(1, .., 1, k, .., k), so that G Q^T is the paper's
+weight gradient. The paper keeps optimizer states at full rank: `OasisAdamW(..., full_rank=True)`.
+
+Source: PRAC, arXiv 2602.23111: r1 = r2, refreshed every 500 steps in pretraining and 200 in fine-tuning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from oasis_fx.runtime.subspaces.rules.base import BatchRule, top_right_singular_vectors
+
+if TYPE_CHECKING:
+    from oasis_fx.runtime.subspaces.subspace import Subspace
+
+
+@dataclass(frozen=True)
+class PrincipalRandom(BatchRule):
+    """PRAC.
+
+    Args:
+        principal: the share of the rank that is principal, over 0 and under 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+
+    principal: float = 0.5
+
+    name: ClassVar[str] = "principal_random"
+    every: ClassVar[int] = 500
+    draws: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.principal < 1:
+            raise ValueError(f"principal is {self.principal!r}: it must be a share over 0 and under 1")
+
+    @property
+    def resizable(self) -> bool:
+        return False  # its columns are of two kinds
+
+    def parts(self, n: int, r: int) -> tuple[int, int]:
+        """r1 and r2. A rank of n is all principal, since nothing is left to draw from; a rank of 1 all random."""
+        r1 = r if r == n else min(max(round(self.principal * r), 1), r - 1)
+        return r1, r - r1
+
+    def choose(self, batch: torch.Tensor, subspace: Subspace, generator: torch.Generator) -> torch.Tensor:
+        n, r = subspace.shape
+        r1, r2 = self.parts(n, r)
+        q1 = top_right_singular_vectors(batch, r1) if r1 else batch.new_empty(n, 0)
+        drawn = torch.randn(n, r2, generator=generator, dtype=torch.float32, device="cpu").to(batch)
+        # Twice: what rounding leaves of Q1 in the first remainder is taken out of the second.
+        rest = drawn - q1 @ (q1.mT @ drawn)
+        return torch.cat([q1, torch.linalg.qr(rest - q1 @ (q1.mT @ rest)).Q], dim=1)
+
+    def weights(self, n: int, r: int) -> torch.Tensor | None:
+        r1, r2 = self.parts(n, r)
+        return torch.tensor([1.0] * r1 + [(n - r1) / max(r2, 1)] * r2, device="cpu")

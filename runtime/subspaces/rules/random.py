@@ -1,0 +1,42 @@
+"""Random projections of activations, drawn from a seed and not stored.
+
+    Q ~ N(0, 1/r) [n, r], so that E[Q Q^T] = I;   G = dY^T X Q;   W = W - lr U Q^T;   a new Q every T steps
+
+Q is not orthonormal, and moments are not carried over. Scaling the update (CompAct's alpha = 0.25) is left to the
+learning rate.
+
+Source: CompAct, arXiv 2410.15352: T = 50 (200 for its largest model), one seed a layer; here one an activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from oasis_fx.runtime.subspaces.rules.base import DrawnRule
+
+
+@dataclass(frozen=True)
+class Random(DrawnRule):
+    """CompAct. Its code is (seed, number of the drawing)."""
+
+    name: ClassVar[str] = "random"
+    every: ClassVar[int] = 50
+    transports: ClassVar[bool] = False
+    orthonormal: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
+
+    def first_code(self, r: int, seed: int) -> torch.Tensor:
+        return torch.tensor([seed, 0], device="cpu")
+
+    def next_code(self, code: torch.Tensor) -> torch.Tensor:
+        return code + torch.tensor([0, 1], device="cpu")
+
+    def expand(self, code: torch.Tensor, n: int, r: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        seed, drawing = code.tolist()
+        # On the CPU whatever the device: equal on all ranks, and after a move of the model.
+        generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + drawing)
+        drawn = torch.randn(n, r, generator=generator, dtype=torch.float32, device="cpu") / r**0.5
+        return drawn.to(device=device, dtype=dtype)
