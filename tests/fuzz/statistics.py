@@ -57,7 +57,11 @@ def compare_statistic(
     same.count("statistic")
     if not _is_a_sum(found.detach(), terms, max(same.close, 1e-7), same):
         matrix = torch.stack([term.flatten() for term, *_ in terms], 1).double()
-        counts = torch.linalg.lstsq(matrix, found.detach().double().flatten()[:, None]).solution[:, 0].tolist()
+        counts = (
+            torch.linalg.lstsq(matrix, found.detach().double().flatten()[:, None], driver="gelsd")
+            .solution[:, 0]
+            .tolist()
+        )
         text = ", ".join(f"{c:.4g} of {least} to {most}" for c, (_, least, most) in zip(counts, terms, strict=True))
         raise Wrong("statistic", f"that of {names}: each X^T X Q counts {text}")
 
@@ -106,7 +110,7 @@ def _is_a_sum(found: torch.Tensor, terms: list[Term], close: float, same: Compar
         tries = itertools.product(*ranges)
     else:
         matrix = torch.stack([term.flatten() for term, *_ in terms], 1).double()
-        solution = torch.linalg.lstsq(matrix, found.double().flatten()[:, None]).solution[:, 0]
+        solution = torch.linalg.lstsq(matrix, found.double().flatten()[:, None], driver="gelsd").solution[:, 0]
         tries = iter([tuple(int(count) for count in solution.round())])
     matrices = torch.stack([term for term, *_ in terms])
     for counts in tries:
