@@ -47,7 +47,7 @@ coverage: setup  ## write docs/coverage.md
 STOCK  := stock,stock-recompute,stock-budget0.5,stock-budget0.3,stock-budget0.1
 OASIS  := oasis,oasis-budget0.5,oasis-budget0.3,oasis-budget0.2,oasis-budget0.1
 OTHERS := checkpoint,lora32,galore32,apollo32,adam8bit
-BENCH  := $(BIN)/python benchmarks/run.py --out benchmarks/results
+BENCH  := $(BIN)/python -m benchmarks.run --out benchmarks/results
 
 contenders: setup  ## the packages of other methods; galore-torch and apollo-torch import bitsandbytes, and use none of it here
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
@@ -72,10 +72,10 @@ bench-growth: setup  ## one size at a time
 		--grow seq=128,512,2048 --grow batch=1,4,16 --grow width=256,512,1024 --grow depth=2,4,8 --grow rank=16,64,128
 
 experiments: contenders  ## learning quality of every method; runs are kept in runs/experiments, stop and go on at any time
-	$(BIN)/python benchmarks/experiments/run.py scratch $(EXPERIMENT)
-	$(BIN)/python benchmarks/experiments/run.py sweep $(EXPERIMENT)
-	$(BIN)/python benchmarks/experiments/run.py finetune
-	$(BIN)/python benchmarks/experiments/run.py sizes
+	$(BIN)/python -m benchmarks.experiments.run scratch $(EXPERIMENT)
+	$(BIN)/python -m benchmarks.experiments.run sweep $(EXPERIMENT)
+	$(BIN)/python -m benchmarks.experiments.run finetune
+	$(BIN)/python -m benchmarks.experiments.run sizes
 
 bench-gpu: contenders  ## the same on a GPU
 	$(BENCH) --device cuda --dtype bfloat16 --model llama-1b --batch 2 --seq 4096 --together 1 \

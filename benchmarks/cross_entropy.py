@@ -1,7 +1,7 @@
 """A large vocabulary under each way to keep its logits small: saved bytes, peak memory, and equal gradients.
 
-    python benchmarks/cross_entropy.py --out benchmarks/results/cross_entropy.json
-    python benchmarks/cross_entropy.py --ways plain,torch --tokens 4096
+    python -m benchmarks.cross_entropy --out benchmarks/results/cross_entropy.json
+    python -m benchmarks.cross_entropy --ways plain,torch --tokens 4096
 
 Every way is a process of its own. Gradients are compared with the way `plain` of the same backend. A way whose
 package is not installed says so in its row:
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from process_peak import peak_bytes, reset_peak
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from benchmarks.process_peak import peak_bytes, reset_peak
 
 NUM_CHUNKS = 8
 HeadLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

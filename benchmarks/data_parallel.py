@@ -1,7 +1,7 @@
 """Steps of two processes on gloo: what travels, how much of it while the backward pass goes on, and the time it takes.
 
-python benchmarks/data_parallel.py                                # 512x4, 4 x 256 tokens a rank: some 5 minutes
-python benchmarks/data_parallel.py --model 1024x4 --steps 15
+python -m benchmarks.data_parallel                                # 512x4, 4 x 256 tokens a rank: some 5 minutes
+python -m benchmarks.data_parallel --model 1024x4 --steps 15
 
 Contenders step in turns, in one process a rank with one thread; seconds are medians, as ratios to stock DDP.
 """
@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
 import torch.distributed as dist
 from tabulate import tabulate
@@ -26,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import models
 from oasis_fx import OasisAdamW, oasis_backend
 from oasis_fx.distributed import prepare
 

@@ -1,6 +1,6 @@
 """One basis for all experts of a layer, or one for each: which trains better at the same memory?
 
-    python benchmarks/expert_bases.py --out benchmarks/results        # about 20 minutes on one core
+    python -m benchmarks.expert_bases --out benchmarks/results        # about 20 minutes on one core
 
 At rank 22 a shared basis takes the optimizer memory that a basis for each expert takes at rank 16.
 

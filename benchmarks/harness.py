@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from process_peak import peak_bytes, reset_peak
+from benchmarks.process_peak import peak_bytes, reset_peak
 
 LARGE_BLOCKS_COME_AND_GO = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 PARTS = ("step", "forward", "backward", "optimizer")
@@ -36,9 +36,9 @@ class Contender:
     """A model in training by one method, in this process."""
 
     def __init__(self, name: str, args: Namespace) -> None:
-        import contenders
-        import models
         import torch
+
+        from benchmarks import contenders, models
 
         torch.set_float32_matmul_precision(args.matmul_precision)
         self.torch, self.args, self.name = torch, args, name
@@ -60,8 +60,7 @@ class Contender:
 
     def sizes(self) -> dict[str, int]:
         """Bytes, measured on real tensors; see the head of this file for the peak."""
-        import contenders
-
+        from benchmarks import contenders
         from oasis_fx import LowRankGrad
         from oasis_fx.inspect.measure import gradient_bytes, saved_for_backward_bytes
 
@@ -87,7 +86,7 @@ class Contender:
             self.torch.cuda.reset_peak_memory_stats()
             self.step()
             return int(self.torch.cuda.max_memory_allocated())
-        import contenders
+        from benchmarks import contenders
 
         self.step()
         gc.collect()

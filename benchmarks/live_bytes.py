@@ -1,6 +1,6 @@
 """Saved bytes, matmul work and live bytes of the backward graph under a budget: torch's partitioner beside ours.
 
-    python benchmarks/live_bytes.py --model 1024x4 --batch 4 --seq 512
+    python -m benchmarks.live_bytes --model 1024x4 --batch 4 --seq 512
 
 Counted on graphs, with fake tensors; both partition the same rewritten graph. Live bytes are those of
 `oasis_fx.plan.liveness`.
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 
-import models
 import torch
 from tabulate import tabulate
 from transformers import LlamaConfig
 
+from benchmarks import models
 from oasis_fx._torch.compiler import functorch_config
 from oasis_fx.memory.node_costs import matmul_flops, saved_storages
 from oasis_fx.plan.liveness import moments

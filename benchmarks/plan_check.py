@@ -1,6 +1,6 @@
 """What `oasis-fx plan` predicts beside what is measured: peak memory on the CPU, each in a process of its own.
 
-python benchmarks/plan_check.py --out benchmarks/results
+python -m benchmarks.plan_check --out benchmarks/results
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import harness
-import models
 from tabulate import tabulate
+
+from benchmarks import harness, models
 
 CASES = (("512x6", 8, 256), ("1024x4", 4, 512), ("smollm2", 4, 256))
 CONTENDERS = {"stock": 1.0, "stock-budget0.3": 0.3, "oasis": 1.0, "oasis-budget0.3": 0.3, "oasis-budget0.1": 0.1}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from contenders import parse
-from tables import ratios
+from benchmarks.contenders import parse
+from benchmarks.tables import ratios
 
 
 def plane(results: dict[str, Any], title: str, file: Path) -> None:

@@ -1,6 +1,6 @@
 """Where a step's time goes on a GPU: the kernels of forward and backward, and those of the optimizer step.
 
-python benchmarks/profile_step.py --contender oasis --model 2048x8 --batch 8 --seq 2048 --dtype bfloat16
+python -m benchmarks.profile_step --contender oasis --model 2048x8 --batch 8 --seq 2048 --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import time
 
-import harness
-import models
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import harness, models
 
 ACTIVITIES = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 

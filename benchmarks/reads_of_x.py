@@ -1,6 +1,6 @@
 """Whether P = X Q, C = X^T P and ||X||^2 gain from reading X once: milliseconds, the least of 40 runs.
 
-python benchmarks/reads_of_x.py
+python -m benchmarks.reads_of_x
 """
 
 from __future__ import annotations

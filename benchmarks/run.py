@@ -1,8 +1,8 @@
 """A whole training step, contender against contender: seconds, memory, compile time.
 
-    python benchmarks/run.py --model 1024x4 --batch 8 --seq 512 --out benchmarks/results
-    python benchmarks/run.py --model llama-1b --dtype bfloat16 --device cuda --batch 4 --seq 4096 --out results
-    python benchmarks/run.py --grow seq=256,512,1024 --grow rank=16,64,256 --model 512x4 --contenders stock,oasis
+    python -m benchmarks.run --model 1024x4 --batch 8 --seq 512 --out benchmarks/results
+    python -m benchmarks.run --model llama-1b --dtype bfloat16 --device cuda --batch 4 --seq 4096 --out results
+    python -m benchmarks.run --grow seq=256,512,1024 --grow rank=16,64,256 --model 512x4 --contenders stock,oasis
 
 Contenders: see benchmarks/contenders.py; the first is what all ratios are to. How it is measured: see
 benchmarks/harness.py.
@@ -17,11 +17,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import contenders
-import harness
-import models
-import plots
-import tables
+from benchmarks import contenders, harness, models, plots, tables
 
 DEFAULT = ("stock", "stock-recompute", "oasis", "oasis-budget0.5", "oasis-budget0.3", "oasis-budget0.1")
 

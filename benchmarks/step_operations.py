@@ -1,6 +1,6 @@
 """What an optimizer step asks of its host: operators of torch, and launches of our kernels. On a GPU that is its time.
 
-python benchmarks/step_operations.py
+python -m benchmarks.step_operations
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
-import models
 import torch
 from tabulate import tabulate
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import models
 from oasis_fx import OasisAdamW, oasis_backend
 from oasis_fx.runtime.optim.kernels import fused
 

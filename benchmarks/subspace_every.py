@@ -1,6 +1,6 @@
 """What an optimizer step costs when bases move at each k-th step only.
 
-    python benchmarks/subspace_every.py --every 1,10 --out benchmarks/results/subspace_every.json
+    python -m benchmarks.subspace_every --every 1,10 --out benchmarks/results/subspace_every.json
 
 One process, one model a period, one optimizer step of each in turn; a ratio is of means over whole windows, so that
 steps in which bases move are in it. Compiling, forward and backward are not: gradients are those of one backward pass.
@@ -14,9 +14,9 @@ import statistics
 import time
 from pathlib import Path
 
-import models
 import torch
 
+from benchmarks import models
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 
 

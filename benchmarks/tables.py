@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from contenders import SVD_EVERY, parse
-from harness import medians
 from tabulate import tabulate
+
+from benchmarks.contenders import SVD_EVERY, parse
+from benchmarks.harness import medians
 
 Results = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """Drawings of what the runs in a folder have found, and one file with all of them.
 
-python benchmarks/experiments/run.py figures --steps 300 --longer 10
+python -m benchmarks.experiments.run figures --steps 300 --longer 10
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from runs import key
+
+from benchmarks.experiments.runs import key
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import Checkpoint, Settings
+
+from benchmarks.experiments.runs import Checkpoint, Settings
 
 ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"

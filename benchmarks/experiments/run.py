@@ -1,12 +1,12 @@
 """The experiments on learning quality; each run is kept, so that one may stop at any time and go on.
 
-    python benchmarks/experiments/run.py scratch                          # every method, from scratch, on bytes
-    python benchmarks/experiments/run.py scratch --methods adamw,oja --steps 200 --seeds 1 --limit-hours 0.5
-    python benchmarks/experiments/run.py sweep                            # subspace_lr, rank, period
-    python benchmarks/experiments/run.py finetune                         # SmolLM2-135M on grade-school maths
-    python benchmarks/experiments/run.py finetune --methods oasis,lora --rank 64
-    python benchmarks/experiments/run.py sizes                            # what each method keeps, at the same sizes
-    python benchmarks/experiments/run.py figures --steps 300 --longer 10  # drawings, and one file with all runs
+    python -m benchmarks.experiments.run scratch                          # every method, from scratch, on bytes
+    python -m benchmarks.experiments.run scratch --methods adamw,oja --steps 200 --seeds 1 --limit-hours 0.5
+    python -m benchmarks.experiments.run sweep                            # subspace_lr, rank, period
+    python -m benchmarks.experiments.run finetune                         # SmolLM2-135M on grade-school maths
+    python -m benchmarks.experiments.run finetune --methods oasis,lora --rank 64
+    python -m benchmarks.experiments.run sizes                            # what each method keeps, at the same sizes
+    python -m benchmarks.experiments.run figures --steps 300 --longer 10  # drawings, and one file with all runs
 
 Runs lie in runs/experiments; the end of each part writes benchmarks/results/experiments-PART.json and .md.
 """
@@ -20,17 +20,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import corpus
-import figures
-import finetuning
-import methods
-import scratch
-import sizes
-import sweep
-import training
-from runs import Runs, Settings
 from tabulate import tabulate
 from tqdm import tqdm
+
+from benchmarks.experiments import corpus, figures, finetuning, methods, scratch, sizes, sweep, training
+from benchmarks.experiments.runs import Runs, Settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from methods import METHODS
-from runs import Settings, with_interval
-from training import settings
+from benchmarks.experiments.methods import METHODS
+from benchmarks.experiments.runs import Settings, with_interval
+from benchmarks.experiments.training import settings
 
 Result = Callable[[Settings], dict[str, Any] | None]
 

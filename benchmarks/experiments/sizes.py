@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import byte_lm
-import methods
 import torch
+
+from benchmarks.experiments import byte_lm, methods
 
 
 def measure(name: str, *, model: str, rank: int | float | str, batch: int, length: int, **fixed: Any) -> dict[str, int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from runs import Settings, with_interval
-from training import settings
+from benchmarks.experiments.runs import Settings, with_interval
+from benchmarks.experiments.training import settings
 
 RATES = (0.001, 0.01, 0.1, 1.0, 10.0, "auto")
 RANKS = (8, 16, 32, 64, 128)

@@ -6,11 +6,10 @@ import math
 import time
 from typing import Any
 
-import byte_lm
-import corpus
-import methods
 import torch
-from runs import Checkpoint, Settings
+
+from benchmarks.experiments import byte_lm, corpus, methods
+from benchmarks.experiments.runs import Checkpoint, Settings
 
 VALIDATION = 32  # windows
 

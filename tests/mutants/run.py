@@ -79,7 +79,7 @@ class Copy:
         os.environ["PYTHONPATH"], os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.site), str(self.cache)
         import pytest
 
-        status = pytest.main(["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", *arguments])
+        status = pytest.main(["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-o", "pythonpath=", *arguments])
         sys.stdout.flush(), sys.stderr.flush()
         return int(status)
 

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import contenders
-import tables
+from benchmarks import contenders, tables
 
 
 def result(step: float, saved: int, peak: int, states: int = 100, optimizer: float = 0.1) -> dict:
@@ -71,7 +69,7 @@ def test_names_of_no_contender(name) -> None:
 
 @pytest.mark.slow
 def test_a_run(tmp_path) -> None:
-    import run
+    from benchmarks import run
 
     names = "eager,oasis-budget0.5-r8"
     run.main(
@@ -100,11 +98,11 @@ def test_a_run(tmp_path) -> None:
 ALL_HELP = """
 import contextlib, io, runpy, sys
 for program in sys.argv[1:]:
-    sys.argv, sys.path[0] = [program, "--help"], program.rpartition("/")[0]
+    sys.argv = [program, "--help"]
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            runpy.run_path(program, run_name="__main__")
+            runpy.run_module(program, run_name="__main__")
     except SystemExit as end:
         assert not end.code and "usage" in said.getvalue(), program
     else:
@@ -114,7 +112,12 @@ for program in sys.argv[1:]:
 
 def test_every_program_starts() -> None:
     folder = Path(contenders.__file__).parent
-    programs = [str(f) for f in sorted(folder.rglob("*.py")) if '__name__ == "__main__"' in f.read_text()]
+    programs = [
+        ".".join(file.relative_to(folder.parent).with_suffix("").parts)
+        for file in sorted(folder.rglob("*.py"))
+        if '__name__ == "__main__"' in file.read_text()
+    ]
     assert len(programs) >= 8
-    done = subprocess.run([sys.executable, "-c", ALL_HELP, *programs], capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-c", ALL_HELP, *programs]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,1 @@
+"""Time, memory and learning quality beside other methods: run as ``python -m benchmarks.<program>``."""

@@ -1,0 +1,1 @@
+"""Learning quality of every method: ``python -m benchmarks.experiments.run``."""
