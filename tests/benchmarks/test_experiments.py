@@ -154,7 +154,7 @@ def test_figures_of_what_there_is(tmp_path) -> None:
     assert {file.name for file in made} == drawn | {"experiments-runs.json"}
     # On another machine, which has done one run: the others are kept, and count as done where that is asked for.
     written = json.loads((tmp_path / "out" / "experiments-runs.json").read_text())
-    elsewhere = kept.Runs(tmp_path / "other", training.train, figures.kept(tmp_path / "out"))
+    elsewhere = runs.Runs(tmp_path / "other", training.train, figures.kept(tmp_path / "out"))
     assert all(elsewhere.known(run["settings"]) == run["result"] for run in written)
     elsewhere.result(training.settings("pca", 1e-3, 0, **others))
     figures.draw(tmp_path / "other", tmp_path / "out", steps=3, longer=2)
