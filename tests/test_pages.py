@@ -138,7 +138,7 @@ def test_a_model_without_weights_in_a_subspace_has_a_page() -> None:
 
 
 def test_templates_are_in_the_wheel() -> None:
-    package = FOLDER.parent / "oasis_fx" / "show"
+    package = FOLDER.parent / "oasis_fx" / "inspect"
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
     listed = project["tool"]["setuptools"]["package-data"]["oasis_fx.inspect"]
     templates = set(package.glob("templates/*"))
