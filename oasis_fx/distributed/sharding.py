@@ -66,11 +66,11 @@ class ShardedSync(GradientSync):
             self.ranks *= dist.get_world_size(self._replicas)
             self.replicas = frozenset(parameters[0].all_ranks)
         for parameter in parameters:
-            parameter.sharded._oasis_whole = parameter.whole  # type: ignore[attr-defined]
+            STORE.note_shard(parameter.sharded, parameter.whole)
 
     def remove(self) -> None:
         for weight in self._hooks:
-            del self._parameters[weight].sharded._oasis_whole  # type: ignore[attr-defined]
+            STORE.forget_shard(self._parameters[weight].sharded)
         super().remove()
 
     def _take_over(self, before: GradientSync, weight: torch.nn.Parameter) -> None:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from oasis_fx.errors import warn_user
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
-from oasis_fx.runtime.subspaces.shards import local_gradient, whole
+from oasis_fx.runtime.subspaces.shards import local_gradient
 from oasis_fx.runtime.subspaces.store import STORE
 
 _watching: list[Any] = []
@@ -60,7 +60,7 @@ def _refuse_parts_of_a_model(optimizer: torch.optim.Optimizer) -> None:
     alone = optimizer.world_size == 1  # type: ignore[attr-defined]
     if alone or not getattr(inner, "takes_low_rank_gradients", False):
         return
-    if any(STORE.all_of(whole(weight)) for weight in weights):
+    if any(STORE.all_of(weight) for weight in weights):
         raise RuntimeError(
             f"ZeroRedundancyOptimizer around {type(inner).__name__}: each rank would move the bases of the weights "
             "that it steps and of no others, so that ranks no longer agree on what a low-rank gradient means. Use "

@@ -31,7 +31,7 @@ from oasis_fx.runtime.optim.states import (
 )
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State, all_finite, is_low_rank
 from oasis_fx.runtime.subspaces.moving import count_steps, move_bases, note_idle
-from oasis_fx.runtime.subspaces.shards import agreed, is_sharded, local_gradient, whole
+from oasis_fx.runtime.subspaces.shards import agreed, is_sharded, local_gradient
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Momentum, Subspace
 
@@ -157,7 +157,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For `copy` and `pickle`: as torch's, with states in the present coordinates of their bases."""
         self._catch_up()
-        resized = [weight for weight in self._weights() if STORE.is_resized(whole(weight))]
+        resized = [weight for weight in self._weights() if STORE.is_resized(weight)]
         return {**super().__getstate__(), "_skipped": self._skipped, "_resized": resized}
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """As torch's. The statistics behind the gradients go too: a batch thrown away moves no basis by one."""
         for weight in self._weights():
             gradient = local_gradient(weight)
-            for subspace in STORE.all_of(whole(weight)) if weight.dim() >= 2 else ():
+            for subspace in STORE.all_of(weight) if weight.dim() >= 2 else ():
                 subspace.drop_statistic()
             if isinstance(gradient, LowRankGrad) and weight in self.bindings:
                 if gradient.subspace is not self.bindings[weight].subspace:
@@ -400,7 +400,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._has_looked = True
         matrices = [item.weight for item in items if item.weight.dim() >= 2]
         if matrices and all(item.subspace is None for item in items):
-            if not any(STORE.all_of(whole(weight)) or "features" in self.state.get(weight, {}) for weight in matrices):
+            if not any(STORE.all_of(weight) or "features" in self.state.get(weight, {}) for weight in matrices):
                 warn_user(
                     f"{type(self).__name__}: none of the {len(matrices)} matrices that take part in this step is in a "
                     "subspace, so the step is a dense one: train the model that torch.compile(model, "
@@ -421,7 +421,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Move the bases, and take the states of every weight that is in one along, those without a gradient too."""
         members = self.subspaces()
         # Those of weights that keep dense states, or that another graph has put into a second one, move as well.
-        matrices = [whole(weight) for weight in self._weights() if weight.dim() >= 2]
+        matrices = (weight for weight in self._weights() if weight.dim() >= 2)
         stored = (s for weight in matrices for s in STORE.all_of(weight) if s.statistic is not None)
         by_device: dict[torch.device, list[Subspace]] = {}
         for subspace in dict.fromkeys([*members, *stored]):
@@ -491,7 +491,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             prepare_state(self, item, groups[item.weight])
             if item.subspace is not None:
                 subspaces[item.subspace] = None
-            stored = STORE.all_of(whole(item.weight))
+            stored = STORE.all_of(item.weight)
             subspaces |= dict.fromkeys(subspace for subspace in stored if subspace.statistic is not None)
         for subspace in count_steps(subspaces):
             subspace.drop_statistic()

@@ -13,7 +13,7 @@ from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.states import basis_before, note_basis
 from oasis_fx.runtime.optim.strides import state_layout
 from oasis_fx.runtime.optim.updates import State, is_low_rank
-from oasis_fx.runtime.subspaces.shards import local, local_gradient, whole
+from oasis_fx.runtime.subspaces.shards import local, local_gradient
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
@@ -58,7 +58,7 @@ def gather(optimizer: SubspaceOptimizer) -> Iterator[Item]:
                 raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
             name = group["param_names"][number] if "param_names" in group else f"{number} of group {index}"
             if has_ranks:
-                for subspace in STORE.all_of(whole(weight)):
+                for subspace in STORE.all_of(weight):
                     subspace.check_averaged()
             yield _item(optimizer, weight, group, name)
 
@@ -102,7 +102,7 @@ def _place(
         return binding.subspace, state.get("features")
     if weight.dim() < 2:
         return None, None
-    stored = STORE.in_use(whole(weight)) or STORE.in_use(whole(weight), dense=True)
+    stored = STORE.in_use(weight) or STORE.in_use(weight, dense=True)
     return stored or (None, state.get("features"))
 
 
@@ -192,7 +192,7 @@ def adopt_resting(optimizer: SubspaceOptimizer, items: Sequence[Item]) -> None:
             continue
         if "features" not in state or weight in active or weight in optimizer.bindings:
             continue
-        for subspace in STORE.all_of(whole(weight)):
+        for subspace in STORE.all_of(weight):
             if "basis" not in state or subspace.shape == state["basis"].shape:
                 if is_low_rank(state):
                     _transport_to(optimizer, weight, state, subspace)

@@ -27,7 +27,7 @@ import torch
 from oasis_fx.graph.matricization import num_features, num_rows
 from oasis_fx.runtime.optim.eight_bit import BLOCK
 from oasis_fx.runtime.optim.strides import state_layout
-from oasis_fx.runtime.subspaces.shards import from_checkpoint, full, is_sharded, local, to_checkpoint, whole
+from oasis_fx.runtime.subspaces.shards import from_checkpoint, full, is_sharded, local, to_checkpoint
 from oasis_fx.runtime.subspaces.store import STORE, Preloaded
 from oasis_fx.runtime.subspaces.subspace import Momentum, Subspace
 
@@ -139,7 +139,7 @@ def check_state(optimizer: SubspaceOptimizer, state_dict: dict[str, Any], *, liv
                 f"{(misfits or moments).pop()}: "
                 f"{(n_of_weight, rank)} and {(m, rank)} would fit"
             )
-        present = STORE.all_of(whole(weight)) if live else ()
+        present = STORE.all_of(weight) if live else ()
         if present and all(s.spec.rank != rank and s.spec.budget is None for s in present):
             raise ValueError(
                 f"parameter {name} trains with a basis of shape {present[0].shape}, the saved one has shape "
@@ -163,7 +163,7 @@ def _check_kind(name: str, kind: str, saved: dict[str, Any]) -> None:
 
 def _check_rule(optimizer: SubspaceOptimizer, name: str, weight: torch.Tensor, saved: dict[str, Any]) -> None:
     code, rank = saved.get("basis_code"), _basis_shape(weight, saved, optimizer.states)[1]
-    for subspace in STORE.all_of(whole(weight)):
+    for subspace in STORE.all_of(weight):
         rule = subspace.spec.rule
         if subspace.spec.rank != rank:
             continue
@@ -181,7 +181,7 @@ def restore_copy(optimizer: SubspaceOptimizer, resized: Iterable[torch.Tensor]) 
         resized: those whose rank is not the one that the settings of a backend ask for.
     """
     packed = pack_state(torch.optim.Optimizer.state_dict(optimizer))
-    fresh = {key for _, weight, saved, _, key in _saved_by_key(optimizer, packed) if not STORE.all_of(whole(weight))}
+    fresh = {key for _, weight, saved, _, key in _saved_by_key(optimizer, packed) if not STORE.all_of(weight)}
     packed["state"] = {key: saved for key, saved in packed["state"].items() if key in fresh}
     restore_state(optimizer, packed, set(resized))
 
@@ -241,7 +241,7 @@ def restore_state(
             overrides=weight in resized,
             resizable=bool(saved.get("basis_resizable", not coded)),
         )
-        outgrown |= STORE.preload(whole(weight), preloaded)
+        outgrown |= STORE.preload(weight, preloaded)
         state["basis_steps"] = torch.tensor(preloaded.num_steps)
         state["basis_updates"] = torch.tensor(preloaded.num_updates, device=weight.device)
         state["features"] = tuple(saved["features"])  # a list, where the checkpoint went through JSON
@@ -259,7 +259,7 @@ def _part(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> bool:
     members: dict[Subspace, dict[Any, list[torch.Tensor]]] = {}
     for group in optimizer.param_groups:
         for weight in group["params"]:
-            for subspace in STORE.all_of(whole(weight)):
+            for subspace in STORE.all_of(weight):
                 members.setdefault(subspace, {}).setdefault(numbers.get(weight), []).append(weight)
     parted = False
     for by_number in members.values():
@@ -268,7 +268,7 @@ def _part(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> bool:
             if number != kept:
                 parted = True
                 for weight in weights:
-                    STORE.forget(whole(weight))
+                    STORE.forget(weight)
     return parted
 
 

@@ -11,7 +11,6 @@ from oasis_fx._old_names import renamed
 from oasis_fx.errors import warn_user
 from oasis_fx.runtime.subspaces.orthonormalize import orthonormalize_measured
 from oasis_fx.runtime.subspaces.rules import BatchRule, DrawnRule, StatisticRule
-from oasis_fx.runtime.subspaces.shards import whole
 from oasis_fx.runtime.subspaces.step_size import next_log_rate, sketch
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
@@ -109,7 +108,7 @@ def update_bases(weights: Iterable[torch.Tensor]) -> None:
     Raises:
         RuntimeError: a statistic that is to be averaged over ranks was not.
     """
-    subspaces = list({s: None for weight in weights if weight.grad is not None for s in STORE.all_of(whole(weight))})
+    subspaces = list({s: None for weight in weights if weight.grad is not None for s in STORE.all_of(weight)})
     for subspace in subspaces:
         subspace.check_averaged()
     note_idle(subspaces)

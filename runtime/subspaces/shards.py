@@ -40,12 +40,6 @@ def local_gradient(weight: torch.Tensor) -> torch.Tensor | None:
     return local(gradient)
 
 
-def whole(weight: torch.Tensor) -> torch.Tensor:
-    """The parameter that compiled graphs see: that of a shard as `oasis_fx.distributed.prepare` noted it."""
-    found: torch.Tensor = getattr(weight, "_oasis_whole", weight)
-    return found
-
-
 def agreed(verdict: torch.Tensor, weights: Iterable[torch.Tensor]) -> torch.Tensor:
     """A bool scalar that is true where it is on all ranks that share a weight."""
     meshes = {weight.device_mesh: None for weight in weights if is_sharded(weight)}  # type: ignore[attr-defined]

@@ -70,7 +70,7 @@ class SubspaceStore:
     """Subspaces by parameter, specification, and the dimensions of the parameter that are summed over.
 
     A weight that one graph reads over its rows and another over its columns has two subspaces: factors of the two are
-    never added. A deleted parameter takes its entry with it.
+    never added. A deleted parameter takes its entry with it. Methods take a shard for its whole parameter.
     """
 
     def __init__(self) -> None:
@@ -78,6 +78,19 @@ class SubspaceStore:
         self._subspaces = ByTensor()
         self._preloaded = ByTensor()
         self._resized = ByTensor()
+        self._wholes = ByTensor()
+
+    def note_shard(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
+        """From now on take a DTensor, which an optimizer steps, for the gathered parameter that compiled graphs see."""
+        self._wholes[shard] = whole
+
+    def forget_shard(self, shard: torch.Tensor) -> None:
+        """Take back `note_shard`."""
+        self._wholes.pop(shard, None)
+
+    def whole(self, weight: torch.Tensor) -> torch.Tensor:
+        """The parameter that compiled graphs see: the gathered one of a shard, or the weight itself."""
+        return self._wholes.get(weight, weight) if self._wholes else weight  # type: ignore[no-any-return]
 
     def existing(self, weight: torch.Tensor, spec: SubspaceSpec, features: Features | None = None) -> Subspace | None:
         """The subspace of a weight that is read over ``features`` (None: over any), or None before its first use."""
@@ -86,11 +99,11 @@ class SubspaceStore:
         return next((subspace for (present, _), subspace in self._entry(weight).items() if present == spec), None)
 
     def _entry(self, weight: torch.Tensor) -> dict[_Key, Subspace]:
-        return self._subspaces.get(weight) or {}
+        return self._subspaces.get(self.whole(weight)) or {}
 
     def waiting(self, weight: torch.Tensor) -> Preloaded | None:
         """A basis from a checkpoint that no graph has asked for yet."""
-        saved: Preloaded | None = self._preloaded.get(weight)
+        saved: Preloaded | None = self._preloaded.get(self.whole(weight))
         return saved
 
     def current_spec(self, weight: torch.Tensor, asked: SubspaceSpec) -> SubspaceSpec:
@@ -104,7 +117,7 @@ class SubspaceStore:
 
     def is_resized(self, weight: torch.Tensor) -> bool:
         """Whether its rank is another than settings asked for, since `resize_rank` or a budget changed it."""
-        saved, entry = self.waiting(weight), self._resized.get(weight) or {}
+        saved, entry = self.waiting(weight), self._resized.get(self.whole(weight)) or {}
         overridden = saved is not None and saved.overrides
         return overridden or any(asked.rank != present.rank for asked, present in entry.items())
 
@@ -125,7 +138,7 @@ class SubspaceStore:
     def forget(self, weight: torch.Tensor) -> None:
         """Take a weight out of its subspaces, which others may go on sharing."""
         with self._lock:
-            self._subspaces.pop(weight, None)
+            self._subspaces.pop(self.whole(weight), None)
 
     def all_of(self, weight: torch.Tensor) -> tuple[Subspace, ...]:
         """The subspaces of a weight, one for each specification that a graph has asked for."""
@@ -144,6 +157,7 @@ class SubspaceStore:
             dense: look instead for one whose rule lets gradients leave the graph dense, and so wants states at full
                 size, but has a basis that is kept from step to step.
         """
+        weight = self.whole(weight)
         found = [
             (subspace, features)
             for (spec, features), subspace in self._entry(weight).items()
@@ -187,6 +201,7 @@ class SubspaceStore:
         Returns:
             Whether graphs are to be compiled anew: the rank is one that is shared out, and was another here.
         """
+        weight = self.whole(weight)
         with self._lock:
             rank, entry = saved.shape[1], self._entry(weight)
             outgrown = [key for key in entry if key[0].budget is not None and key[0].rank != rank]

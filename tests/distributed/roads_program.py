@@ -81,8 +81,7 @@ def weights_of(model) -> list[torch.Tensor]:
 
 
 def bases_of(model) -> list[torch.Tensor]:
-    whole = [getattr(p, "_oasis_whole", p) for p in model.parameters()]
-    return [subspace.basis.detach().clone() for p in whole for subspace in STORE.all_of(p)]
+    return [subspace.basis.detach().clone() for p in model.parameters() for subspace in STORE.all_of(p)]
 
 
 def distance(one, other) -> float:
@@ -280,7 +279,7 @@ def made_dense_by_a_hook() -> dict:
                 run = fully_shard(model, mesh=init_device_mesh("cpu", (place[1],)))
                 prepare(model)
             for weight in [model.a.weight, model.b.weight]:
-                seen = getattr(weight, "_oasis_whole", weight)
+                seen = STORE.whole(weight)
                 # What a hook sees of a rank is its own batch's: the clipping must not bite for runs to be equal.
                 seen.register_hook(lambda gradient: gradient.clamp(-1e6, 1e6))
             optimizer = OasisAdamW(model.parameters(), lr=1e-2)
