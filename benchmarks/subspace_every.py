@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import models
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
+from oasis_fx.rules import Oja
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ class Run:
         torch.manual_seed(0)
         model, batch = models.build(args)
         torch._dynamo.reset()
-        model.compile(backend=oasis_backend(rank=args.rank, subspace_every=every, inner="aot_eager"))
+        model.compile(backend=oasis_backend(rank=args.rank, subspace=Oja(every=every), inner="aot_eager"))
         model(**batch).loss.backward()
         self.optimizer = OasisAdamW(model.parameters(), lr=1e-5)
         self.subspaces = {p.grad.subspace for p in model.parameters() if isinstance(p.grad, LowRankGrad)}

@@ -17,6 +17,7 @@ from _models import add_lora, load_model
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.inspect.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes
+from oasis_fx.rules import rule_of
 
 # The best of those tried on the demo's data, lora aside (docs/performance.md).
 LEARNING_RATES = {"oasis": 1e-4, "adamw": 1e-4, "lora": 5e-4}
@@ -47,8 +48,7 @@ class Run:
         if self.method == "oasis":
             backend = oasis_backend(
                 rank=self.args.rank,
-                subspace=self.args.subspace,
-                subspace_every=self.args.subspace_every,
+                subspace=rule_of(self.args.subspace, every=self.args.subspace_every),
                 inner=self.args.inner,
             )
             self.model.compile(backend=backend)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from oasis_fx._old_names import find_old_modules
 from oasis_fx.backend import OasisBackend, oasis_backend
 from oasis_fx.errors import OasisWarning
+from oasis_fx.ranks import AutoRank
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad, LowRankGradWarning
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ find_old_modules()
 __version__ = version("oasis-fx")
 
 __all__ = [
+    "AutoRank",
     "LowRankGrad",
     "LowRankGradWarning",
     "OasisAdamW",

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from oasis_fx import __version__
 from oasis_fx.inspect.diff import COLOR_CHOICES, side_by_side, wants_color
 from oasis_fx.plan import command as plan
-from oasis_fx.runtime.subspaces.rules import RULES
+from oasis_fx.ranks import parse_auto_rank
+from oasis_fx.runtime.subspaces.rules import RULES, rule_of
 from oasis_fx.settings import INNER_COMPILERS, Settings
 
 if TYPE_CHECKING:
@@ -97,13 +98,13 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--include", action="append", metavar="GLOB", help="weights to rewrite; repeatable")
     command.add_argument("--exclude", action="append", metavar="GLOB", help="weights to leave alone; repeatable")
     command.add_argument("--subspace", choices=tuple(RULES), default="oja", help="how a basis is chosen and moves")
-    command.add_argument("--subspace-every", type=int, default=1, metavar="K", help="a basis moves at each K-th step")
+    command.add_argument("--subspace-every", type=int, metavar="K", help="a basis moves every K steps")
     command.add_argument("--inner", choices=INNER_COMPILERS, default=INNER_COMPILERS[0], help="whose graphs to show")
     command.add_argument("--dynamic", action="store_true", help="with symbolic sizes")
 
 
 def _add_shared(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--rank", default="32", help="whole number, fraction, or JSON dict of globs to either")
+    command.add_argument("--rank", default="32", help="number, fraction, auto:FRACTION, or JSON dict of globs")
     command.add_argument("--memory-budget", type=_budget, default=1.0, metavar="X", help="0 to 1, or a size: 12GiB")
     command.add_argument("-o", "--output", metavar="FILE", help="write there, not to the terminal")
 
@@ -118,8 +119,7 @@ def _budget(text: str) -> float | str:
 def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         rank=_rank(args.rank),
-        subspace=args.subspace,
-        subspace_every=args.subspace_every,
+        subspace=rule_of(args.subspace, every=args.subspace_every),
         include=args.include,
         exclude=args.exclude,
         inner=args.inner,
@@ -128,10 +128,14 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _rank(text: str) -> Any:
+    if (found := parse_auto_rank(text)) is not None:
+        return found
     try:
         return json.loads(text)  # numbers are JSON too; what they may be is for Settings to say
     except ValueError as error:
-        raise ValueError(f"rank is {text!r}: give a number, or a JSON dict such as '{{\"*\": 32}}'") from error
+        raise ValueError(
+            f"rank is {text!r}: give a number, auto:0.25, or a JSON dict such as '{{\"*\": 32}}'"
+        ) from error
 
 
 def _trace(args: argparse.Namespace, settings: Settings) -> list[CompiledGraph]:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
+from oasis_fx._old_arguments import rank_without_text, rule_with
 from oasis_fx.errors import survive
 from oasis_fx.runtime.subspaces.rules import Rule
 from oasis_fx.settings import Rank, Settings
@@ -29,14 +30,14 @@ def oasis_backend(
     rank: Rank = 32,
     *,
     subspace: str | Rule = "oja",
-    subspace_lr: float | str | None = None,
-    subspace_every: int | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     inner: str = "inductor",
     memory_budget: float | str = 1.0,
     stats: bool = True,
     options: Mapping[str, Any] | None = None,
+    subspace_lr: float | str | None = None,
+    subspace_every: int | None = None,
 ) -> OasisBackend:
     """Make a backend for `torch.compile` that trains linear layers in a learned activation subspace.
 
@@ -47,36 +48,34 @@ def oasis_backend(
     W[m,n] is ``dW @ Q`` (m x rank), for the basis Q[n,rank] of the activation that the layer reads.
 
     Args:
-        rank: columns of each basis: a whole number from 1 (more than in_features means all of them), a
-            fraction of in_features between 0 and 1, or a dict of globs over weight names to either, where
-            the first that matches counts and weights that none matches keep dense gradients.
-        subspace: how a basis is chosen and moves: the name of a rule, or a rule of `oasis_fx.runtime.subspaces.rules`:
-            ``"oja"`` of OASIS (arXiv 2604.09406), ``"pca"``, ``"random"``, ``"principal_random"``, ``"sampled"``,
-            ``"dct"`` for activations; ``"gradient_svd"``, ``"gradient_oja"``, ``"gradient_power"`` for weight
-            gradients. docs/subspaces.md says what each does.
-        subspace_lr: step size, over 0, of the rules that have one. For ``"oja"`` in units of the statistic's mean
-            singular value; ``math.inf`` is power iteration, ``"auto"`` finds it during training. None: the rule's
-            own, 1 for ``"oja"``.
-        subspace_every: bases move at the first optimizer step and at each so many from there, from 1, by the
-            activations of that step. None: the rule's own, 1 for ``"oja"``.
+        rank: the number of columns of each basis: a whole number from 1 (more than in_features means all of them), a
+            fraction of in_features between 0 and 1, `AutoRank` of such a fraction, which is shared out over the
+            weights during training, or a dict of globs over weight names to numbers, where the first glob that
+            matches counts and weights that none matches keep dense gradients.
+        subspace: how a basis is chosen and moves: a rule of `oasis_fx.rules` with its settings, such as
+            ``Oja(lr=0.5, every=10)``, or the name of a rule, which stands for the rule with its defaults: ``"oja"`` of
+            OASIS (arXiv 2604.09406), ``"pca"``, ``"random"``, ``"principal_random"``, ``"sampled"``, ``"dct"`` for
+            activations; ``"gradient_svd"``, ``"gradient_oja"``, ``"gradient_power"`` for weight gradients.
+            docs/subspaces.md says what each does.
         include: globs over weight names; others keep dense gradients. Default: every weight.
         exclude: globs over weight names that keep dense gradients. Default: output heads, and embeddings
             with whatever is tied to one.
         inner: what compiles the rewritten graphs: ``"inductor"``, or ``"aot_eager"`` to run them node by node.
-        memory_budget: how much a graph may keep for its backward pass; the rest is computed again, what is cheapest
-            for its bytes first. 0 to 1 is a share of what it would keep without; 1 leaves torch's own setting. A size
+        memory_budget: how much a graph may keep for its backward pass; the rest is recomputed, what is cheapest for
+            its bytes first. 0 to 1 is a share of what it would keep without; 1 leaves torch's own setting. A size
             such as ``"12GiB"`` (or MiB, GB, ...) holds for each compiled graph, inputs aside.
         stats: let graphs compute ||X||^2 for `OasisBackend.stats`, one more sum over each activation.
         options: options of Inductor, as in `torch.compile(options=...)`, which override these.
+        subspace_lr: the old form of ``subspace=Oja(lr=...)``, which goes with the next release.
+        subspace_every: the old form of ``subspace=Oja(every=...)``, which goes with the next release.
 
     Raises:
-        ValueError: naming the value and what is allowed.
+        ValueError: an argument has a value that is not allowed, or the rule has no use for a setting. The message names
+            the argument, its value, and what is allowed.
     """
     settings = Settings(
-        rank=rank,
-        subspace=subspace,
-        subspace_lr=subspace_lr,
-        subspace_every=subspace_every,
+        rank=rank_without_text(rank),
+        subspace=rule_with(subspace, subspace_lr, subspace_every),
         include=include,  # type: ignore[arg-type]  # Settings makes a tuple of it
         exclude=exclude,  # type: ignore[arg-type]
         inner=inner,

@@ -1,4 +1,4 @@
-"""The settings of a backend: checked when given, before anything is compiled."""
+"""The settings of a backend, which are checked when they are given, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from oasis_fx.memory.sizes import parse_bytes
-from oasis_fx.ranks import check_rank, columns_of, parse_budget
+from oasis_fx.ranks import AutoRank, check_rank, columns_of
 from oasis_fx.runtime.subspaces.rules import Rule, StatisticRule, rule_of
 
 INNER_COMPILERS = ("inductor", "aot_eager")
@@ -30,17 +30,19 @@ DEFAULT_EXCLUDE = (
     "*.output_projection.*",
 )
 
-Rank = int | float | str | Mapping[str, int | float]
+Rank = int | float | AutoRank | Mapping[str, int | float]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Checked settings of one backend; see `oasis_fx.backend.oasis_backend` for what they mean."""
+    """The checked settings of one backend; `oasis_fx.oasis_backend` says what each means.
+
+    Raises:
+        ValueError: a setting has a value that is not allowed; the message names both, and what is allowed.
+    """
 
     rank: Rank = 32
     subspace: str | Rule = "oja"
-    subspace_lr: float | str | None = None
-    subspace_every: int | None = None
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     inner: str = "inductor"
@@ -49,29 +51,21 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rule = rule_of(self.subspace)  # raises where it is neither a name nor a rule
+        object.__setattr__(self, "subspace", rule_of(self.subspace))
         if isinstance(self.rank, Mapping):
             for key, rank in self.rank.items():
                 check_rank(rank, f"rank[{key!r}]")
             if not self.rank:
                 raise ValueError("rank is {}: give at least one glob, such as {'*': 32}")
             object.__setattr__(self, "rank", MappingProxyType(dict(self.rank)))
-        elif self.share is None:
-            check_rank(
-                self.rank, "rank", ", 'auto:' and such a fraction, or a dict of globs over weight names to ranks"
-            )
-        elif not isinstance(rule, StatisticRule):
+        elif not isinstance(self.rank, AutoRank):
+            check_rank(self.rank, "rank", ", AutoRank of such a fraction, or a dict of globs to ranks")
+        elif not isinstance(self.rule, StatisticRule):
             raise ValueError(
-                f"rank is {self.rank!r}: it goes by the statistic of a rule, and subspace={rule.name!r} has none; "
-                "'oja' and 'gradient_oja' have"
+                f"rank is {self.rank!r}: ranks are shared out by the statistic of a rule, and "
+                f"subspace={self.rule.name!r} has none; 'oja' and 'gradient_oja' have"
             )
         _check_choice("inner", self.inner, INNER_COMPILERS)
-        rate = self.subspace_lr
-        if rate not in (None, "auto") and not (_is_number(rate) and rate > 0):  # type: ignore[operator]
-            raise ValueError(f"subspace_lr is {rate!r}: it must be a number over 0 (inf: power iteration), or 'auto'")
-        every = self.subspace_every
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"subspace_every is {every!r}: it must be a whole number from 1")
         budget = self.memory_budget
         if (parse_bytes(budget) is None) if isinstance(budget, str) else not (_is_number(budget) and 0 <= budget <= 1):
             raise ValueError(f"memory_budget is {budget!r}: it must be a number from 0 to 1, or a size such as '12GiB'")
@@ -89,8 +83,8 @@ class Settings:
 
     @property
     def share(self) -> float | None:
-        """Of ``rank="auto:SHARE"``, else None."""
-        return parse_budget(self.rank) if isinstance(self.rank, str) else None
+        """The share of in_features in ``rank=AutoRank(share)``, or None for any other rank."""
+        return self.rank.share if isinstance(self.rank, AutoRank) else None
 
     @property
     def budget(self) -> int | float | None:
@@ -100,14 +94,17 @@ class Settings:
         return None if self.memory_budget == 1.0 else float(self.memory_budget)
 
     def rank_of(self, name: str, in_features: int) -> int | None:
-        """Columns of a weight's basis, at first, at most ``in_features``; None where no glob of ``rank`` names it."""
+        """The number of columns that a weight's basis begins with, or None where no glob of ``rank`` matches ``name``.
+
+        It is at most ``in_features``.
+        """
         rank: Any = self.rank if self.share is None else self.share
         if isinstance(rank, Mapping):
             rank = next((r for glob, r in rank.items() if fnmatchcase(name, glob)), None)
         return None if rank is None else columns_of(rank, in_features)
 
     def reason_to_skip(self, name: str) -> str | None:
-        """Why the settings leave the weight ``name`` alone, or None."""
+        """Why the settings leave the weight ``name`` alone, or None where they do not."""
         if self.include is not None and not any(fnmatchcase(name, glob) for glob in self.include):
             return "not in include"
         globs, origin = (
@@ -121,7 +118,7 @@ class Settings:
         return None
 
     def globs(self) -> tuple[str, ...]:
-        """Every glob that the user gave."""
+        """All globs that the user gave, those of ``include``, ``exclude`` and ``rank``."""
         ranks = tuple(self.rank) if isinstance(self.rank, Mapping) else ()
         return (*(self.include or ()), *(self.exclude or ()), *ranks)
 

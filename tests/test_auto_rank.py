@@ -1,4 +1,4 @@
-"""Ranks that change during training: `rank="auto:..."`, `resize_rank`, checkpoints of another rank."""
+"""Ranks that change during training: `rank=AutoRank(...)`, `resize_rank`, checkpoints of another rank."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from oasis_fx import LowRankGrad, OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
+from oasis_fx import AutoRank, LowRankGrad, OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
 from oasis_fx.runtime.optim import base as subspace_optimizer
+from oasis_fx.runtime.subspaces.rules import Oja
 
 
 class Net(torch.nn.Module):
@@ -57,7 +58,7 @@ def soon(monkeypatch) -> None:
 
 
 def test_columns_move_to_where_energy_is_lost() -> None:
-    model, compiled, optimizer = start("auto:0.25")
+    model, compiled, optimizer = start(AutoRank(0.25))
     losses = train(compiled, optimizer, range(3))
     narrow, wide = ranks(optimizer)
     assert narrow == 8 and wide >= 24
@@ -86,7 +87,7 @@ class Blocks(torch.nn.Module):
 def test_layers_that_share_a_compiled_graph_have_one_rank() -> None:
     """Compiled block by block, as large models are."""
     torch._dynamo.reset()
-    model, backend = Blocks().double(), oasis_backend("auto:0.25", inner="aot_eager")
+    model, backend = Blocks().double(), oasis_backend(AutoRank(0.25), inner="aot_eager")
     for block in model.blocks:
         block.compile(backend=backend)
     optimizer = OasisAdamW(model.parameters(), lr=1e-2)
@@ -100,13 +101,13 @@ def test_layers_that_share_a_compiled_graph_have_one_rank() -> None:
 def test_a_checkpoint_of_other_ranks_in_layers_that_share_a_graph_is_refused() -> None:
     torch._dynamo.reset()
     model = Blocks().double()
-    compiled = torch.compile(model, backend=oasis_backend("auto:0.25", inner="aot_eager"))
+    compiled = torch.compile(model, backend=oasis_backend(AutoRank(0.25), inner="aot_eager"))
     optimizer = OasisAdamW(model.parameters(), lr=1e-2)
     train(compiled, optimizer, range(4))
     low = [optimizer.state[block.wide.weight]["basis"].shape[1] for block in model.blocks]
     assert len(set(low)) > 1, "every layer got one rank"
     torch._dynamo.reset()
-    again, backend = Blocks().double(), oasis_backend("auto:0.25", inner="aot_eager")
+    again, backend = Blocks().double(), oasis_backend(AutoRank(0.25), inner="aot_eager")
     for block in again.blocks:
         block.compile(backend=backend)
     other = OasisAdamW(again.parameters(), lr=1e-2)
@@ -119,13 +120,13 @@ def test_a_checkpoint_of_other_ranks_in_layers_that_share_a_graph_is_refused() -
 
 
 def test_until_then_and_where_nothing_changes_it_is_the_even_rank() -> None:
-    _, compiled, optimizer = start("auto:0.25")
+    _, compiled, optimizer = start(AutoRank(0.25))
     _, even_compiled, even_optimizer = start(0.25)
     assert train(compiled, optimizer, range(2)) == train(even_compiled, even_optimizer, range(2))
 
 
 def test_new_bases_are_orthonormal_and_means_are_kept() -> None:
-    _, compiled, optimizer = start("auto:0.25")
+    _, compiled, optimizer = start(AutoRank(0.25))
     train(compiled, optimizer, range(2))
     seen = {}
 
@@ -158,22 +159,22 @@ def test_new_bases_are_orthonormal_and_means_are_kept() -> None:
 
 @pytest.mark.parametrize("stop", [1, 4, 8])
 def test_resumed_is_bitwise_the_uninterrupted_run(stop) -> None:
-    model, compiled, optimizer = start("auto:0.25")
+    model, compiled, optimizer = start(AutoRank(0.25))
     train(compiled, optimizer, range(stop))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     expected = train(compiled, optimizer, range(stop, 10))
-    model, compiled, optimizer = start("auto:0.25")
+    model, compiled, optimizer = start(AutoRank(0.25))
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     assert train(compiled, optimizer, range(stop, 10)) == expected
 
 
 def test_resumed_into_a_model_that_has_begun() -> None:
-    model, compiled, optimizer = start("auto:0.25")
+    model, compiled, optimizer = start(AutoRank(0.25))
     train(compiled, optimizer, range(5))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     expected = train(compiled, optimizer, range(5, 10))
-    model, compiled, optimizer = start("auto:0.25")
+    model, compiled, optimizer = start(AutoRank(0.25))
     train(compiled, optimizer, range(2))
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
@@ -181,9 +182,9 @@ def test_resumed_into_a_model_that_has_begun() -> None:
 
 
 def test_within_a_compiled_training_step() -> None:
-    model, compiled, optimizer = start("auto:0.25")
+    model, compiled, optimizer = start(AutoRank(0.25))
     expected = train(compiled, optimizer, range(8))
-    model, _, optimizer = start("auto:0.25")
+    model, _, optimizer = start(AutoRank(0.25))
 
     def step(number: int) -> torch.Tensor:
         loss = loss_of(model, number)
@@ -192,13 +193,13 @@ def test_within_a_compiled_training_step() -> None:
         optimizer.zero_grad()
         return loss
 
-    run = torch.compile(step, backend=oasis_backend("auto:0.25", inner="aot_eager"))
+    run = torch.compile(step, backend=oasis_backend(AutoRank(0.25), inner="aot_eager"))
     assert [run(number).item() for number in range(8)] == pytest.approx(expected, rel=1e-6)
     assert len(set(ranks(optimizer))) == 2
 
 
 def test_accumulation_with_gradients_that_are_kept_as_zeros() -> None:
-    _, compiled, optimizer = start("auto:0.25")
+    _, compiled, optimizer = start(AutoRank(0.25))
     for step in range(8):
         loss_of(compiled, step).backward()
         optimizer.step()
@@ -207,20 +208,20 @@ def test_accumulation_with_gradients_that_are_kept_as_zeros() -> None:
 
 
 def test_without_statistics_of_energy_it_has_its_own() -> None:
-    _, compiled, optimizer = start("auto:0.25", stats=False)
+    _, compiled, optimizer = start(AutoRank(0.25), stats=False)
     train(compiled, optimizer, range(4))
     assert len(set(ranks(optimizer))) == 2
 
 
 @pytest.mark.parametrize("rank", ["auto", "auto:1", "auto:0", "auto:-0.2", "auto:2", "0.25", "auto:0.25x"])
 def test_what_is_no_budget(rank) -> None:
-    with pytest.raises(ValueError, match=f"rank is {rank!r}.*'auto:'"):
+    with pytest.raises(ValueError, match=f"rank is {rank!r}.*AutoRank"):
         oasis_backend(rank)
 
 
 def test_rules_without_a_statistic_have_no_budget() -> None:
     with pytest.raises(ValueError, match="'pca' has none"):
-        oasis_backend("auto:0.25", subspace="pca")
+        oasis_backend(AutoRank(0.25), subspace="pca")
 
 
 MAKERS = [OasisAdamW, OasisSGD, OasisLion, OasisMuon]
@@ -360,13 +361,13 @@ def test_a_checkpoint_of_another_rank(rank, begun) -> None:
 
 @pytest.mark.parametrize(("begun", "backend_rank"), [(False, 12), (True, 12), (False, 20)])
 def test_resize_rank_right_after_loading(begun, backend_rank) -> None:
-    model, compiled, optimizer = start(12, subspace_lr="auto")
+    model, compiled, optimizer = start(12, subspace=Oja(lr="auto"))
     train(compiled, optimizer, range(4))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     optimizer.resize_rank(20)
     expected = train(compiled, optimizer, range(4, 8))
 
-    model, compiled, optimizer = start(backend_rank, subspace_lr="auto")
+    model, compiled, optimizer = start(backend_rank, subspace=Oja(lr="auto"))
     if begun:
         train(compiled, optimizer, range(1))
     model.load_state_dict(saved[0])

@@ -16,14 +16,15 @@ from oasis_fx.integrations.checkpoint import from_tensors, to_tensors
 
 PROGRAM = """
 import os, sys, time, torch
-from oasis_fx import OasisAdamW, oasis_backend
+from oasis_fx import AutoRank, OasisAdamW, oasis_backend
+from oasis_fx.rules import Oja
 from oasis_fx.runtime.optim import base as subspace_optimizer
 
 subspace_optimizer.RANK_STEPS = (20,)
 file, steps = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.Tanh(), torch.nn.Linear(32, 24)).bfloat16()
-compiled = torch.compile(model, backend=oasis_backend("auto:0.25", subspace_lr="auto", inner="aot_eager"))
+compiled = torch.compile(model, backend=oasis_backend(AutoRank(0.25), subspace=Oja(lr="auto"), inner="aot_eager"))
 optimizer = OasisAdamW(model.parameters(), lr=1e-2)
 begin = 0
 if os.path.exists(file):

@@ -105,7 +105,7 @@ def test_settings_reach_the_passes(target, capsys) -> None:
         (["explain", "some_model:build", "--rank", "0"], "rank is 0"),
         (["explain", "some_model:build", "--rank", "many"], "rank is 'many'"),
         (["explain", "some_model:build", "--memory-budget", "2"], "memory_budget is 2.0"),
-        (["explain", "some_model:build", "--subspace-every", "0"], "subspace_every is 0"),
+        (["explain", "some_model:build", "--subspace-every", "0"], "every is 0"),
         (["explain", "some_model:build", "--inner", "eager"], "invalid choice"),
         (["explain", "some_model:nothing"], "nothing"),
         (["explain", "no_such_module:build"], "no_such_module"),

@@ -27,6 +27,7 @@ from oasis_fx.runtime.subspaces.rules import (
     Random,
     StatisticRule,
     register,
+    rule_of,
 )
 from oasis_fx.runtime.subspaces.store import STORE
 
@@ -277,7 +278,7 @@ def test_the_basis_behind_dense_gradients_moves_as_that_behind_low_rank_ones(rul
         torch.manual_seed(1)
         model = Net()
         compiled[made.dense] = torch.compile(
-            model, backend=oasis_backend(RANK, subspace=made, subspace_every=every, inner="aot_eager")
+            model, backend=oasis_backend(RANK, subspace=rule_of(made, every=every), inner="aot_eager")
         )
         optimizer = OasisAdamW(model.parameters(), lr=0.0, weight_decay=0.0)
         found = bases[made.dense] = []
@@ -299,7 +300,7 @@ def test_the_basis_behind_dense_gradients_moves_as_that_behind_low_rank_ones(rul
 
 @pytest.mark.parametrize("rule", KEPT, ids=str)
 def test_a_dense_rule_resumes_bitwise(rule) -> None:
-    backend = oasis_backend(RANK, subspace=rule, subspace_every=2, inner="aot_eager")
+    backend = oasis_backend(RANK, subspace=rule_of(rule, every=2), inner="aot_eager")
 
     def run(model, compiled, optimizer, steps) -> None:
         for step in steps:
@@ -343,7 +344,7 @@ def test_a_coded_basis_under_states_of_full_size_is_in_the_checkpoint(rule) -> N
 @pytest.mark.parametrize("rule", [DenseOja(), DensePCA(), DenseRandom(), DenseGradientOja()], ids=str)
 def test_another_optimizer_moves_them_by_update_bases(rule) -> None:
     model = Net()
-    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule, subspace_every=1, inner="aot_eager"))
+    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule_of(rule, every=1), inner="aot_eager"))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for step in range(3):
         compiled(batch(step)).backward()
@@ -359,7 +360,7 @@ def test_a_step_between_forward_and_backward_is_refused_or_right() -> None:
     for rule in (DenseOja(), DenseRandom(), DensePCA()):
         torch._dynamo.reset()
         model = Net()
-        compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule, subspace_every=1, inner="aot_eager"))
+        compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule_of(rule, every=1), inner="aot_eager"))
         plain = Net()
         plain(batch(0)).backward()
         early = compiled(batch(0))

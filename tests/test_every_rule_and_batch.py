@@ -10,13 +10,18 @@ import torch.nn.functional as F
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows
-from oasis_fx.runtime.subspaces.rules import DCT, GradientPower
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, Rule, rule_of
 from oasis_fx.runtime.subspaces.store import STORE
 
 N_IN, N_OUT, RANK = 6, 7, 3
 BY_X = ["oja", "pca", "random", "principal_random", "sampled", "dct"]
 BY_GRADIENT = ["gradient_svd", "gradient_oja", "gradient_power", DCT("gradient"), GradientPower(error_feedback=True)]
 ALL = [*BY_X, *BY_GRADIENT]
+
+
+def moving_every(rule: str | Rule, steps: int) -> Rule:
+    """The rule with that period; `Sampled` takes none."""
+    return rule_of(rule) if rule == "sampled" else rule_of(rule, every=steps)
 
 
 class Twice(torch.nn.Module):
@@ -69,7 +74,7 @@ def gradient_of(model, x: torch.Tensor) -> torch.Tensor:
 def test_the_gradient_of_every_batch_is_the_projection_of_the_dense_one(rule) -> None:
     """In the coordinates that are in force; and a basis stays orthonormal whatever it is chosen from."""
     model, plain = Twice(), Twice()
-    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule, subspace_every=1, inner="aot_eager"))
+    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=moving_every(rule, 1), inner="aot_eager"))
     optimizer = OasisAdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     error, updates = None, 0
     for name, x in BATCHES.items():
@@ -97,7 +102,7 @@ def test_the_gradient_of_every_batch_is_the_projection_of_the_dense_one(rule) ->
 @pytest.mark.parametrize("rule", ALL, ids=str)
 def test_a_batch_without_rows_moves_nothing_and_others_of_its_step_do(rule) -> None:
     model, plain = Twice(in_parts=True), Twice(in_parts=True)
-    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule, subspace_every=1, inner="aot_eager"))
+    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=moving_every(rule, 1), inner="aot_eager"))
     optimizer = OasisAdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     before = model.one.weight.detach().clone()
     gradient = gradient_of(compiled, batch(0))
@@ -147,7 +152,7 @@ def test_weights_of_every_precision(rule, dtype) -> None:
     plain = Twice()
     plain.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     expected = gradient_of(plain, x.double())
-    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule, subspace_every=1, inner="aot_eager"))
+    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=moving_every(rule, 1), inner="aot_eager"))
     gradient = gradient_of(compiled, x)
     assert gradient.dtype == dtype
     optimizer = OasisAdamW(model.parameters(), lr=1e-3)

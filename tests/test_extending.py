@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime.subspaces.rules import RULES, Oja, Rule, StatisticRule, register
+from oasis_fx.runtime.subspaces.rules import RULES, Oja, Rule, StatisticRule, register, rule_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
@@ -28,7 +28,7 @@ def test_the_example_of_the_page_trains(tokens) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.ReLU(), torch.nn.Linear(12, 4)).double()
-    backend = oasis_backend(rank=3, subspace="tokens", subspace_every=2, inner="aot_eager")
+    backend = oasis_backend(rank=3, subspace=rule_of("tokens", every=2), inner="aot_eager")
     compiled, optimizer = torch.compile(model, backend=backend), OasisAdamW(model.parameters(), lr=1e-2)
     x, y = torch.randn(40, 8).double(), torch.randn(40, 4).double()
     losses = []

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, LowRankGradWarning, OasisAdamW, oasis_backend
+from oasis_fx.runtime.subspaces.rules import Oja
 
 pytestmark = [
     pytest.mark.gpu,
@@ -147,9 +148,9 @@ def test_cuda_graphs_see_bases_that_move(every) -> None:
     optimizer, plain = OasisAdamW(model.parameters(), lr=1e-3), OasisAdamW(reference.parameters(), lr=1e-3)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    backend = oasis_backend(rank=16, subspace_every=every)
+    backend = oasis_backend(rank=16, subspace=Oja(every=every))
     compiled = torch.compile(model, backend=backend, mode="reduce-overhead")
-    expected = torch.compile(reference, backend=oasis_backend(rank=16, subspace_every=every))
+    expected = torch.compile(reference, backend=oasis_backend(rank=16, subspace=Oja(every=every)))
     addresses = set()
     for _ in range(8):
         for micro in x.chunk(2):

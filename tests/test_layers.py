@@ -26,6 +26,7 @@ ROOMS = (
     "runtime.optim",
     "rules",
     "settings",
+    "_old_arguments",
     "distributed",
     "compile",
     "backend",

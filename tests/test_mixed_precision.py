@@ -7,11 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.subspaces.rules import DCT, GradientPower
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, Rule, rule_of
 from oasis_fx.runtime.subspaces.store import STORE
 
 ALL = ["oja", "pca", "random", "principal_random", "sampled", "gradient_svd", "gradient_oja", "gradient_power", "dct",
        DCT("gradient"), GradientPower(error_feedback=True)]  # fmt: skip
+
+
+def moving_every(rule: str | Rule, steps: int) -> Rule:
+    """The rule with that period; `Sampled` takes none."""
+    return rule_of(rule) if rule == "sampled" else rule_of(rule, every=steps)
 
 
 def matmul(w, x, y, half):
@@ -75,7 +80,7 @@ def test_every_rule_under_autocast(rule, half) -> None:
     torch.manual_seed(1)
     x = torch.randn(12, 6)
     model, plain = Net(), Net()
-    compiled = torch.compile(model, backend=oasis_backend(64, subspace=rule, subspace_every=1, inner="aot_eager"))
+    compiled = torch.compile(model, backend=oasis_backend(64, subspace=moving_every(rule, 1), inner="aot_eager"))
     optimizer = OasisAdamW(model.parameters(), lr=1e-2)
     with torch.autocast("cpu", half):
         plain(x).backward()

@@ -9,7 +9,7 @@ import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows
-from oasis_fx.runtime.subspaces.rules import DCT, GradientPower
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, rule_of
 from oasis_fx.runtime.subspaces.store import STORE
 
 EAGER = {"inner": "aot_eager"}
@@ -29,7 +29,7 @@ def test_captured_energy_of_rules_that_choose_from_the_batch(rule) -> None:
     torch.manual_seed(0)
     model, plain = (torch.nn.Linear(6, 8, bias=False, dtype=torch.float64) for _ in range(2))
     plain.load_state_dict(model.state_dict())
-    backend = oasis_backend(3, subspace=rule, subspace_every=2, **EAGER)
+    backend = oasis_backend(3, subspace=rule_of(rule, every=2), **EAGER)
     compiled, optimizer = torch.compile(model, backend=backend), OasisAdamW(model.parameters(), lr=0.0)
     for step in range(4):
         x = batch(step)

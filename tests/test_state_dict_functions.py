@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from oasis_fx import OasisAdamW, OasisSGD, oasis_backend
+from oasis_fx.runtime.subspaces.rules import Oja, Random
 
 OPTIONS = {
     "plain": {},
@@ -50,7 +51,7 @@ def train(run, optimizer, steps) -> None:
 
 @pytest.mark.parametrize(
     ("optimizer", "settings"),
-    [(OasisAdamW, {"subspace_lr": "auto"}), (OasisSGD, {"subspace": "random", "subspace_every": 2})],
+    [(OasisAdamW, {"subspace": Oja(lr="auto")}), (OasisSGD, {"subspace": Random(every=2)})],
     ids=["auto", "random"],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(optimizer, settings, recwarn) -> None:

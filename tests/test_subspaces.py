@@ -8,11 +8,16 @@ import torch
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows
 from oasis_fx.inspect.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes
-from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, PrincipalRandom
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, PrincipalRandom, Rule, rule_of
 
 OF_ACTIVATIONS = ["oja", "pca", "random", "principal_random", "sampled", "dct"]
 OF_GRADIENTS = ["gradient_svd", "gradient_oja", "gradient_power", DCT("gradient")]
 ALL = [*OF_ACTIVATIONS, *OF_GRADIENTS]
+
+
+def moving_every(rule: str | Rule, steps: int) -> Rule:
+    """The rule with that period; `Sampled` takes none."""
+    return rule_of(rule) if rule == "sampled" else rule_of(rule, every=steps)
 
 
 class Block(torch.nn.Module):
@@ -52,7 +57,7 @@ def test_generated_code_trains_as_the_graphs_node_by_node(rule) -> None:
         torch._dynamo.reset()
         torch.manual_seed(5)
         model = Block()
-        backend = oasis_backend(4, subspace=rule, subspace_every=2, inner=inner)
+        backend = oasis_backend(4, subspace=moving_every(rule, 2), inner=inner)
         found[inner] = train(model, torch.compile(model, backend=backend), 5)
     assert found["inductor"][-1] < found["inductor"][0]
     assert found["inductor"] == pytest.approx(found["aot_eager"], rel=1e-3)
@@ -227,7 +232,7 @@ def test_two_forward_passes_before_their_backward_passes() -> None:
 def test_a_backward_pass_after_its_basis_has_moved_is_refused() -> None:
     torch._dynamo.reset()
     model = Block().double()
-    compiled = torch.compile(model, backend=oasis_backend(4, subspace="pca", subspace_every=1, inner="aot_eager"))
+    compiled = torch.compile(model, backend=oasis_backend(4, subspace=rule_of("pca", every=1), inner="aot_eager"))
     late = compiled(inputs(0, torch.float64)).square().sum()
     compiled(inputs(1, torch.float64)).square().sum().backward()
     subspace = model.q.weight.grad.subspace

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from oasis_fx.ranks import parse_auto_rank
+from oasis_fx.rules import PCA, GradientSVD, Oja, PrincipalRandom, rule_of
+
 
 @dataclass(frozen=True)
 class Method:
@@ -38,20 +41,20 @@ METHODS = {
     "adamw": Method("AdamW", LOW, options={"fused": True}),
     "sgd": Method("SGD", SGD, options={"momentum": 0.9}, weight_decay=0.0),
     "oja": Method("OasisAdamW", LOW, {"subspace": "oja"}),
-    "oja-auto": Method("OasisAdamW", LOW, {"subspace": "oja", "subspace_lr": "auto"}),
+    "oja-auto": Method("OasisAdamW", LOW, {"subspace": Oja(lr="auto")}),
     "oja-exact20": Method("OasisAdamW", LOW, {"subspace": "oja"}, {"residual": True}, exact_every=20),
     "oja-growing": Method("OasisAdamW", LOW, {"subspace": "oja"}, schedule={0.0: 0.5, 0.5: 1.0, 0.75: 2.0}),
-    "pca": Method("OasisAdamW", LOW, {"subspace": "pca", "subspace_every": 50}),
+    "pca": Method("OasisAdamW", LOW, {"subspace": PCA(every=50)}),
     "random": Method("OasisAdamW", LOW, {"subspace": "random"}),
-    "principal_random": Method("OasisAdamW", LOW, {"subspace": "principal_random", "subspace_every": 50}),
+    "principal_random": Method("OasisAdamW", LOW, {"subspace": PrincipalRandom(every=50)}),
     "principal_random-full": Method(
         "OasisAdamW",
         LOW,
-        {"subspace": "principal_random", "subspace_every": 50},
+        {"subspace": PrincipalRandom(every=50)},
         {"full_rank": True},
     ),
     "sampled": Method("OasisAdamW", LOW, {"subspace": "sampled"}),
-    "gradient_svd": Method("OasisAdamW", LOW, {"subspace": "gradient_svd", "subspace_every": 50}),
+    "gradient_svd": Method("OasisAdamW", LOW, {"subspace": GradientSVD(every=50)}),
     "gradient_oja": Method("OasisAdamW", LOW, {"subspace": "gradient_oja"}),
     "gradient_power": Method("OasisAdamW", LOW, {"subspace": "gradient_power"}),
     "dct": Method("OasisAdamW", LOW, {"subspace": "dct"}),
@@ -83,8 +86,10 @@ def build(
         model.compile(backend=inner)
         stock = getattr(torch.optim, method.optimizer)
         return stock(parameters, lr=lr, weight_decay=weight_decay, **method.options)
-    settings = {**method.backend, **overrides}
-    model.compile(backend=oasis_fx.oasis_backend(rank, inner=inner, **settings))
+    # Settings of runs are kept as JSON, where the step size of the rule has a name of its own and AutoRank is a text.
+    rule = rule_of(method.backend["subspace"], lr=overrides.pop("subspace_lr", None))
+    columns = parse_auto_rank(rank) if isinstance(rank, str) else rank
+    model.compile(backend=oasis_fx.oasis_backend(columns, inner=inner, subspace=rule, **overrides))
     optimizer = getattr(oasis_fx, method.optimizer)
     options = dict(method.options)
     if method.optimizer != "OasisSGD":

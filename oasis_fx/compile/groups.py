@@ -122,8 +122,6 @@ def _split(
         spec = SubspaceSpec(
             rank=int(rank),  # where n is a symbol that decides it, torch guards on its value
             rule=settings.rule,
-            learning_rate=settings.subspace_lr,  # type: ignore[arg-type]
-            every=settings.subspace_every,  # type: ignore[arg-type]
             budget=settings.share,
         )
         # Under DDP the example inputs are fake: what the real weights have is seen at run time alone.

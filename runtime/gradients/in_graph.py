@@ -110,7 +110,7 @@ def _move_if_due(subspace: Subspace, batch: torch.Tensor) -> torch.Tensor | None
     wide = batch.to(subspace.dtype)
     peak = wide.abs().amax() if wide.numel() else wide.new_zeros(())  # a batch without rows says as little as zeros
     if not (bool(peak.isfinite()) and bool(peak > 0)):
-        subspace.num_steps.fill_(subspace.spec.every - 1)
+        subspace.num_steps.fill_(subspace.spec.rule.every - 1)
         return None
     old = subspace.basis.detach().clone()
     seed = subspace.seed * 1_000_003 + int(subspace.num_updates)

@@ -33,7 +33,7 @@ class OasisAdamW(SubspaceOptimizer):
 
     A weight whose gradient is a `LowRankGrad` has moments of m x r, float32 (float64 for float64 weights),
     which go over to the new basis whenever the basis moves; every other parameter is torch's fused AdamW. At
-    the end of a step each basis whose statistic has grown moves, under `subspace_every=k` at each k-th step.
+    the end of a step each basis whose statistic has grown moves, with `every=k` at every k-th step.
     A step in which any gradient is not finite is left out whole, as `GradScaler` would: weights, moments, step
     counts and bases stay as they were.
 

@@ -408,7 +408,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 )
 
     def _share_ranks_out(self, gate: torch.Tensor | None) -> None:
-        """Under ``rank="auto:..."``: at the first step from each of `RANK_STEPS` on that counts."""
+        """Under ``rank=AutoRank(...)``: at the first step from each of `RANK_STEPS` on that counts."""
         if all(subspace.spec.budget is None for subspace in self.subspaces()):
             return
         group = self.param_groups[0]
@@ -482,7 +482,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         A basis that is chosen from the batch has moved in the forward pass; states and what a checkpoint shows follow
         it here, since a checkpoint may be made, and the next batch projected, before there is another step. The step
-        counts under `subspace_every`, and states begin: a GPU's host does not know that it was left out.
+        counts under `every`, and states begin: a GPU's host does not know that it was left out.
         """
         self._catch_up()
         groups = self.groups_by_weight()

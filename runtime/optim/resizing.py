@@ -59,7 +59,7 @@ def resize_live(optimizer: SubspaceOptimizer, rank: int | float) -> None:
 
 
 def spend_budget(optimizer: SubspaceOptimizer) -> None:
-    """Share the columns of ``rank="auto:..."`` out anew, by the statistics of this step.
+    """Share the columns of ``rank=AutoRank(...)`` out anew, by the statistics of this step.
 
     A family without a whole set of statistics keeps its rank.
     """

@@ -44,7 +44,7 @@ def note_basis(state: dict[str, Any], subspace: Subspace) -> None:
         "basis_seed": subspace.seed if subspace.spec.rule.draws else None,
         "basis_error": subspace.error,
         "basis_move": subspace.last_move,
-        "basis_log_rate": subspace.log_rate if subspace.spec.learning_rate == "auto" else None,
+        "basis_log_rate": subspace.log_rate if subspace.finds_step_size else None,
         "basis_rank": subspace.shape[1] if subspace.spec.rule.coded else None,
         "basis_resizable": None if subspace.spec.rule.resizable else False,
     }
@@ -231,7 +231,7 @@ def restore_state(
             (load, saved["subspace"]),
             tuple(saved["features"]),
             int(saved["basis_updates"]),
-            int(saved.get("basis_steps", 0)),  # checkpoints from before `subspace_every` have none
+            int(saved.get("basis_steps", 0)),  # checkpoints from before `every` have none
             int(saved.get("basis_seed", 0)),
             coded,
             momentum,

@@ -44,7 +44,7 @@ def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) 
         eye = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device)
         overlap = torch.where(moved, old.mT @ new, eye)
         _measure(batch, old, overlap, moved.flatten(), condition)
-        if batch[0].spec.learning_rate == "auto":
+        if batch[0].finds_step_size:
             _adapt_rates(batch, new - old, moved.flatten())
         before = [subspace.version for subspace in batch]
         torch._foreach_copy_([subspace.basis for subspace in batch], list(new))
@@ -200,8 +200,8 @@ def _move(
     old: torch.Tensor, batch: Sequence[Subspace], gate: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the new bases [L, n, r], which of them moved [L, 1, 1], and the condition of each [L]."""
-    spec = batch[0].spec
-    assert isinstance(spec.rule, StatisticRule)
+    rule = batch[0].spec.rule
+    assert isinstance(rule, StatisticRule)
     statistic = torch.stack([subspace.statistic for subspace in batch])  # type: ignore[misc]
     peak = statistic.abs().amax(dim=(-2, -1), keepdim=True)
     moved = peak.isfinite() & (peak > 0)
@@ -211,12 +211,12 @@ def _move(
     direction = torch.where(moved, statistic / peak, 0.0)
     energy = torch.where(moved, _energies(batch).view(-1, 1, 1) / peak, 1.0)
     first = torch.stack([subspace.num_updates for subspace in batch]).view(-1, 1, 1) == 0
-    if spec.learning_rate == "auto":
+    if rule.lr == "auto":
         rate = torch.stack([subspace.log_rate for subspace in batch]).exp().view(-1, 1, 1)
     else:
-        rate = torch.full_like(peak, POWER_STEP if math.isinf(spec.learning_rate) else spec.learning_rate)
+        rate = torch.full_like(peak, POWER_STEP if math.isinf(rule.lr) else rule.lr)
     rate = rate.masked_fill(first, POWER_STEP)
-    new, condition = orthonormalize_measured(torch.where(moved, spec.rule.step(old, direction, energy, rate), old))
+    new, condition = orthonormalize_measured(torch.where(moved, rule.step(old, direction, energy, rate), old))
     return torch.where(moved, new, old), moved, condition
 
 

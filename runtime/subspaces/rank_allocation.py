@@ -1,4 +1,4 @@
-"""Share a budget of columns out over subspaces: ``rank="auto:0.25"``.
+"""Share a budget of columns out over subspaces: ``rank=AutoRank(0.25)``.
 
 A column of a subspace costs the numbers that it holds: n each for the basis and its statistic, and for each row of its
 weights a gradient and two moments, so ``2 n + 3 sum of m``. The budget is what ``share * n`` columns in each subspace

@@ -1,4 +1,4 @@
-"""The step size that a basis finds by itself: ``subspace_lr="auto"``.
+"""The step size that a basis finds by itself: ``Oja(lr="auto")``.
 
 A basis that follows its activation is a filter: each batch shows the subspace with noise, and the step size says how
 much of what one batch shows is believed. Of a filter with the right gain, successive corrections are uncorrelated

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
@@ -47,10 +46,7 @@ class SubspaceSpec:
 
     Attributes:
         rank: columns of the basis, from 1.
-        rule: how the basis is chosen and moves; a name stands for the rule that bears it.
-        learning_rate: step of the rule, over 0; `math.inf` is power iteration, ``"auto"`` is found during training (see
-            `oasis_fx.runtime.subspaces.step_size`). None: the rule's own.
-        every: the basis moves at each so many optimizer steps, from 1. None: the rule's own.
+        rule: how the basis is chosen and moves, with its settings; a name stands for the rule with its defaults.
         budget: share of n to begin with, where ``rank`` is shared out during training
             (`oasis_fx.runtime.subspaces.rank_allocation`).
 
@@ -60,24 +56,14 @@ class SubspaceSpec:
 
     rank: int
     rule: Rule = "oja"  # type: ignore[assignment]
-    learning_rate: float | Literal["auto"] = None  # type: ignore[assignment]
-    every: int = None  # type: ignore[assignment]
     budget: float | None = None
 
     def __post_init__(self) -> None:
         from oasis_fx.runtime.subspaces.rules import rule_of  # they import this module
 
-        rule = rule_of(self.rule)
-        rate = rule.learning_rate if self.learning_rate is None else self.learning_rate
-        every = rule.every if self.every is None else self.every
+        object.__setattr__(self, "rule", rule_of(self.rule))
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank!r}: it must be a whole number from 1")
-        if rate != "auto" and (isinstance(rate, str) or math.isnan(rate) or not rate > 0):
-            raise ValueError(f"learning_rate is {rate!r}: it must be a number over 0, or 'auto'")
-        if every < 1:
-            raise ValueError(f"every is {every!r}: it must be a whole number from 1")
-        for name, value in (("rule", rule), ("learning_rate", rate), ("every", every)):
-            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -140,7 +126,7 @@ class Subspace:
         energy_sum: scalar ||A||^2, summed likewise; None where graphs do not compute it.
         energy: scalar that graphs take and do not read, so that there is something for ||A||^2 to be the gradient of.
         num_updates: int64 scalar on the basis' device: how often the basis has moved.
-        num_steps: int64 scalar on the CPU: optimizer steps since the basis last had its turn to move (``spec.every``).
+        num_steps: int64 scalar on the CPU: optimizer steps since the basis last had its turn to move (`Rule.every`).
         overlap: R = Q^T Q+ [r, r] of the moves within backward passes since the last optimizer step; None for none.
         num_idle_steps: optimizer steps in a row in which its weights took part and the basis did not move for want of
             a statistic.
@@ -151,7 +137,7 @@ class Subspace:
         momentum: for rules that use it: set by the optimizer.
         error: for rules with error feedback: E [rows, n].
         family: the subspaces whose rank is also that of this one.
-        log_rate: scalar: the logarithm of the step size under ``learning_rate="auto"``; 0 at first.
+        log_rate: scalar: the logarithm of the step size under ``lr="auto"``; 0 at first.
         last_move: what is remembered of the last move, for that.
         captured_energy, drift, condition: scalars of the last move, on the basis' device; NaN before. What they are:
             `oasis_fx.inspect.stats.SubspaceStats`.
@@ -216,6 +202,11 @@ class Subspace:
         return self.spec.rule.expand(self.code, *self.shape, self.dtype, self.device)
 
     @property
+    def finds_step_size(self) -> bool:
+        """Whether the step size of its rule is found during training."""
+        return getattr(self.spec.rule, "lr", None) == "auto"
+
+    @property
     def spoken_name(self) -> str:
         """The names of its weights, for messages."""
         return ", ".join(self.names) or f"a weight with {self.shape[0]} in_features"
@@ -278,7 +269,7 @@ class Subspace:
 
     @property
     def is_due(self) -> bool:
-        return int(self.num_steps) >= self.spec.every  # over it, where a checkpoint was made under a longer period
+        return int(self.num_steps) >= self.spec.rule.every  # over it, where a checkpoint was made under a longer period
 
     @property
     def version(self) -> int:
@@ -328,7 +319,7 @@ def _first_count(spec: SubspaceSpec) -> int:
 
     if isinstance(spec.rule, DrawnRule):
         return 0
-    return spec.every if isinstance(spec.rule, BatchRule) else spec.every - 1
+    return spec.rule.every if isinstance(spec.rule, BatchRule) else spec.rule.every - 1
 
 
 def initial_basis(n: int, r: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:

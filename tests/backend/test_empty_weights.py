@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 
-from oasis_fx import oasis_backend
+from oasis_fx import AutoRank, oasis_backend
 
 from .small import EAGER, assert_exact, backward, batch
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("rank", [3, 0.5, "auto:0.5"])
+@pytest.mark.parametrize("rank", [3, 0.5, AutoRank(0.5)])
 def test_no_features_in_or_out(rank) -> None:
     layers = (12, 5), (5, 0), (0, 4), (4, 3)
     torch.manual_seed(0)

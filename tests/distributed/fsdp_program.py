@@ -18,10 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from oasis_fx import LowRankGrad, LowRankGradWarning, OasisAdamW, OasisLion, OasisMuon, oasis_backend
+from oasis_fx import AutoRank, LowRankGrad, LowRankGradWarning, OasisAdamW, OasisLion, OasisMuon, oasis_backend
 from oasis_fx.distributed import prepare
 from oasis_fx.errors import OasisWarning
 from oasis_fx.runtime.optim import base as subspace_optimizer
+from oasis_fx.runtime.subspaces.rules import Oja, Random
 from oasis_fx.runtime.subspaces.shards import local_gradient
 
 WIDTH, VOCABULARY, BATCH, STEPS = 64, 96, 96, 8
@@ -130,8 +131,8 @@ def equal() -> dict:
         "used in the first micro-batch alone": ({}, {"accumulate": 2, "extra_first": True}),
         "hybrid": ({"replicas": 2}, {"accumulate": 2}),
         "hybrid, each scattered": ({"replicas": 2}, {"accumulate": 2, "scatter_each": True}),
-        "lion, random": ({"optimizer": OasisLion, "backend": {"subspace": "random", "subspace_every": 3}}, {}),
-        "auto": ({"backend": {"rank": "auto:0.25", "subspace_lr": "auto"}}, {}),
+        "lion, random": ({"optimizer": OasisLion, "backend": {"subspace": Random(every=3)}}, {}),
+        "auto": ({"backend": {"rank": AutoRank(0.25), "subspace": Oja(lr="auto")}}, {}),
         "inductor": ({"backend": {"inner": "inductor"}}, {}),
     }.items():
         of_four = name in ("plain", "accumulated") or "hybrid" in name

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from oasis_fx import OasisAdamW, oasis_backend
+from oasis_fx import AutoRank, OasisAdamW, oasis_backend
 from oasis_fx.distributed import prepare
 from oasis_fx.runtime.optim import base as subspace_optimizer
+from oasis_fx.runtime.subspaces.rules import Oja, rule_of
 
 WIDTH, VOCABULARY, BATCH, STEPS = 64, 96, 96, 8
 
@@ -105,7 +106,7 @@ def reported(backend, handle) -> bool:
 def ranks_change(rank: int, world: int) -> dict:
     """A budget shared out at the third step: in whole graphs, and in those that DDP splits."""
     subspace_optimizer.RANK_STEPS = (3,)
-    made = lambda: oasis_backend("auto:0.25", inner="aot_eager")  # noqa: E731
+    made = lambda: oasis_backend(AutoRank(0.25), inner="aot_eager")  # noqa: E731
     alone, model, optimizer, _ = train(0, 1, parallel=False, backend=made())
     ranks = [s["exp_avg"].shape[1] for s in optimizer.state.values() if "basis" in s]
     split = error_of(lambda: train(rank, world, backend=made()))
@@ -184,8 +185,8 @@ def main(case: str, folder: Path) -> dict:
             "plain": {"backend": oasis_backend(8, inner="aot_eager"), "bucket_bytes": 4096},
             "accumulated": {"accumulate": 2},
             "used in the first micro-batch alone": {"accumulate": 2, "extra_first": True},
-            "auto": {"backend": oasis_backend("auto:0.25", subspace_lr="auto", inner="aot_eager")},
-            "random": {"backend": oasis_backend(8, subspace="random", subspace_every=3, inner="aot_eager")},
+            "auto": {"backend": oasis_backend(AutoRank(0.25), subspace=Oja(lr="auto"), inner="aot_eager")},
+            "random": {"backend": oasis_backend(8, subspace=rule_of("random", every=3), inner="aot_eager")},
             "inductor": {"backend": oasis_backend(8)},
         }.items():
             if world > 2 and name not in ("plain", "accumulated"):

@@ -60,7 +60,7 @@ def alone(program: Program) -> str:
     calls = "\n".join(f"    {line}" for line in CALLS[o.calls].split("\n"))
     return f"""\
 # seed {program.seed}: {", ".join(sorted(program.features()))}
-{PREAMBLE}from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
+{PREAMBLE}from oasis_fx import AutoRank, LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows
 from oasis_fx.runtime.subspaces.rules import *
 

@@ -16,6 +16,7 @@ from fuzz import statements
 from fuzz.calling import CALLS
 from fuzz.drawing import Drawing
 from fuzz.program import REGIONS, Options, Program, Statement
+from oasis_fx import AutoRank
 from oasis_fx.runtime.subspaces.rules import RULES
 
 SHARES: tuple[tuple[float, Callable[[Drawing], Statement | None]], ...] = (
@@ -58,10 +59,10 @@ def _options(draw: Drawing) -> Options:
     rng = draw.rng
     kind = rng.random()
     rule = "oja" if rng.random() < 0.45 else rng.choice([*RULES, *OTHER_RULES])
-    rank = rng.choice([99, 99, 99, 99, 1, 1, 2, 2, 0.5, 0.3, "auto:0.5"])
+    rank = rng.choice([99, 99, 99, 99, 1, 1, 2, 2, 0.5, 0.3, AutoRank(0.5)])
     return Options(
         rule=rule,
-        rank=0.5 if isinstance(rank, str) and not rule.endswith("oja") else rank,
+        rank=0.5 if isinstance(rank, AutoRank) and not rule.endswith("oja") else rank,
         budget=rng.choice([1.0, 1.0, 1.0, 0.5, 0.1, 0.0]),
         inner="aot_eager" if kind < 0.7 else "no code" if kind < 0.99 else "inductor",
         dynamic=True if rng.random() < 0.08 else None,

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from oasis_fx import AutoRank
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -100,7 +102,7 @@ class Options:
     """
 
     rule: str = "oja"
-    rank: int | float | str = 99
+    rank: int | float | AutoRank = 99
     budget: float = 1.0
     inner: str = "aot_eager"
     calls: str = "once"

@@ -7,7 +7,7 @@ import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.runtime.optim.gathering import gather, prepare_state
-from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, Rule
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, Rule, rule_of
 
 RANK, LR = 4, 0.02
 
@@ -39,6 +39,11 @@ def loss_of(model, step: int) -> torch.Tensor:
 
 ALL = ["oja", "pca", "random", "principal_random", "sampled", "gradient_svd", "gradient_oja", "gradient_power", "dct",
        DCT("gradient"), GradientPower(error_feedback=True)]  # fmt: skip
+
+
+def moving_every(rule: str | Rule, steps: int) -> Rule:
+    """The rule with that period; `Sampled` takes none."""
+    return rule_of(rule) if rule == "sampled" else rule_of(rule, every=steps)
 
 
 def name_of(rule: str | Rule) -> str:
@@ -99,7 +104,9 @@ def test_a_default_device_of_the_user_s_is_not_ours(rule) -> None:
     """Under `torch.set_default_device("cuda")` what we make on the CPU must stay there; meta stands in for it."""
     torch._dynamo.reset()
     model = Net()
-    backend = oasis_backend(RANK, subspace=rule, subspace_lr="auto", inner="aot_eager")
+    backend = oasis_backend(
+        RANK, subspace=rule_of(rule, lr="auto") if name_of(rule).endswith("oja") else rule, inner="aot_eager"
+    )
     compiled = torch.compile(model, backend=backend)
     optimizer = OasisAdamW(model.parameters(), lr=LR)
     batches = [batch(step) for step in range(3)]
@@ -120,7 +127,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(rule, saved_after, tmp_p
         torch._dynamo.reset()
         model = Net()
         torch.manual_seed(seed)
-        compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule, subspace_every=3, inner="aot_eager"))
+        compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=moving_every(rule, 3), inner="aot_eager"))
         return model, compiled, OasisAdamW(model.parameters(), lr=LR)
 
     def run(compiled, optimizer, steps) -> None:
@@ -153,7 +160,7 @@ def test_a_step_stays_in_one_basis_though_its_first_batch_says_nothing(rule, spo
     """A zero batch, as of an expert that nothing is routed to, then a good one; a NaN leaves nothing behind."""
     torch._dynamo.reset()
     model, plain = Net(), Net()
-    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule, subspace_every=1, inner="aot_eager"))
+    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=moving_every(rule, 1), inner="aot_eager"))
     optimizer = OasisAdamW(model.parameters(), lr=LR)
     (compiled(batch(0)[0] * spoilt) * spoilt).sum().backward()
     loss_of(compiled, 1).backward()

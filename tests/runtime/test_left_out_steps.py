@@ -12,7 +12,7 @@ import torch
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows
 from oasis_fx.runtime.subspaces.moving import move_bases
-from oasis_fx.runtime.subspaces.rules import DCT, DrawnRule, GradientPower, Random
+from oasis_fx.runtime.subspaces.rules import DCT, DrawnRule, GradientPower, Random, Rule, rule_of
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis
 
@@ -37,6 +37,11 @@ class Rotating(DrawnRule):
 
 ALL = ["oja", "pca", "random", "principal_random", "sampled", "gradient_svd", "gradient_oja", "gradient_power", "dct",
        DCT("gradient"), GradientPower(error_feedback=True), Rotating()]  # fmt: skip
+
+
+def moving_every(rule: str | Rule, steps: int) -> Rule:
+    """The rule with that period; `Sampled` takes none."""
+    return rule_of(rule) if rule == "sampled" else rule_of(rule, every=steps)
 
 
 class Net(torch.nn.Module):
@@ -87,7 +92,7 @@ class Run:
 @pytest.mark.parametrize("rule", ALL, ids=str)
 def test_a_run_goes_on_from_a_step_that_was_left_out_and_so_does_its_checkpoint(rule) -> None:
     """At each step of a period in turn; what is resumed there is bitwise the uninterrupted run, again and again."""
-    backend = oasis_backend(RANK, subspace=rule, subspace_every=EVERY, inner="aot_eager")
+    backend = oasis_backend(RANK, subspace=moving_every(rule, EVERY), inner="aot_eager")
     for spoilt_at in (0, 1, 2, 3):
         torch.manual_seed(1)
         run = Run(backend)
@@ -130,7 +135,7 @@ def test_a_run_goes_on_from_a_step_that_was_left_out_and_so_does_its_checkpoint(
 @pytest.mark.parametrize("rule", ALL, ids=str)
 def test_the_gradient_after_a_step_that_was_left_out_is_in_the_present_basis(rule) -> None:
     torch.manual_seed(1)
-    run = Run(oasis_backend(RANK, subspace=rule, subspace_every=EVERY, inner="aot_eager"))
+    run = Run(oasis_backend(RANK, subspace=moving_every(rule, EVERY), inner="aot_eager"))
     for step, spoilt in enumerate((False, True, True)):
         run.step(step, spoilt)
     plain = Net()
@@ -169,7 +174,7 @@ def test_the_momentum_that_a_rule_is_lent_follows_a_basis_that_moved_in_a_step_l
 @pytest.mark.parametrize("rule", [Rotating(), Random()], ids=str)
 def test_a_drawn_basis_is_drawn_anew_in_steps_that_count_alone(rule) -> None:
     """As a GPU has it, where whether a step counts is a tensor; and states follow where the rule says so."""
-    subspace = Subspace(torch.zeros(6, RANK, dtype=torch.float64), SubspaceSpec(RANK, rule, every=2))
+    subspace = Subspace(torch.zeros(6, RANK, dtype=torch.float64), SubspaceSpec(RANK, rule_of(rule, every=2)))
     gate = {counts: torch.tensor(counts) for counts in (True, False)}
     first = subspace.basis
     assert move_bases([subspace], gate[True]) == {}
@@ -182,7 +187,7 @@ def test_a_drawn_basis_is_drawn_anew_in_steps_that_count_alone(rule) -> None:
 
 
 def test_states_follow_a_drawn_basis_whose_rule_wants_it() -> None:
-    run = Run(oasis_backend(RANK, subspace=Rotating(), subspace_every=1, inner="aot_eager"))
+    run = Run(oasis_backend(RANK, subspace=rule_of(Rotating(), every=1), inner="aot_eager"))
     run.step(0)
     weight = run.model.up.weight
     (subspace,) = STORE.all_of(weight)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime.subspaces.rules import GradientPower
+from oasis_fx.runtime.subspaces.rules import GradientPower, rule_of
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Momentum, Subspace, SubspaceSpec
 
@@ -16,7 +16,7 @@ OWN = {"handle", "dtype", "device", "_stored", "_num_recoded", "energy", "latest
 
 def full_subspace(weight: torch.nn.Parameter, rule: str) -> Subspace:
     """One in which no attribute has its first value."""
-    spec = SubspaceSpec(3, rule, "auto")
+    spec = SubspaceSpec(3, rule_of(rule, lr="auto"))
     subspace = STORE.resolve([weight], spec, [(1, 2)])
     made = iter(torch.randn(40, generator=torch.Generator().manual_seed(1)))
     for name, value in vars(subspace).items():
@@ -88,8 +88,8 @@ def test_a_model_cast_in_the_midst_trains_on_as_one_that_was_not(rule) -> None:
         torch._dynamo.reset()
         torch.manual_seed(3)
         model = Net()
-        lr = "auto" if rule in ("oja", "gradient_oja") else None
-        compiled = torch.compile(model, backend=oasis_backend(3, subspace=rule, subspace_lr=lr, inner="aot_eager"))
+        finding = rule_of(rule, lr="auto") if rule in ("oja", "gradient_oja") else rule
+        compiled = torch.compile(model, backend=oasis_backend(3, subspace=finding, inner="aot_eager"))
         optimizer = OasisAdamW(model.parameters(), lr=1e-2)
         for step in range(6):
             if step == cast_after:

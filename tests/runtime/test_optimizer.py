@@ -12,10 +12,11 @@ import torch
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.optim.gathering import gather, prepare_state
+from oasis_fx.runtime.subspaces.rules import Oja
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
-SPEC = SubspaceSpec(3, learning_rate=0.7)
+SPEC = SubspaceSpec(3, Oja(lr=0.7))
 BETAS, EPS = (0.8, 0.95), 1e-6
 
 
@@ -41,7 +42,7 @@ class Reference:
             u = (self.m[i] / (1 - b1 ** self.t[i])) / ((self.v[i] / (1 - b2 ** self.t[i])).sqrt() + EPS)
             self.w[i] = (1 - self.lr * self.decay) * self.w[i] - self.lr * u @ self.q.T
         c = gram @ self.q
-        eta = 100.0 if self.updates == 0 else SPEC.learning_rate
+        eta = 100.0 if self.updates == 0 else SPEC.rule.lr
         new, r = torch.linalg.qr(self.q + eta * c / (c.norm() / math.sqrt(self.q.shape[1])))
         new = new * r.diagonal().sign()
         overlap = self.q.T @ new

@@ -7,10 +7,11 @@ import torch
 
 from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.optim.gathering import gather, prepare_state
+from oasis_fx.runtime.subspaces.rules import Oja
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
-SPEC = SubspaceSpec(3, learning_rate=0.7)
+SPEC = SubspaceSpec(3, Oja(lr=0.7))
 BETAS = (0.8, 0.95)
 
 
@@ -41,7 +42,7 @@ def test_moments_go_over_to_another_subspace(products, make_weight) -> None:
     y.sum().backward()
     optimizer.step(), optimizer.zero_grad()
     old_basis, old_mean = optimizer.state[w]["basis"].clone(), optimizer.state[w]["exp_avg"].clone()
-    other_spec = SubspaceSpec(3, learning_rate=5.0)
+    other_spec = SubspaceSpec(3, Oja(lr=5.0))
     (y,) = products(inputs(1), [w], other_spec)
     y.sum().backward()
     g, new = w.grad.factor.clone(), w.grad.basis.detach().clone()

@@ -10,6 +10,7 @@ import torch
 from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
 from oasis_fx.runtime.optim.gathering import gather, prepare_state
 from oasis_fx.runtime.optim.muon import orthogonalize
+from oasis_fx.runtime.subspaces.rules import rule_of
 
 RANK, LR, STEPS = 3, 0.05, 7
 
@@ -37,7 +38,7 @@ def train(make, steps=range(STEPS), dtype=torch.float64, rank=RANK):
     """The basis is that of a PCA of every other batch: it is known without asking the code under test."""
     torch._dynamo.reset()
     model = Net(dtype)
-    compiled = torch.compile(model, backend=oasis_backend(rank, subspace="pca", subspace_every=2, inner="aot_eager"))
+    compiled = torch.compile(model, backend=oasis_backend(rank, subspace=rule_of("pca", every=2), inner="aot_eager"))
     optimizer = make(model.parameters())
     for step in steps:
         loss_of(compiled, step).backward()
@@ -162,7 +163,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(kind, tmp_path) -> None:
     torch._dynamo.reset()
     again = Net()
     again.load_state_dict(saved["model"])
-    compiled = torch.compile(again, backend=oasis_backend(RANK, subspace="pca", subspace_every=2, inner="aot_eager"))
+    compiled = torch.compile(again, backend=oasis_backend(RANK, subspace=rule_of("pca", every=2), inner="aot_eager"))
     optimizer = MAKERS[kind](again.parameters())
     optimizer.load_state_dict(saved["optimizer"])
     for step in range(3, STEPS):
@@ -178,7 +179,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(kind, tmp_path) -> None:
 def test_a_gate_that_is_shut_leaves_everything_as_it_is(kind, dtype) -> None:
     """What a GPU does with a step whose gradient is not finite, without waiting for it."""
     model, optimizer = train(MAKERS[kind], range(2), dtype)
-    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace="pca", subspace_every=2, inner="aot_eager"))
+    compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule_of("pca", every=2), inner="aot_eager"))
     loss_of(compiled, 2).backward()
     optimizer._catch_up()
     before = [p.detach().clone() for p in model.parameters()]

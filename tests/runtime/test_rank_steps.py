@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from oasis_fx import OasisAdamW, oasis_backend
+from oasis_fx import AutoRank, OasisAdamW, oasis_backend
 from oasis_fx.runtime.optim import base as subspace_optimizer
+from oasis_fx.runtime.subspaces.rules import Oja
 
 
 class Net(torch.nn.Module):
@@ -46,7 +47,7 @@ def train(compiled, optimizer, steps) -> list[float]:
 
 def test_ranks_are_shared_out_at_the_hundredth_step_and_the_thousandth() -> None:
     """The count of steps is set, and not all of them are taken."""
-    _, compiled, optimizer = start("auto:0.25")
+    _, compiled, optimizer = start(AutoRank(0.25))
     group = optimizer.param_groups[0]
     shared_out = []
     for step in (1, 21, 98, 99, 100, 101, 998, 999, 1000, 1001, 5000):
@@ -59,7 +60,7 @@ def test_ranks_are_shared_out_at_the_hundredth_step_and_the_thousandth() -> None
 
 
 def test_another_rank_keeps_the_step_size_that_was_found() -> None:
-    _, compiled, optimizer = start(8, subspace_lr="auto")
+    _, compiled, optimizer = start(8, subspace=Oja(lr="auto"))
     train(compiled, optimizer, range(6))
     rates = [float(subspace.log_rate) for subspace in optimizer.subspaces()]
     assert all(rate != 0 for rate in rates)
@@ -72,13 +73,13 @@ def test_another_rank_keeps_the_step_size_that_was_found() -> None:
 @pytest.mark.parametrize("when", ["before the first forward", "after some steps"])
 def test_a_resumed_run_has_its_step_size_and_its_last_move(when) -> None:
     """Saved after four steps, in the midst of learning the rate."""
-    model, compiled, optimizer = start(8, subspace_lr="auto")
+    model, compiled, optimizer = start(8, subspace=Oja(lr="auto"))
     train(compiled, optimizer, range(4))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     expected = train(compiled, optimizer, range(4, 9))
     rates = [float(subspace.log_rate) for subspace in optimizer.subspaces()]
 
-    model, compiled, optimizer = start(8, subspace_lr="auto")
+    model, compiled, optimizer = start(8, subspace=Oja(lr="auto"))
     if when == "after some steps":
         train(compiled, optimizer, range(20, 22))
     model.load_state_dict(saved[0])

@@ -9,7 +9,7 @@ import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
 from oasis_fx.runtime.subspaces.moving import POWER_STEP
-from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, PrincipalRandom, Rule
+from oasis_fx.runtime.subspaces.rules import DCT, GradientOja, GradientPower, PrincipalRandom, Rule, rule_of
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
@@ -46,7 +46,7 @@ def train(subspace: str | Rule, every: int | None = None, micro_batches: int = 1
     torch._dynamo.reset()
     model = Net()
     torch.manual_seed(7)  # what rules draw comes after
-    backend = oasis_backend(RANK, subspace=subspace, subspace_every=every, inner="aot_eager")
+    backend = oasis_backend(RANK, subspace=rule_of(subspace, every=every), inner="aot_eager")
     compiled = torch.compile(model, backend=backend)
     optimizer = OasisAdamW(
         model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, rank_scaling=False, **settings
@@ -242,10 +242,9 @@ def test_gradient_oja_descends_the_reconstruction_error() -> None:
             # The penalty's gradient is zero at Q^T Q = I, and that of the loss is -2 (I - Q Q^T) A^T A Q there.
             torch.testing.assert_close(descent, -2 * (unit.T @ unit @ q - q @ (q.T @ unit.T @ unit @ q)))
             reference.q[name] = moved * upper.diagonal().sign()
-    backend_lr = {"subspace_lr": eta}
     torch._dynamo.reset()
     model = Net()
-    backend = oasis_backend(RANK, subspace="gradient_oja", inner="aot_eager", stats=False, **backend_lr)
+    backend = oasis_backend(RANK, subspace=GradientOja(lr=eta), inner="aot_eager", stats=False)
     compiled = torch.compile(model, backend=backend)
     optimizer = OasisAdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, rank_scaling=False)
     for step in range(STEPS):

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from oasis_fx.runtime.optim.adamw import OasisAdamW
+from oasis_fx.runtime.subspaces.rules import Oja
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
-EVERY_3 = SubspaceSpec(3, every=3)
+EVERY_3 = SubspaceSpec(3, Oja(every=3))
 
 
 def train(products, weight, optimizer, steps, scale: float = 1.0) -> None:

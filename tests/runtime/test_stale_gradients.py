@@ -10,7 +10,7 @@ from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.optim.sgd import OasisSGD
 from oasis_fx.runtime.subspaces.moving import move_bases
-from oasis_fx.runtime.subspaces.rules import RULES
+from oasis_fx.runtime.subspaces.rules import Random
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
@@ -64,7 +64,7 @@ def test_its_norm_is_known_where_the_basis_is_orthonormal(make_weight) -> None:
 
 
 def test_its_norm_is_not_known_where_the_basis_is_not(make_weight) -> None:
-    gradient, _ = stale_gradient(make_weight, SubspaceSpec(3, rule=RULES["random"], every=1))
+    gradient, _ = stale_gradient(make_weight, SubspaceSpec(3, rule=Random(every=1)))
     with pytest.raises(StaleGradientError):
         gradient.norm()
 

@@ -10,6 +10,7 @@ import weakref
 import torch
 
 from oasis_fx.graph.matricization import LINEAR
+from oasis_fx.runtime.subspaces.rules import Oja
 from oasis_fx.runtime.subspaces.store import Preloaded, SubspaceStore
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec, initial_basis
 
@@ -34,7 +35,7 @@ def test_a_group_shares_one_basis_and_keeps_it() -> None:
 def test_another_specification_is_another_subspace() -> None:
     store, (w,) = SubspaceStore(), weights(1)
     assert store.resolve([w], SPEC, [LINEAR]) is not store.resolve([w], SubspaceSpec(2), [LINEAR])
-    assert store.resolve([w], SPEC, [LINEAR]) is not store.resolve([w], SubspaceSpec(3, learning_rate=2.0), [LINEAR])
+    assert store.resolve([w], SPEC, [LINEAR]) is not store.resolve([w], SubspaceSpec(3, Oja(lr=2.0)), [LINEAR])
     assert store.ranks(w) == (3, 2, 3)
 
 

@@ -1,4 +1,4 @@
-"""`subspace_every=k`: bases move at each k-th optimizer step, by the statistic of that step."""
+"""`every=k`: bases move at each k-th optimizer step, by the statistic of that step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 
 from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.subspaces.moving import update_bases
+from oasis_fx.runtime.subspaces.rules import Oja
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
-EVERY_3 = SubspaceSpec(3, every=3)
+EVERY_3 = SubspaceSpec(3, Oja(every=3))
 
 
 def inputs(seed: int) -> torch.Tensor:
@@ -136,7 +137,7 @@ def test_a_checkpoint_without_the_count_loads(products, make_weight) -> None:
 
 def test_a_shorter_period_takes_a_longer_ones_count_over(products, make_weight) -> None:
     weights, optimizer = build(make_weight)
-    train(products, weights, optimizer, range(5), SubspaceSpec(3, every=9))
+    train(products, weights, optimizer, range(5), SubspaceSpec(3, Oja(every=9)))
     again, resumed = build(make_weight)
     resumed.load_state_dict(optimizer.state_dict())
     train(products, again, resumed, [5])
@@ -166,4 +167,4 @@ def test_other_optimizers_count_by_update_bases(products, make_weight) -> None:
 
 def test_a_bad_period_is_refused() -> None:
     with pytest.raises(ValueError, match="every is 0: it must be a whole number from 1"):
-        SubspaceSpec(3, every=0)
+        SubspaceSpec(3, Oja(every=0))

@@ -1,6 +1,6 @@
 """What a rule is: how a subspace gets its basis, and how the basis moves.
 
-A rule derives from one of three classes, by what it goes by:
+A rule derives from one of three classes, by what the basis is computed from:
 
     StatisticRule   C = A^T A Q, summed over the backward passes of a step; the basis moves at the step's end
     BatchRule       A itself, handed over while the graph runs; the basis moves first and projects the same batch
@@ -10,16 +10,18 @@ A is the activation X [N, n] that a group of layers reads (``on = "activation"``
 the gradient dW [m, n] of one weight (``on = "gradient"``: X is kept, dW lives inside the backward graph, ``dW Q``
 leaves it).
 
-A rule is a frozen dataclass: its fields are its settings, they are part of a subspace's identity. docs/extending.md
+A rule is a frozen dataclass: its fields are its settings, and part of a subspace's identity. docs/extending.md
 adds one in a few lines.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
+
+from oasis_fx.runtime.subspaces.rules.settings import check_settings, declare_defaults, refuse_unknown, settings_of
 
 if TYPE_CHECKING:
     from oasis_fx.runtime.subspaces.subspace import Subspace
@@ -29,29 +31,47 @@ Side = Literal["activation", "gradient"]
 
 @dataclass(frozen=True)
 class Rule:
-    """Common to all rules; derive from one of the three classes below.
+    """What all rules have in common; a rule derives from one of the three classes below.
+
+    Args:
+        every: optimizer steps between two moves of a basis, from 1. Every class has a default of its own.
 
     Attributes:
         name: what `oasis_backend(subspace=...)` calls it.
-        every: optimizer steps between two moves, unless ``subspace_every`` says otherwise.
-        learning_rate: unless ``subspace_lr`` says otherwise; rules without a step size ignore it.
-        transports: whether optimizer states are carried over to a basis that has moved (LDAdam's way), or kept as they
-            are, in coordinates that now mean something else (GaLore's).
+        transports: whether optimizer states are transported to a basis that has moved (as in LDAdam), or kept as they
+            are, in coordinates that now mean something else (as in GaLore).
         orthonormal: whether ``Q^T Q = I``.
         dense: whether the gradient leaves the graph at full size, ``(dY^T P) Q^T`` (``(dW Q) Q^T`` on gradients), to be
             stepped by any optimizer with states at full size. The basis moves as it would otherwise.
         coded: whether the basis is a function of a few numbers, ``expand(code)``, and not stored.
         draws: whether each subspace needs a seed, which comes from torch's generator as first weights do.
+
+    Raises:
+        ValueError: a setting is out of range, or one that the rule has no use for.
     """
 
     name: ClassVar[str]
-    every: ClassVar[int] = 1
-    learning_rate: ClassVar[float] = 1.0
     transports: ClassVar[bool] = True
     orthonormal: ClassVar[bool] = True
     dense: ClassVar[bool] = False
     coded: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+
+    every: int = field(default=1, kw_only=True)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Make a default that the class gives, ``every: ClassVar[int] = 20`` too, the default of that setting."""
+        super().__init_subclass__(**options)
+        declare_defaults(cls)
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        if "__dataclass_fields__" not in vars(cls):  # a class without the decorator has settings too
+            dataclass(frozen=True)(cls)
+        refuse_unknown(cls, settings)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def resizable(self) -> bool:
@@ -72,10 +92,21 @@ class Rule:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
 class StatisticRule(Rule):
-    """A rule that goes by C. It moves a batch of subspaces of one shape at once."""
+    """A rule that moves a basis by its statistic C, a batch of subspaces of one shape at once.
+
+    Args:
+        lr: the step size eta, a number over 0; ``math.inf`` is power iteration, and ``"auto"`` finds the step size
+            during training (`oasis_fx.runtime.subspaces.step_size`).
+
+    Attributes:
+        needs_energy: whether graphs have to sum ||A||^2 for `step`, whatever ``stats`` of the backend says.
+    """
 
     needs_energy: ClassVar[bool] = False
+
+    lr: float | Literal["auto"] = field(default=1.0, kw_only=True)
 
     def step(
         self, basis: torch.Tensor, statistic: torch.Tensor, energy: torch.Tensor, rate: torch.Tensor
@@ -94,13 +125,14 @@ class StatisticRule(Rule):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
 class BatchRule(Rule):
-    """A rule that goes by the batch itself. It runs within the compiled graph, as an opaque operator.
+    """A rule that chooses a basis from the batch itself. It runs within the compiled graph, as an opaque operator.
 
     Attributes:
         uses_momentum: whether `choose` is to find the first moment of an optimizer in the subspace.
         each_batch: whether every batch gets a basis of its own, which nothing outlives. Its gradients have to be
-            ``dense``, since nothing would be left to read a factor by; ``every`` and ``subspace_every`` say nothing.
+            ``dense``, since nothing would be left to read a factor by, and the rule does not take ``every``.
     """
 
     uses_momentum: ClassVar[bool] = False
@@ -126,12 +158,14 @@ class BatchRule(Rule):
         return gradient @ subspace.basis.detach()
 
 
+@dataclass(frozen=True)
 class DrawnRule(Rule):
-    """A rule that goes by no data. Its basis is drawn anew at each ``every``-th step."""
+    """A rule that looks at no data. Its basis is drawn anew at each ``every``-th optimizer step."""
 
     coded: ClassVar[bool] = True
 
     def next_code(self, code: torch.Tensor) -> torch.Tensor:
+        """The code of the next basis, from that of the present one: int64 on the CPU."""
         raise NotImplementedError
 
 
@@ -152,18 +186,27 @@ def register(rule: Rule) -> Rule:
     return rule
 
 
-def rule_of(given: str | Rule) -> Rule:
+def rule_of(given: str | Rule, **settings: Any) -> Rule:
     """The rule that a name or an instance stands for.
 
+    Args:
+        given: the name of a rule, which stands for the rule with its defaults, or a rule.
+        settings: settings that replace those of the rule: ``rule_of("oja", every=10)`` is ``Oja(every=10)``. None
+            leaves the rule's own.
+
     Raises:
-        ValueError: naming what is known; or as `register`, of an instance.
+        ValueError: no rule has that name (the message lists those known), the rule has no use for a setting, a setting
+            is out of range, or the class attributes of the rule contradict each other.
     """
-    if isinstance(given, Rule):
-        _check(given)
-        return given
-    if not isinstance(given, str) or given not in RULES:
+    if not isinstance(given, Rule) and (not isinstance(given, str) or given not in RULES):
         raise ValueError(f"subspace is {given!r}: it must be one of {', '.join(map(repr, RULES))}, or a rule")
-    return RULES[given]
+    rule = given if isinstance(given, Rule) else RULES[given]
+    given_ones = {name: value for name, value in settings.items() if value is not None}
+    if given_ones:
+        kept = {name: getattr(rule, name) for name in settings_of(type(rule))}
+        rule = type(rule)(**kept | given_ones)
+    _check(rule)
+    return rule
 
 
 def _check(rule: object) -> None:
@@ -183,6 +226,7 @@ def _check(rule: object) -> None:
         )
     if isinstance(rule, DrawnRule) and not rule.coded:
         raise ValueError(f"rule {rule.name!r} is a DrawnRule with coded = False: its basis is made from its code alone")
+    check_settings(rule)  # a class may have a __post_init__ of its own
 
 
 def top_right_singular_vectors(a: torch.Tensor, r: int) -> torch.Tensor:

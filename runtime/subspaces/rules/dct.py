@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DCT(BatchRule):
-    """Its code are the chosen columns, in rising order.
+    """Trion and DCT-AdamW: columns of the discrete cosine transform. Its code are the chosen ones, in rising order.
 
     Args:
-        side: ``"activation"`` or ``"gradient"``.
+        side: what is projected, ``"activation"`` or ``"gradient"``.
+        every: optimizer steps between two moves of a basis, from 1 (the default).
 
     Raises:
-        ValueError: ``side`` is neither.
+        ValueError: ``side`` is neither, or ``every`` is out of range.
     """
 
     side: Side = "activation"
@@ -39,6 +40,7 @@ class DCT(BatchRule):
     coded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.side not in ("activation", "gradient"):
             raise ValueError(f"side is {self.side!r}: it must be 'activation' or 'gradient'")
 

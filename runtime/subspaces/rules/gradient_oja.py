@@ -23,7 +23,15 @@ from oasis_fx.runtime.subspaces.rules.base import Side, StatisticRule
 
 @dataclass(frozen=True)
 class GradientOja(StatisticRule):
-    """Online Subspace Descent. ``learning_rate`` is eta."""
+    """Online Subspace Descent: one step of online PCA on the weight gradient.
+
+    Args:
+        lr: eta, over 0; 1 by default. ``"auto"`` finds the step size during training.
+        every: optimizer steps between two moves of a basis, from 1 (the default). The first step moves it.
+
+    Raises:
+        ValueError: ``lr`` or ``every`` is out of range.
+    """
 
     name: ClassVar[str] = "gradient_oja"
     transports: ClassVar[bool] = False

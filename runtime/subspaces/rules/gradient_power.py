@@ -30,14 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GradientPower(BatchRule):
-    """LDAdam.
+    """LDAdam: one block power iteration on the gradient, averaged with the first moment.
 
     Args:
         rho: share of the moment in B, from 0 and under 1.
         error_feedback: keep what the projection loses for the next step: float32, the size of the weight.
+        every: optimizer steps between two moves of a basis, from 1 (the default).
 
     Raises:
-        ValueError: rho is out of range.
+        ValueError: ``rho`` or ``every`` is out of range.
     """
 
     rho: float = 0.908
@@ -47,6 +48,7 @@ class GradientPower(BatchRule):
     uses_momentum: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.rho < 1:
             raise ValueError(f"rho is {self.rho!r}: it must be a number from 0 and under 1")
 

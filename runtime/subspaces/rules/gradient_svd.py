@@ -10,7 +10,7 @@ Source: GaLore, arXiv 2403.03507: T = 200.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -23,11 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GradientSVD(BatchRule):
-    """GaLore."""
+    """GaLore: the top right singular vectors of the weight gradient.
+
+    Args:
+        every: T, optimizer steps between two moves of a basis, from 1.
+
+    Raises:
+        ValueError: ``every`` is not such a number.
+    """
 
     name: ClassVar[str] = "gradient_svd"
-    every: ClassVar[int] = 200
     transports: ClassVar[bool] = False
+
+    every: int = field(default=200, kw_only=True)
 
     @property
     def on(self) -> Side:

@@ -22,7 +22,16 @@ from oasis_fx.runtime.subspaces.rules.base import StatisticRule
 
 @dataclass(frozen=True)
 class Oja(StatisticRule):
-    """OASIS. ``learning_rate`` is eta; `math.inf` is power iteration."""
+    """OASIS: one step of Oja's rule on the activation.
+
+    Args:
+        lr: eta, over 0, in units of the statistic's mean singular value; 1 by default. ``math.inf`` is power
+            iteration, and ``"auto"`` finds the step size during training.
+        every: optimizer steps between two moves of a basis, from 1 (the default). The first step moves it.
+
+    Raises:
+        ValueError: ``lr`` or ``every`` is out of range.
+    """
 
     name: ClassVar[str] = "oja"
 

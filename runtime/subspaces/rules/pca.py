@@ -9,7 +9,7 @@ Source: the ablation of OASIS, arXiv 2604.09406 ("periodic PCA"); its K is not k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -22,8 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PCA(BatchRule):
+    """Periodic PCA of the activation: the top right singular vectors of a batch.
+
+    Args:
+        every: K, optimizer steps between two moves of a basis, from 1.
+
+    Raises:
+        ValueError: ``every`` is not such a number.
+    """
+
     name: ClassVar[str] = "pca"
-    every: ClassVar[int] = 200
+
+    every: int = field(default=200, kw_only=True)
 
     def choose(self, batch: torch.Tensor, subspace: Subspace, generator: torch.Generator) -> torch.Tensor:
         return top_right_singular_vectors(batch, subspace.shape[1])

@@ -11,7 +11,7 @@ Source: PRAC, arXiv 2602.23111: r1 = r2, refreshed every 500 steps in pretrainin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -24,22 +24,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrincipalRandom(BatchRule):
-    """PRAC.
+    """PRAC: a basis of a principal part of the activation and a random part of the rest.
 
     Args:
         principal: the share of the rank that is principal, over 0 and under 1.
+        every: optimizer steps between two moves of a basis, from 1.
 
     Raises:
-        ValueError: it is not.
+        ValueError: ``principal`` or ``every`` is out of range.
     """
 
     principal: float = 0.5
+    every: int = field(default=500, kw_only=True)
 
     name: ClassVar[str] = "principal_random"
-    every: ClassVar[int] = 500
     draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.principal < 1:
             raise ValueError(f"principal is {self.principal!r}: it must be a share over 0 and under 1")
 

@@ -10,7 +10,7 @@ Source: CompAct, arXiv 2410.15352: T = 50 (200 for its largest model), one seed 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -20,13 +20,21 @@ from oasis_fx.runtime.subspaces.rules.base import DrawnRule
 
 @dataclass(frozen=True)
 class Random(DrawnRule):
-    """CompAct. Its code is (seed, number of the drawing)."""
+    """CompAct: a Gaussian basis, drawn anew every T steps. Its code is (seed, number of the drawing).
+
+    Args:
+        every: T, optimizer steps between two drawings, from 1.
+
+    Raises:
+        ValueError: ``every`` is not such a number.
+    """
 
     name: ClassVar[str] = "random"
-    every: ClassVar[int] = 50
     transports: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = False
     draws: ClassVar[bool] = True
+
+    every: int = field(default=50, kw_only=True)
 
     def first_code(self, r: int, seed: int) -> torch.Tensor:
         return torch.tensor([seed, 0], device="cpu")

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampled(BatchRule):
-    """LoRAct."""
+    """LoRAct: a basis of each batch itself. It takes no settings."""
 
     name: ClassVar[str] = "sampled"
+    every: ClassVar[int] = 1
     dense: ClassVar[bool] = True
     each_batch: ClassVar[bool] = True
 
