@@ -254,7 +254,7 @@ def test_a_batch_that_is_not_finite_moves_no_basis() -> None:
     subspace = model.q.weight.grad.subspace
     updates = int(subspace.num_updates)
     optimizer.step()
-    subspace.num_steps.fill_(subspace.spec.every)
+    subspace.num_steps.fill_(subspace.spec.rule.every)
     (compiled(inputs(1) * torch.inf)).sum().backward()
     with pytest.warns(RuntimeWarning, match="not finite"):
         optimizer.step()

@@ -27,7 +27,7 @@ class Sampled(BatchRule):
     """LoRAct: a basis of each batch itself. It takes no settings."""
 
     name: ClassVar[str] = "sampled"
-    every: ClassVar[int] = 1
+    every: ClassVar[int] = 1  # type: ignore[misc]  # no setting here
     dense: ClassVar[bool] = True
     each_batch: ClassVar[bool] = True
 
