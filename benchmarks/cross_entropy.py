@@ -35,7 +35,7 @@ def plain(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.
 
 
 def checkpointed(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`plain` in chunks of tokens, whose logits are computed again in the backward pass."""
+    """`plain` in chunks of tokens, whose logits are recomputed in the backward pass."""
 
     def part(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy((x @ weight.T).float(), target, reduction="sum")

@@ -18,7 +18,7 @@ from benchmarks import models
 from oasis_fx._torch.compiler import functorch_config
 from oasis_fx.memory.node_costs import matmul_flops, saved_storages
 from oasis_fx.plan.liveness import moments
-from oasis_fx.plan.trace import partition_as, trace_fake
+from oasis_fx.plan.trace import halves_under, trace_fake
 from oasis_fx.settings import Settings
 
 SHARES = (1.0, 0.8, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -42,7 +42,7 @@ def main() -> None:
         for ours in (False, True):
             with functorch_config.patch(activation_memory_budget=1.0 if ours else share):
                 budget = share if ours and share < 1 else None
-                forward, backward = partition_as(traced, budget, rewritten=True)
+                forward, backward = halves_under(traced, budget, rewritten=True)
             static = {node.name for node in forward.find_nodes(op="placeholder")}
             live = max(moment.total for moment in moments(backward, static))
             saved = sum(saved_storages(forward, number).values())

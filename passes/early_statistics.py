@@ -4,7 +4,7 @@
     after    X, P, C = X^T P ... all of the backward pass        X goes when its last gradient is done
 
 torch orders a backward graph by what the gradients of activations ask for. Nothing asks for C and ||X||^2 but the
-output, so they would come last, and each activation that was saved or computed again for them would be held till then.
+output, so they would come last, and each activation that was saved or recomputed for them would be held till then.
 
 What writes to an input (a buffer that the backward pass changes) stays behind all that reads it.
 
@@ -16,15 +16,19 @@ Ensures:  the same nodes in another topological order, placeholders first: compi
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TypeVar
 
 from torch import fx
 
 from oasis_fx._torch.compiler import is_tangent, is_write
 from oasis_fx.graph.edits import ancestors, dependents
 
+Facts = TypeVar("Facts")
 
-def early_statistics(graph: fx.Graph) -> None:
-    """Move nodes that only the output waits for to behind the last of their inputs."""
+
+def early_statistics(gm: fx.GraphModule, facts: Facts) -> Facts:
+    """Move nodes that only the output waits for to behind the last of their inputs; return ``facts`` as they are."""
+    graph = gm.graph
     moved = _waits_for_the_end(graph)
     missing = {node: len(node.all_input_nodes) for node in moved}
     order: list[fx.Node] = []
@@ -43,6 +47,7 @@ def early_statistics(graph: fx.Graph) -> None:
     for before, node in pairwise(order):
         if before.next is not node:
             before.append(node)
+    return facts
 
 
 def _released_by(node: fx.Node, missing: dict[fx.Node, int]) -> list[fx.Node]:

@@ -1,10 +1,10 @@
 """Find the weight gradients that are matmuls of an activation with an incoming gradient.
 
-    slot of W  <-  views, transposes, casts  <-  dY^T[m,N] @ X[N,n]
-                                                  |           +-- computed without any incoming gradient
-                                                  +-- computed from one
+    gradient of W  <-  views, transposes, casts  <-  dY^T[m,N] @ X[N,n]
+                                                      |           +-- computed without any incoming gradient
+                                                      +-- computed from one
 
-A weight that is used several times has the sum of such matmuls in its slot, one that is used in parts what puts the
+A weight that is used several times has the sum of such matmuls as its gradient, one that is used in parts what puts the
 gradients of the parts together (`oasis_fx.passes.matchers.gradient_parts`). Batched and grouped matmuls of experts, and
 convolutions, count as matmuls. The match is by what a node computes and depends on, not by the module or function that
 the user called.
@@ -22,7 +22,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from oasis_fx._torch.compiler import gradient_positions, input_placeholders, is_tangent
 from oasis_fx.graph.edits import aten, dependents, outputs, shape, value
-from oasis_fx.graph.facts import Contraction, Kind, LiftedWeight, Skipped, WeightGradient
+from oasis_fx.graph.facts import Contraction, JointFacts, Kind, Skipped, WeightGradient
+from oasis_fx.graph.matricization import row_dims
 from oasis_fx.passes.matchers.dimension_labels import (
     RESHAPES,
     SAME_SHAPE,
@@ -56,28 +57,28 @@ class _Goal:
         return tuple(dim for dim in dims if not equal(self.sizes[dim], 1))
 
 
-def find_weight_gradients(
-    graph: fx.Graph, lifted: Sequence[LiftedWeight]
-) -> tuple[tuple[WeightGradient, ...], tuple[Skipped, ...]]:
-    """Return the rewritable gradients of ``lifted`` weights, and the others with the reason. Changes nothing.
+def find_weight_gradients(gm: fx.GraphModule, facts: JointFacts) -> JointFacts:
+    """Find the gradients of ``facts.lifted`` that can be rewritten, and why the others cannot. Changes nothing.
 
-    Requires: ``graph`` is a joint graph of AOTAutograd with descriptors.
+    Requires: ``gm`` is a joint graph of AOTAutograd with descriptors.
     """
+    graph = gm.graph
     positions = gradient_positions(graph)
     values = outputs(graph)
     placeholders = input_placeholders(graph)
     from_tangents = dependents(n for n in graph.find_nodes(op="placeholder") if is_tangent(n))
     sites: list[WeightGradient] = []
     skipped: list[Skipped] = []
-    for weight in lifted:
+    for weight in facts.lifted:
         try:
             position = positions.get(weight.weight)
             if position is None or not isinstance(values[position], fx.Node):
                 raise _NoMatch("no gradient reaches it in this graph")
             if weight.slot not in positions or weight.basis not in positions:
-                raise _NoMatch("AOTAutograd gave no gradient slot to the runtime's inputs")
+                raise _NoMatch("AOTAutograd gave the runtime's inputs no place among the gradients")
             sizes = shape(values[position])
-            goal = _Goal(weight.rows(len(sizes)), tuple(range(*weight.features)), sizes, from_tangents)
+            rows = tuple(row_dims(len(sizes), weight.features))
+            goal = _Goal(rows, tuple(range(*weight.features)), sizes, from_tangents)
             blocks = _blocks(values[position], first_labels(sizes), goal)
             rank = shape(placeholders[weight.slot])[1]
             terms = [term for block in blocks for term in block.terms]
@@ -86,13 +87,13 @@ def find_weight_gradients(
             for term in terms:
                 _check_worth(term, rank)
                 if weight.control is not None and term.kind is Kind.CONVOLUTION:
-                    raise _NoMatch("this rule goes by the rows of X, and a convolution's patches are never laid out")
+                    raise _NoMatch("this rule reads the rows of X, and a convolution's patches are never laid out")
             others = _product([sizes[dim] for dim in goal.rows[1:]])
-            rows = tuple(block.count * others for block in blocks)
-            sites.append(WeightGradient(weight, position, tuple(block.terms for block in blocks), rows))
+            counts = tuple(block.count * others for block in blocks)
+            sites.append(WeightGradient(weight, position, tuple(block.terms for block in blocks), counts))
         except _NoMatch as miss:
             skipped.append(Skipped(weight.weight, str(miss)))
-    return tuple(sites), tuple(skipped)
+    return replace(facts, sites=tuple(sites), skipped=tuple(skipped))
 
 
 @dataclass(frozen=True)

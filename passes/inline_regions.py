@@ -10,26 +10,30 @@ subspace: each call has bases of its own. Regions that read no weight are left a
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
-from oasis_fx._torch.compiler import copy_dynamo_attributes
+from oasis_fx._torch.compiler import copy_input_sources
 from oasis_fx.graph.edits import value
 
+Facts = TypeVar("Facts")
 
-def inline_regions(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return ``gm``, or a copy of it in which no region reads a trainable weight."""
-    if not any(_is_region(node) and _reads_weights(node) for node in gm.graph.nodes):
-        return gm
-    graph, modules = fx.Graph(), torch.nn.Module()
-    known: dict[fx.Node, Any] = {}
-    output = _copy(gm, graph, known, modules)
-    graph.output(output)
-    inlined = fx.GraphModule(modules, graph)
-    copy_dynamo_attributes(gm, inlined)
-    return inlined
+
+def inline_regions(gm: fx.GraphModule, facts: Facts) -> Facts:
+    """Change ``gm`` so that no region reads a trainable weight; return ``facts`` as they are.
+
+    Args:
+        gm: a copy of a graph of Dynamo.
+    """
+    if any(_is_region(node) and _reads_weights(node) for node in gm.graph.nodes):
+        graph = fx.Graph()
+        graph.output(_copy(gm, graph, {}, gm))
+        copy_input_sources(gm.graph, graph)
+        gm.graph = graph
+        gm.delete_all_unused_submodules()
+    return facts
 
 
 def _is_region(node: fx.Node) -> bool:
@@ -41,8 +45,12 @@ def _reads_weights(node: fx.Node) -> bool:
     return any(isinstance(one, torch.nn.Parameter) and one.dim() >= 2 and one.requires_grad for one in given)
 
 
-def _copy(gm: fx.GraphModule, graph: fx.Graph, known: dict[fx.Node, Any], modules: torch.nn.Module) -> Any:
-    """Copy a graph's nodes into ``graph``; ``known`` has what its placeholders are. Return what it returns."""
+def _copy(gm: fx.GraphModule, graph: fx.Graph, known: dict[fx.Node, Any], root: torch.nn.Module) -> Any:
+    """Copy the nodes of ``gm`` into ``graph``, whose attributes go to ``root``. Return what ``gm`` returns.
+
+    Args:
+        known: what stands for the placeholders of ``gm``; gets what stands for its other nodes.
+    """
     for node in gm.graph.nodes:
         if node.op == "output":
             return fx.node.map_arg(node.args[0], lambda n: known[n])
@@ -52,12 +60,12 @@ def _copy(gm: fx.GraphModule, graph: fx.Graph, known: dict[fx.Node, Any], module
             body = getattr(gm, str(node.args[0].target))  # type: ignore[union-attr]
             given = [known[a] if isinstance(a, fx.Node) else a for a in node.args[2:]]
             inside = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
-            known[node] = _copy(body, graph, inside, modules)
+            known[node] = _copy(body, graph, inside, root)
         elif node.target is operator.getitem and isinstance(known.get(node.args[0]), tuple | list):  # type: ignore
             known[node] = known[node.args[0]][node.args[1]]  # type: ignore[index]  # a result of a region
         elif node.op == "get_attr":
             name = f"{str(node.target).replace('.', '_')}_{len(known)}_{len(graph.nodes)}"
-            setattr(modules, name, _attribute(gm, str(node.target)))
+            setattr(root, name, _attribute(gm, str(node.target)))
             known[node] = graph.get_attr(name)
             known[node].meta = dict(node.meta)
         else:

@@ -27,17 +27,19 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from oasis_fx._torch.compiler import changed_inputs, is_backward_write, is_tangent, is_write, traced_in_backward
 from oasis_fx.graph.edits import ancestors, aten, dependents, insert_after, outputs, value
+from oasis_fx.graph.facts import JointFacts
 from oasis_fx.memory.node_costs import num_bytes, storage_node, viewed
 
 
-def keep_changed_inputs(graph: fx.Graph, num_forward_outputs: int) -> None:
-    """Insert the copies.
+def keep_changed_inputs(gm: fx.GraphModule, facts: JointFacts) -> JointFacts:
+    """Insert the copies; return ``facts`` as they are.
 
-    Some are read by the backward pass alone (`copies_not_made`): the caller has to see to it that the forward graph
-    makes them.
+    Some are read by the backward pass alone (`copies_not_made`): who splits the graph has to see to it that the forward
+    graph makes them.
     """
+    graph = gm.graph
     changed = changed_inputs(graph)
-    relevant = _relevant(graph, num_forward_outputs) if changed else set()
+    relevant = _relevant(graph, facts.num_forward_outputs) if changed else set()
     late = traced_in_backward(graph)
     for placeholder, in_forward in changed.items():
         readers = _readers(placeholder, relevant)
@@ -54,6 +56,7 @@ def keep_changed_inputs(graph: fx.Graph, num_forward_outputs: int) -> None:
             copy.meta["recompute"] = CheckpointPolicy.MUST_SAVE
             for reader in readers[place]:
                 reader.replace_input_with(place, copy)
+    return facts
 
 
 def copies_not_made(graph: fx.Graph, num_forward_outputs: int) -> list[fx.Node]:

@@ -9,36 +9,23 @@ Inputs and not constants, since a constant comes back with its old values from a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import fx
 
-from oasis_fx._torch.compiler import copy_dynamo_attributes, mark_static_input
+from oasis_fx._torch.compiler import mark_static_input
+from oasis_fx.graph.facts import DynamoFacts
 
 
-def lift_runtime_inputs(gm: fx.GraphModule, tensors: Sequence[torch.Tensor], names: Sequence[str]) -> fx.GraphModule:
-    """Return a copy of ``gm`` with one more input for each of ``tensors``, behind its own.
+def lift_runtime_inputs(gm: fx.GraphModule, facts: DynamoFacts) -> DynamoFacts:
+    """Add an input for each of ``facts.fakes`` behind the graph's own; return ``facts`` as they are.
 
     Args:
-        gm: graph of Dynamo. It is read again after the backend returns, so the copy is what changes.
-        tensors: fake values of the new inputs.
-        names: their placeholder names.
+        gm: a copy of a graph of Dynamo, with at least one input.
     """
-    graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, {})
-    last = list(graph.find_nodes(op="placeholder"))[-1]
-    graph.output(output)
-    placeholders = []
-    for tensor, name in zip(tensors, names, strict=True):
-        with graph.inserting_after(last):
-            last = graph.placeholder(name)
-        last.meta["example_value"] = tensor
-        placeholders.append(last)
-    lifted = fx.GraphModule(gm, graph)
-    copy_dynamo_attributes(gm, lifted)
-    for placeholder in placeholders:
-        mark_static_input(placeholder)
-    for node in graph.nodes:
-        node.meta.pop("grapharg", None)  # Dynamo's handle on the real input, which a kept graph must not keep
-    return lifted
+    last = list(gm.graph.find_nodes(op="placeholder"))[-1] if facts.fakes else None
+    for name, fake in facts.fakes.items():
+        assert last is not None
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(name)
+        last.meta["example_value"] = fake
+        mark_static_input(last)
+    return facts

@@ -1,17 +1,17 @@
 """Compute each weight gradient in the coordinates of its activation's basis.
 
-    before   dW[m,n] = dY^T[m,N] @ X[N,n]     in the slot of W
-    after    G [m,r] = dY^T[m,N] @ P[N,r]     in the slot of S; None in the slot of W
+    before   dW[m,n] = dY^T[m,N] @ X[N,n]     as the gradient of W
+    after    G [m,r] = dY^T[m,N] @ P[N,r]     as the gradient of S; W has None
                                               G == dW @ Q exactly, in real arithmetic
 
-Under a rule whose gradients leave the graph dense, W's slot gets G Q^T and S's slot stays empty. Each contraction has
+Under a rule whose gradients leave the graph dense, the gradient of W is G Q^T and S has None. Each contraction has
 the Q that its own P was made with: a rule may choose one for each activation.
 
 Rows of experts are stacked: m counts those of all of them. With P in place of what a convolution reads, the layer is
 one of kernel size 1, and G its weight gradient.
 
-Requires: ``projections`` come from ``project_activations`` on this graph and these ``sites``.
-Ensures:  no user of the dense contraction is left among the rewritten slots; the runner removes it.
+Requires: ``facts.projections`` come from ``project_activations`` on this graph.
+Ensures:  no output reads the dense contractions any more; `remove_dead_code` of the pipeline takes them out.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from torch import fx
 
 from oasis_fx._torch.compiler import gradient_positions, input_placeholders
 from oasis_fx.graph.edits import aten, insert_after, insert_before, outputs, prims, set_output, shape, value
-from oasis_fx.graph.facts import Contraction, Kind, LiftedWeight, WeightGradient
-from oasis_fx.passes.project_activations import Projection, convolution_arguments, projection_key
+from oasis_fx.graph.facts import Contraction, JointFacts, Kind, LiftedWeight, Projection, WeightGradient
+from oasis_fx.graph.matricization import rows_first, stored_order
+from oasis_fx.passes.project_activations import convolution_arguments, projection_key
 
 
-def low_rank_gradients(
-    graph: fx.Graph, sites: Sequence[WeightGradient], projections: Mapping[Hashable, Projection]
-) -> int:
-    """Fill the coordinate slots and empty the weights' slots; return how many weights changed."""
+def low_rank_gradients(gm: fx.GraphModule, facts: JointFacts) -> JointFacts:
+    """Give each slot the gradient G, and each weight None in place of dW. The facts stay as they are."""
+    graph = gm.graph
     placeholders = input_placeholders(graph)
     positions = gradient_positions(graph)
-    for site in sites:
+    for site in facts.sites:
         dtype = value(placeholders[site.inputs.slot]).dtype
-        blocks = [_in_bases(graph, site, block, projections, dtype) for block in site.blocks]
-        if site.inputs.dense:
+        blocks = [_in_bases(graph, site, block, facts.projections, dtype) for block in site.blocks]
+        if site.inputs.rule.dense:
             set_output(graph, site.position, _at_full_size(graph, site, blocks))
             continue
         parts = [_sum(graph, list(block.values())) if block else None for block in blocks]
         set_output(graph, positions[site.inputs.slot], _stacked(graph, parts, site.rows))
         set_output(graph, site.position, None)
-    return len(sites)
+    return facts
 
 
 def _in_bases(
@@ -66,7 +66,7 @@ def _in_bases(
 
 
 def _at_full_size(graph: fx.Graph, site: WeightGradient, blocks: Sequence[Mapping[fx.Node, fx.Node]]) -> fx.Node:
-    """The sum of all ``G Q^T``, laid out as the weight is."""
+    """The sum of all ``G Q^T``, with the dimensions of the weight."""
     bases = {basis for block in blocks for basis in block}
     if len(bases) == 1:  # one product for all rows
         (basis,) = bases
@@ -74,7 +74,7 @@ def _at_full_size(graph: fx.Graph, site: WeightGradient, blocks: Sequence[Mappin
     else:
         parts = [[full_size(graph, g, basis) for basis, g in block.items()] for block in blocks]
         rows = _stacked(graph, [_sum(graph, found) if found else None for found in parts], site.rows)
-    return stored_layout(graph, rows, shape(outputs(graph)[site.position]), site.inputs)
+    return as_stored(graph, rows, shape(outputs(graph)[site.position]), site.inputs)
 
 
 def full_size(graph: fx.Graph, g: fx.Node, basis: fx.Node) -> fx.Node:
@@ -86,12 +86,12 @@ def full_size(graph: fx.Graph, g: fx.Node, basis: fx.Node) -> fx.Node:
     return insert_after(graph, q_t, aten.mm.default, g, q_t)
 
 
-def stored_layout(graph: fx.Graph, rows: fx.Node, sizes: Sequence[Any], inputs: LiftedWeight) -> fx.Node:
-    """[m, n] as the weight is stored, which has ``sizes``."""
-    order = [*inputs.rows(len(sizes)), *range(*inputs.features)]
-    viewed = insert_after(graph, rows, aten.view.default, rows, [sizes[dim] for dim in order])
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return insert_after(graph, viewed, aten.permute.default, viewed, inverse)
+def as_stored(graph: fx.Graph, rows: fx.Node, sizes: Sequence[Any], inputs: LiftedWeight) -> fx.Node:
+    """[m, n] with the dimensions of the stored weight, which has ``sizes``."""
+    num_dims = len(sizes)
+    in_order = [sizes[dim] for dim in rows_first(num_dims, inputs.features)]
+    viewed = insert_after(graph, rows, aten.view.default, rows, in_order)
+    return insert_after(graph, viewed, aten.permute.default, viewed, stored_order(num_dims, inputs.features))
 
 
 def _stacked(graph: fx.Graph, blocks: Sequence[fx.Node | None], rows: Sequence[Any]) -> fx.Node:

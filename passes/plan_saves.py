@@ -1,25 +1,25 @@
-"""Decide for each tensor of a joint graph: save it, save its projection, or compute it again.
+"""Decide for each tensor of a joint graph: save it, save its projection, or recompute it.
 
     before   a joint graph and a number of bytes
-    after    the nodes to keep for the backward pass, and those to run in it once more
+    after    the nodes to keep for the backward pass, and those that it recomputes
 
-The backward pass demands values of the forward pass. Each is kept, which costs its bytes, or computed again, which
+The backward pass demands values of the forward pass. Each is kept, which costs its bytes, or recomputed, which
 costs a price (`oasis_fx.memory.recompute_costs`) and demands its inputs in turn. For one exchange rate between bytes
 and price the cheapest choice for the whole graph is a minimum cut, exactly: a value v is two nodes, and
 
-    source -> v_in            price of v            cut where v is computed again
+    source -> v_in            price of v            cut where v is recomputed
     v_in   -> v_out           rate * bytes of v     cut where v is kept
-    v_out  -> u_in            unbounded             who computes u again needs v
+    v_out  -> u_in            unbounded             recomputing u needs v
     v_out  -> sink            unbounded             where the backward pass demands v
 
 torch's own min-cut has the same shape with prices of 0 or infinity only. Neither P nor C is part of the user's forward
-pass: computing them in the backward pass instead is no computing *again* and has price 0, so P is kept where that
+pass: computing them in the backward pass is no recomputation and has price 0, so P is kept where that
 frees X, and is computed in the backward pass where X is there anyway.
 
 The rate is searched for on the lower convex hull of (bytes, price), so that the bytes stay within the budget.
 
 Requires: fake values on every node; tangents are marked as such.
-Ensures:  what the backward pass demands can be computed from ``kept`` and the graph's inputs by running ``again``;
+Ensures:  what the backward pass demands can be computed from ``kept`` and the graph's inputs by running ``recomputed``;
           views count as the storage they look at.
 """
 
@@ -37,6 +37,7 @@ from torch import fx
 
 from oasis_fx._torch.compiler import is_tangent
 from oasis_fx.graph.edits import ancestors, dependents, outputs, value
+from oasis_fx.graph.facts import JointFacts, SavePlan
 from oasis_fx.graph.verifier import PassError
 from oasis_fx.memory.node_costs import num_bytes, storage_node
 from oasis_fx.memory.recompute_costs import recompute_price
@@ -51,28 +52,22 @@ _CLOSE_ENOUGH = 0.05  # of the budget
 _UNIT = 2**10  # capacities are whole numbers of this fraction of a byte: augmenting paths in floats may not end
 
 
-@dataclass(frozen=True)
-class SavePlan:
-    """What a forward graph keeps, and what the backward graph computes again.
+def plan_saves(gm: fx.GraphModule, facts: JointFacts) -> JointFacts:
+    """Plan what the forward graph keeps within ``facts.allowed_bytes``, where it must not keep more. Changes nothing.
 
-    Attributes:
-        kept: nodes whose storage is kept; none is a view or an input.
-        again: nodes of the forward pass, views among them, that the backward graph contains.
-        num_bytes: of ``kept``.
-        price: of ``again``, in the unit of `oasis_fx.memory.recompute_costs`.
+    Raises:
+        PassError: as `cheapest_plan`.
     """
-
-    kept: tuple[fx.Node, ...]
-    again: tuple[fx.Node, ...]
-    num_bytes: int
-    price: float
+    if facts.allowed_bytes is None:
+        return facts
+    return replace(facts, plan=cheapest_plan(gm.graph, facts.num_forward_outputs, facts.allowed_bytes))
 
 
-def plan_saves(graph: fx.Graph, num_forward_outputs: int, budget: int) -> SavePlan:
+def cheapest_plan(graph: fx.Graph, num_forward_outputs: int, budget: int) -> SavePlan:
     """The cheapest plan found that keeps at most ``budget`` bytes, or the one that keeps least where none does.
 
     Raises:
-        PassError: something that the backward pass demands can neither be kept nor computed again.
+        PassError: something that the backward pass demands can neither be kept nor recomputed.
     """
     problem = _read(graph, num_forward_outputs)
     if not problem.demands:
@@ -90,10 +85,10 @@ def plan_saves(graph: fx.Graph, num_forward_outputs: int, budget: int) -> SavePl
         # without what is too large, smaller ones may still have room.
         room = budget - least.num_bytes
         free = problem.needs.keys() - set(least.kept)
-        too_large = [node for node in free if problem.weight[node] < math.inf and _size(node) > room]
+        too_large = [node for node in free if problem.bytes_held[node] < math.inf and _size(node) > room]
         if room <= _CLOSE_ENOUGH * budget or not too_large:
             break
-        problem = replace(problem, weight={**problem.weight, **dict.fromkeys(too_large, math.inf)})
+        problem = replace(problem, bytes_held={**problem.bytes_held, **dict.fromkeys(too_large, math.inf)})
         most = _cut(problem, 1e-6)
     return least
 
@@ -122,12 +117,12 @@ class _Problem:
     needs: Mapping[fx.Node, tuple[fx.Node, ...]]  # value -> the values it is computed from
     demands: frozenset[fx.Node]
     price: Mapping[fx.Node, float]
-    weight: Mapping[fx.Node, float]  # bytes, more for what is held longer; infinite for what cannot be kept
+    bytes_held: Mapping[fx.Node, float]  # where kept; more for what is held longer, infinite for what cannot be kept
     demanded: frozenset[fx.Node]  # nodes, views among them, that the backward pass reads
     required: frozenset[fx.Node]  # values of the user's forward pass
 
     def held(self, plan: SavePlan) -> float:
-        return sum(self.weight[node] for node in plan.kept)
+        return sum(self.bytes_held[node] for node in plan.kept)
 
 
 def _read(graph: fx.Graph, num_forward_outputs: int) -> _Problem:
@@ -142,21 +137,21 @@ def _read(graph: fx.Graph, num_forward_outputs: int) -> _Problem:
     involved = ancestors(demanded) & of_forward
     required = ancestors(node for node in returned[:num_forward_outputs] if isinstance(node, fx.Node))
     owners = {node: storage_node(node) for node in forward if node in involved}
-    needs, price, weight = {}, {}, {}
+    needs, price, bytes_held = {}, {}, {}
     for index, node in enumerate(forward):
         if node not in involved or owners[node] is not node:
             continue
         needs[node] = tuple(dict.fromkeys(owners[i] for i in node.all_input_nodes if owners.get(i) in of_forward))
-        price[node], weight[node] = _price_and_weight(node, node in required)
-        weight[node] *= 1 + _HELD_LONGER * (1 - index / len(forward))
+        price[node], bytes_held[node] = _price_and_bytes(node, node in required)
+        bytes_held[node] *= 1 + _HELD_LONGER * (1 - index / len(forward))
     wanted = frozenset(owners[node] for node in demanded if owners[node] in of_forward)
-    return _Problem(needs, wanted, price, weight, frozenset(demanded), frozenset(required & set(needs)))
+    return _Problem(needs, wanted, price, bytes_held, frozenset(demanded), frozenset(required & set(needs)))
 
 
 def _checkpoints(problem: _Problem, budget: int) -> list[fx.Node]:
     """Waists of the forward pass to keep at any rate, as many as the budget holds.
 
-    Without one, a value near the end is computed again from the start, at once, and all that it passes on the way is
+    Without one, a value near the end is recomputed from the start, at once, and all that it passes on the way is
     held until its own turn comes: few bytes saved, and the peak as if all were.
     """
     waists = _waists(problem)
@@ -203,21 +198,21 @@ def _waists(problem: _Problem) -> list[fx.Node]:
         ends[last[node]] = ends.get(last[node], 0) + size[node]
     # Logits are a waist too, and no place to keep.
     usual = statistics.median(size[node] for node in found) if found else 0
-    return [node for node in found if 0 < size[node] <= 4 * usual and problem.weight[node] < math.inf]
+    return [node for node in found if 0 < size[node] <= 4 * usual and problem.bytes_held[node] < math.inf]
 
 
-def _price_and_weight(node: fx.Node, required: bool) -> tuple[float, float]:
+def _price_and_bytes(node: fx.Node, required: bool) -> tuple[float, float]:
     found = value(node)
     policy = node.meta.get("recompute")
     must = torch.utils.checkpoint.CheckpointPolicy
     if isinstance(found, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):
         return 0.0, 0.0  # sizes: torch's partitioner sees to them
-    weight = float(num_bytes(found)) if isinstance(found, torch.Tensor) else math.inf
+    size = float(num_bytes(found)) if isinstance(found, torch.Tensor) else math.inf
     if policy in (must.MUST_RECOMPUTE, must.PREFER_RECOMPUTE):
         return 0.0, math.inf  # in a checkpointed region; torch repeats random numbers there
     if policy == must.MUST_SAVE:
-        return math.inf, weight
-    return (recompute_price(node) if required else 0.0), weight
+        return math.inf, size
+    return (recompute_price(node) if required else 0.0), size
 
 
 def _size(node: fx.Node) -> int:
@@ -235,7 +230,7 @@ def _cut(problem: _Problem, rate: float) -> SavePlan:
 
     for node, inputs in problem.needs.items():
         edge("source", ("in", node), problem.price[node])
-        edge(("in", node), ("out", node), rate * problem.weight[node])
+        edge(("in", node), ("out", node), rate * problem.bytes_held[node])
         for source in inputs:
             edge(("out", source), ("in", node), math.inf)
     for node in problem.demands:
@@ -243,13 +238,14 @@ def _cut(problem: _Problem, rate: float) -> SavePlan:
     try:
         _, (_, sinks) = networkx.minimum_cut(network, "source", "sink", flow_func=boykov_kolmogorov)
     except networkx.NetworkXUnbounded as error:
-        raise PassError("plan_saves", None, "a value can neither be kept nor computed again") from error
+        raise PassError("plan_saves", None, "a value can neither be kept nor recomputed") from error
     kept = [node for node in problem.needs if ("out", node) in sinks and ("in", node) not in sinks]
-    again = _run_again(problem.demanded, kept)
-    return SavePlan(tuple(kept), again, sum(map(_size, kept)), sum(problem.price.get(node, 0.0) for node in again))
+    recomputed = _recomputed(problem.demanded, kept)
+    price = sum(problem.price.get(node, 0.0) for node in recomputed)
+    return SavePlan(tuple(kept), recomputed, sum(map(_size, kept)), price)
 
 
-def _run_again(demanded: frozenset[fx.Node], kept: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+def _recomputed(demanded: frozenset[fx.Node], kept: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     """What leads from the kept values and the inputs to what is demanded."""
     stop = set(kept)
     found: dict[fx.Node, None] = {}

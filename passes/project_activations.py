@@ -3,23 +3,23 @@
     before   X [N,n]
     after    X [N,n]
              P [N,r] = X @ Q            what the backward pass may keep in place of X
-             C [n,r] = X^T @ P          goes to the gradient slot of Q, where the rule wants a statistic
-             ||X||^2                    goes to the gradient slot of Q's energy, where there is one
+             C [n,r] = X^T @ P          leaves as the gradient of Q, where the rule wants a statistic
+             ||X||^2                    leaves as the gradient of Q's energy, where there is one
 
-Where the rule wants the batch itself, Q is what `batch_basis` makes of X (oasis_fx/runtime/in_graph.py).
+Where the rule wants the batch itself, Q is what `batch_basis` makes of X (runtime/gradients/in_graph.py).
 
 The rows of X are the tokens of all experts, or the patches that a convolution reads; these are never laid out: P is
 then a convolution itself, with Q^T as its weight, and C its weight gradient.
 
-Requires: ``sites`` come from ``find_weight_gradients`` on this graph.
+Requires: ``facts.sites`` come from ``find_weight_gradients`` on this graph.
 Ensures:  one P for each pair of activation and basis; C of a basis sums over its activations.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch import fx
 
 from oasis_fx._torch.compiler import gradient_positions, input_placeholders
 from oasis_fx.graph.edits import aten, insert_after, outputs, prims, set_output, shape, value
-from oasis_fx.graph.facts import Contraction, Kind, LiftedWeight, WeightGradient
+from oasis_fx.graph.facts import Contraction, JointFacts, Kind, LiftedWeight, Projection
 from oasis_fx.graph.verifier import PassError
 
 # X^T X over many tokens passes 65504, the largest float16. C is formed in float16 with this factor, which is taken out
@@ -35,28 +35,19 @@ from oasis_fx.graph.verifier import PassError
 _FLOAT16_SCALE = 2.0**-10
 
 
-@dataclass(frozen=True)
-class Projection:
-    """What takes the place of an activation in its gradient matmul.
-
-    Attributes:
-        p: P [N, r] = X Q, or the patches' in the layout of a convolution's result.
-        basis: Q [n, r], which takes G back to full size: the runtime's, or what this batch was given.
-    """
-
-    p: fx.Node
-    basis: fx.Node
-
-
-def project_activations(graph: fx.Graph, sites: Sequence[WeightGradient]) -> Mapping[Hashable, Projection]:
-    """Insert P and C next to each activation; return the projections by `projection_key`.
+def project_activations(gm: fx.GraphModule, facts: JointFacts) -> JointFacts:
+    """Insert P and C next to each activation; the facts get the projections by `projection_key`.
 
     Requires: a term whose rule wants the batch itself is no convolution, whose patches are nowhere laid out.
+
+    Raises:
+        PassError: an activation has another number of features than its basis has rows.
     """
+    graph = gm.graph
     placeholders = input_placeholders(graph)
     positions = gradient_positions(graph)
     projections: dict[Hashable, Projection] = {}
-    for site in sites:
+    for site in facts.sites:
         basis = placeholders[site.inputs.basis]
         for term in site.terms:
             key = projection_key(term, site.inputs.basis)
@@ -65,11 +56,11 @@ def project_activations(graph: fx.Graph, sites: Sequence[WeightGradient]) -> Map
                 projections[key], statistic = project(graph, term, basis, site.inputs)
                 if statistic is None:
                     continue
-                _add_to_slot(graph, positions[site.inputs.basis], _in_units_of(graph, basis, statistic))
+                _add_to_gradient(graph, positions[site.inputs.basis], _in_units_of(graph, basis, statistic))
                 if site.inputs.energy is not None:
                     energy = _energy(graph, term, value(basis).dtype)
-                    _add_to_slot(graph, positions[site.inputs.energy], energy)
-    return projections
+                    _add_to_gradient(graph, positions[site.inputs.energy], energy)
+    return replace(facts, projections=projections)
 
 
 def projection_key(term: Contraction, basis: int) -> Hashable:
@@ -100,7 +91,7 @@ def _project(
     q, last = _lent_basis(graph, x, basis, last, inputs)
     p = insert_after(graph, last, aten.mm.default, x, q)
     made = Projection(p, q if inputs.control is not None else basis)
-    if not inputs.statistic:
+    if not inputs.rule.statistic:
         return made, None
     scaled = _scaled(graph, p)
     return made, insert_after(graph, scaled, aten.mm.default, x_t, scaled)
@@ -121,7 +112,7 @@ def _project_batch(
     q = last = insert_after(graph, last, aten.expand.default, q, [int(shape(x)[0]), *shape(basis)])
     p = insert_after(graph, last, aten.bmm.default, x, q)
     made = Projection(p, lent if inputs.control is not None else basis)
-    if not inputs.statistic:
+    if not inputs.rule.statistic:
         return made, None
     scaled = _scaled(graph, p)
     c = insert_after(graph, scaled, aten.bmm.default, x_t, scaled)
@@ -139,7 +130,7 @@ def _project_patches(
     q = last = insert_after(graph, last, aten.permute.default, q, [num_dims - 1, *range(num_dims - 1)])
     p = insert_after(graph, last, aten.convolution.default, x, q, None, *geometry)
     made = Projection(p, basis)
-    if not inputs.statistic:
+    if not inputs.rule.statistic:
         return made, None
     scaled = _scaled(graph, p)
     mask = [False, True, False]
@@ -201,7 +192,7 @@ def _in_units_of(graph: fx.Graph, basis: fx.Node, statistic: fx.Node) -> fx.Node
     return statistic
 
 
-def _add_to_slot(graph: fx.Graph, position: int, statistic: fx.Node) -> None:
+def _add_to_gradient(graph: fx.Graph, position: int, statistic: fx.Node) -> None:
     present = outputs(graph)[position]
     if present is not None:
         later = max(present, statistic)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oasis_fx import oasis_backend
-from oasis_fx.inspect.decisions import AGAIN, BACKWARD, PROJECTED, SAVED
+from oasis_fx.inspect.decisions import BACKWARD, PROJECTED, RECOMPUTED, SAVED
 
 
 class Net(torch.nn.Module):
@@ -49,12 +49,12 @@ def test_each_tensor_has_the_decision_that_the_graphs_show() -> None:
 
 def test_a_budget_shows_in_the_decisions() -> None:
     report = decisions_of(memory_budget=0.3)
-    again = [one for one in report.decisions if one.decision == AGAIN]
+    again = [one for one in report.decisions if one.decision == RECOMPUTED]
     assert sum(one.flops for one in again) > 0
     flops = report.totals.matmul_flops_after - decisions_of().totals.matmul_flops_after
     assert flops == sum(one.flops for one in again)
     text = str(report)
-    assert "computed again" in text and "price: of computing it again" in text
+    assert "recomputed" in text and "price: of recomputing it" in text
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.4, "20KB"])

@@ -1,4 +1,4 @@
-"""What each kind of operator costs to compute again, against counts by hand; what is never computed again."""
+"""The price of recomputing each kind of operator, against counts by hand; what is never recomputed."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def test_matmuls_views_and_what_is_fused() -> None:
 
 
 def test_a_flop_of_attention_is_dearer_than_one_of_a_matmul() -> None:
-    """By 1.7, which was measured: at the price of a matmul, or of nothing, attention would be computed again first."""
+    """By 1.7, which was measured: at the price of a matmul, or of nothing, attention would be recomputed first."""
     found = prices(lambda q: F.scaled_dot_product_attention(q, q, q), (1, 2, N, D))
     (price,) = (price for name, price in found.items() if "attention" in name)
     flops = 2 * 2 * (2 * N * N * D)  # two heads; Q K^T and A V
     assert price == pytest.approx(1.7 * flops / 16)
 
 
-def test_what_is_random_or_has_an_effect_is_never_computed_again() -> None:
+def test_what_is_random_or_has_an_effect_is_never_recomputed() -> None:
     drop = prices(lambda x: F.dropout(x, 0.5), (N, D))
     assert any(price == math.inf for price in drop.values())
     attention = prices(lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), (1, 2, N, D))
@@ -59,7 +59,7 @@ def test_what_is_random_or_has_an_effect_is_never_computed_again() -> None:
     assert prices(lambda x: x.clone().mul_(2), (N, D))["mul_.Tensor"] == math.inf
 
 
-def test_an_operator_of_others_is_never_computed_again() -> None:
+def test_an_operator_of_others_is_never_recomputed() -> None:
     """Nobody here knows what it costs, or whether it gives the same twice."""
     found = prices(lambda x: torch.ops.oasis_fx_test.twice(x).sin(), (N, D))
     assert found == {"oasis_fx_test.twice.default": math.inf, "sin.default": ROW}
@@ -80,7 +80,7 @@ def test_an_operator_of_others_is_never_computed_again() -> None:
     ],
     ids=lambda given: given if isinstance(given, str) else "",
 )
-def test_what_computes_much_and_has_no_count_is_never_computed_again(function, name) -> None:
+def test_what_computes_much_and_has_no_count_is_never_recomputed(function, name) -> None:
     found = prices(function, (D, D))
     dear = {operator: price for operator, price in found.items() if name in operator}
     assert dear and all(price == math.inf for price in dear.values()), found

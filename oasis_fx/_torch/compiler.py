@@ -47,6 +47,7 @@ __all__ = [
     "changed_inputs",
     "compile_caches_disabled",
     "copy_dynamo_attributes",
+    "copy_input_sources",
     "fsdp_parameters",
     "functorch_config",
     "fx_graph_cse",
@@ -230,10 +231,12 @@ def copy_dynamo_attributes(source: fx.GraphModule, target: fx.GraphModule) -> No
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
-    placeholders = zip(
-        source.graph.find_nodes(op="placeholder"), target.graph.find_nodes(op="placeholder"), strict=False
-    )
-    for old, new in placeholders:
+    copy_input_sources(source.graph, target.graph)
+
+
+def copy_input_sources(source: fx.Graph, target: fx.Graph) -> None:
+    """Carry over what Dynamo notes of where each input of a graph comes from."""
+    for old, new in zip(source.find_nodes(op="placeholder"), target.find_nodes(op="placeholder"), strict=False):
         # AOTAutograd asserts that each placeholder has the attribute; None is a legal value.
         new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
 

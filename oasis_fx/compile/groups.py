@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import fx
 from oasis_fx._torch.compiler import FakeTensor, is_traceable_wrapper_subclass, known_fake
 from oasis_fx.compile.names import weight_name
 from oasis_fx.graph.edits import value
+from oasis_fx.graph.facts import DynamoFacts, WeightGroup
 from oasis_fx.graph.matricization import num_features, smaller_side
 from oasis_fx.passes.group_by_activation import WeightUse, group_by_activation
 from oasis_fx.runtime.subspaces.store import STORE
@@ -19,22 +20,16 @@ from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 from oasis_fx.settings import Settings
 
 
-@dataclass(frozen=True)
-class WeightGroup:
-    """Weights of one graph that share a basis, by position among the graph's inputs."""
-
-    weights: tuple[int, ...]
-    features: tuple[tuple[int, int], ...]
-    spec: SubspaceSpec
-
-
 def choose_groups(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
-) -> tuple[tuple[WeightGroup, ...], dict[int, str], dict[int, str]]:
-    """Decide which weights of a graph get a basis, and which share one.
+    gm: fx.GraphModule, facts: DynamoFacts, *, example_inputs: Sequence[Any], settings: Settings
+) -> DynamoFacts:
+    """Decide which weights of a graph of Dynamo get a basis, and which share one. Changes nothing in the graph.
+
+    Args:
+        example_inputs: the graph's inputs, real or fake.
 
     Returns:
-        The groups, the reasons for the weights left alone, and all parameter names, both by position.
+        The facts with all parameter names, the groups, and the reasons for the weights left alone.
     """
     position = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     weights = _weights(gm, example_inputs)
@@ -59,7 +54,7 @@ def choose_groups(
     of_gradient = settings.rule.on == "gradient"
     based = [_as_based(members, position, example_inputs, of_gradient, reasons) for members in uses]
     groups = [group for members in based for group in _split(members, position, names, example_inputs, settings)]
-    return tuple(groups), reasons, names
+    return replace(facts, names=names, groups=tuple(groups), reasons=reasons)
 
 
 def _as_based(

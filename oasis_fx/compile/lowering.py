@@ -20,21 +20,15 @@ from oasis_fx._torch.compiler import (
     is_aot_compile,
     known_fake,
 )
-from oasis_fx.compile.groups import WeightGroup, choose_groups
+from oasis_fx.compile.joint import Trace, observe_traces
 from oasis_fx.compile.partitioner import JointPartitioner
-from oasis_fx.compile.pipeline import Trace, observe_traces, partition_joint
-from oasis_fx.compile.runtime_inputs import (
-    Compiled,
-    OnUse,
-    call_with_runtime_inputs,
-    fake_runtime_inputs,
-    lifted_weights,
-)
+from oasis_fx.compile.pipeline import dynamo_passes, run_passes
+from oasis_fx.compile.runtime_inputs import Compiled, OnUse, call_with_runtime_inputs
 from oasis_fx.distributed.gradient_sync import GradientSync
 from oasis_fx.errors import Refused, survive
-from oasis_fx.graph.facts import LiftedWeight
-from oasis_fx.passes.inline_regions import inline_regions
-from oasis_fx.passes.lift_runtime_inputs import lift_runtime_inputs
+from oasis_fx.graph.edits import copy_dynamo_graph
+from oasis_fx.graph.facts import DynamoFacts, LiftedWeight, WeightGroup
+from oasis_fx.graph.runtime_inputs import RuntimeInputs
 from oasis_fx.settings import Settings
 
 STAYS_DENSE = "gradients of a graph stay dense"
@@ -50,23 +44,42 @@ class CompiledGraph:
     """What the backend keeps of one compiled graph, for the report and the printer.
 
     Attributes:
-        names: parameter names by position among the graph's inputs.
-        groups: the weights that share a basis, group by group.
-        lifted: the same as the passes see them.
-        reasons: weights left alone before any pass, with the reason.
+        facts: what the passes over Dynamo's graph found.
         trace: what the passes did; None while unknown, as when a compile cache had the result.
         retrace: runs the passes again, without caches and code generation; None from it where nothing that the
             graph returns needs gradients.
         syncs: what averages gradients of the graph over ranks.
     """
 
-    names: Mapping[int, str]
-    groups: tuple[WeightGroup, ...]
-    lifted: tuple[LiftedWeight, ...]
-    reasons: Mapping[int, str]
+    facts: DynamoFacts
     trace: Trace | None = None
     retrace: Callable[[], Trace | None] | None = field(default=None, repr=False)
     syncs: WeakSet[GradientSync] = field(default_factory=WeakSet, repr=False)
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Parameter names by position among the graph's inputs."""
+        return self.facts.names
+
+    @property
+    def groups(self) -> tuple[WeightGroup, ...]:
+        """The weights that share a basis, group by group."""
+        return self.facts.groups
+
+    @property
+    def reasons(self) -> Mapping[int, str]:
+        """Why weights were left alone before any pass over the joint graph, by position."""
+        return self.facts.reasons
+
+    @property
+    def layout(self) -> RuntimeInputs | None:
+        """Where the runtime's inputs stand; None where there is no group."""
+        return self.facts.layout
+
+    @property
+    def lifted(self) -> tuple[LiftedWeight, ...]:
+        """The weights of all groups as the passes over the joint graph see them."""
+        return self.facts.lifted
 
 
 def lower(
@@ -88,13 +101,12 @@ def lower(
         on_use: called with each subspace that a call of the graph takes, and the names of its weights.
     """
     try:
-        record, lifted_gm, runtime_inputs = _prepare(gm, example_inputs, settings)
-        if lifted_gm is not None:
+        lifted_gm = copy_dynamo_graph(gm)
+        record = CompiledGraph(run_passes(lifted_gm, DynamoFacts(), dynamo_passes(example_inputs, settings)))
+        if record.groups:
             if is_aot_compile():
                 raise Refused(_AOT_COMPILE)
-            return _lower_lifted(
-                lifted_gm, example_inputs, runtime_inputs, record, settings, options, inner_compile, on_use
-            )
+            return _lower_lifted(lifted_gm, example_inputs, record, settings, options, inner_compile, on_use)
         return compile_plainly(gm, example_inputs, settings, options, inner_compile), record
     except (Refused, *RESTARTS):
         raise
@@ -103,7 +115,7 @@ def lower(
         # raised once more by this call, as stock torch would.
         compiled = compile_alone(gm, example_inputs, settings, options, inner_compile)
         survive(error, STAYS_DENSE, stacklevel=3)
-        return compiled, CompiledGraph({}, (), (), {})
+        return compiled, CompiledGraph(DynamoFacts())
 
 
 def compile_alone(
@@ -122,7 +134,6 @@ def compile_alone(
 def _lower_lifted(
     lifted_gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    runtime_inputs: Sequence[torch.Tensor],
     record: CompiledGraph,
     settings: Settings,
     options: Mapping[str, Any],
@@ -130,28 +141,11 @@ def _lower_lifted(
     on_use: OnUse | None,
 ) -> tuple[Compiled, CompiledGraph]:
     """Compile a graph with the runtime's inputs, and complete its record."""
-    inputs = [*example_inputs, *runtime_inputs]
+    inputs = [*example_inputs, *record.facts.fakes.values()]
     compiled, record.trace = _compile(lifted_gm, inputs, record.lifted, settings, options, inner_compile)
     fakes = [known_fake(given) for given in inputs]  # what is kept must not keep the user's tensors
     record.retrace = lambda: _retrace(lifted_gm, fakes, record.lifted, settings, options)
-    names = [tuple(record.names[index] for index in group.weights) for group in record.groups]
-    run = call_with_runtime_inputs(
-        compiled, record.groups, names, example_inputs, runtime_inputs, settings.stats, on_use, record.syncs
-    )
-    return run, record
-
-
-def _prepare(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
-) -> tuple[CompiledGraph, fx.GraphModule | None, list[torch.Tensor]]:
-    """Choose groups and lift the runtime's inputs; no graph where there is nothing to lift."""
-    gm = inline_regions(gm)
-    groups, reasons, names = choose_groups(gm, example_inputs, settings)
-    record = CompiledGraph(names, groups, lifted_weights(groups, len(example_inputs), settings.stats), reasons)
-    if not groups:
-        return record, None, []
-    tensors, labels = fake_runtime_inputs(groups, example_inputs, settings.stats)
-    return record, lift_runtime_inputs(gm, tensors, labels), tensors
+    return call_with_runtime_inputs(compiled, record.facts, example_inputs, on_use, record.syncs), record
 
 
 def _compile(
@@ -164,12 +158,12 @@ def _compile(
 ) -> tuple[Compiled, Trace | None]:
     """Compile a lifted graph; the trace is None where a compile cache had the result."""
     traces: list[Trace] = []
+    partitioner = JointPartitioner(lifted, settings.budget)
     with observe_traces(traces.append), caches_may_be_left_out():
         if settings.inner == "aot_eager":
-            compiled = aot_eager_lowering(gm, inputs, _EagerPartition(lifted, settings.budget))
+            compiled = aot_eager_lowering(gm, inputs, partitioner)
         else:
-            patches = {**options, "custom_partitioner_fn": JointPartitioner(lifted, settings.budget)}
-            compiled = inductor_lowering(gm, inputs, patches, inner_compile)
+            compiled = inductor_lowering(gm, inputs, {**options, "custom_partitioner_fn": partitioner}, inner_compile)
     return compiled, traces[0] if traces else None
 
 
@@ -180,7 +174,7 @@ def _retrace(
     settings: Settings,
     options: Mapping[str, Any],
 ) -> Trace | None:
-    """Run the passes over a lifted graph again, on the fake values of its inputs."""
+    """Run the passes over a lifted graph once more, on the fake values of its inputs."""
     with compile_caches_disabled(), torch.enable_grad():
         _, trace = _compile(gm, inputs, lifted, settings, options, run_node_by_node)
     return trace
@@ -200,19 +194,9 @@ def compile_plainly(
 ) -> Compiled:
     """Compile a graph as the inner compiler alone would, with gradients that are right where it changes its inputs."""
     ours = settings.budget is not None or torch.is_grad_enabled()  # without gradients there is nothing to partition
+    partitioner = JointPartitioner((), settings.budget) if ours else None
     with caches_may_be_left_out():  # the partitioner of ours may fail
         if settings.inner == "aot_eager":
-            return aot_eager_lowering(gm, example_inputs, _EagerPartition((), settings.budget) if ours else None)
-        patches = dict(options)
-        if ours:
-            patches["custom_partitioner_fn"] = JointPartitioner((), settings.budget)
+            return aot_eager_lowering(gm, example_inputs, partitioner)
+        patches = {**options, "custom_partitioner_fn": partitioner} if ours else dict(options)
         return inductor_lowering(gm, example_inputs, patches, inner_compile)
-
-
-@dataclass(frozen=True)
-class _EagerPartition:
-    lifted: tuple[LiftedWeight, ...]
-    budget: int | float | None
-
-    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        return partition_joint(gm, joint_inputs, lifted=self.lifted, budget=self.budget, **kwargs)

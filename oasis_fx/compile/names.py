@@ -9,7 +9,9 @@ from torch import fx
 from oasis_fx._torch.compiler import input_source
 
 _STEP = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.([A-Za-z]\w*)")
-_NO_STEP = ("_orig_mod", "_modules", "_parameters")  # Dynamo reads some modules as __dict__['_modules'][name]
+# What is no step of a path: `torch.compile` wraps a module as ``_orig_mod``, and Dynamo reads some modules as
+# ``__dict__['_modules'][name]``.
+_NO_STEP = ("_orig_mod", "_modules", "_parameters")
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")
 
 
@@ -23,7 +25,12 @@ def weight_name(placeholder: fx.Node) -> str:
     if source is None:
         return _from_placeholder(placeholder.name)
     path = [next(part for part in match if part) for match in _STEP.findall(_ROOT.sub("", source))]
-    return ".".join(step for step in path if step not in _NO_STEP) or placeholder.name
+    return without_wrappers(".".join(path)) or placeholder.name
+
+
+def without_wrappers(path: str) -> str:
+    """A dotted path without the steps that the user's own model does not have."""
+    return ".".join(step for step in path.split(".") if step not in _NO_STEP)
 
 
 def _from_placeholder(name: str) -> str:

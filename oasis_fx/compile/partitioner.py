@@ -1,4 +1,4 @@
-"""The pipeline as Inductor's `custom_partitioner_fn`, with a cache key that covers all that it depends on."""
+"""The pipeline as a partitioner of AOTAutograd and Inductor, with a cache key that covers all that it depends on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import oasis_fx
 import oasis_fx.passes
 import oasis_fx.runtime
 from oasis_fx._torch.compiler import CustomPartitionerFn
-from oasis_fx.compile.pipeline import partition_joint
+from oasis_fx.compile.joint import partition_joint
 from oasis_fx.graph.facts import LiftedWeight
 
 
 class JointPartitioner(CustomPartitionerFn):  # type: ignore[misc]
-    """Rewrites and partitions the joint graph of one compile.
+    """Rewrites and partitions the joint graph of one compile, under Inductor and under ``aot_eager``.
 
     Torch pickles the object into the keys of its caches: its attributes must be plain, and equal for
     equal graphs. On a cache hit it is never called.

@@ -1,20 +1,21 @@
-"""What the runtime lends a compiled graph at each call: bases, what else a rule goes by, and slots for gradients."""
+"""What the runtime lends a compiled graph at each call: bases, what else its rule asks for, and coordinate slots."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch import fx
 from torch.nn.parallel import DistributedDataParallel
 
 from oasis_fx._torch.compiler import FakeTensor, active_ddp, known_fake, tracing_fake_mode
-from oasis_fx.compile.groups import WeightGroup
 from oasis_fx.distributed.gradient_sync import GradientSync, sync_of
-from oasis_fx.graph.facts import LiftedWeight
+from oasis_fx.graph.facts import DynamoFacts, LiftedWeight, ProjectionRule, WeightGroup
 from oasis_fx.graph.matricization import num_features, num_rows
+from oasis_fx.graph.runtime_inputs import RuntimeInputs
 from oasis_fx.runtime.gradients.in_graph import control_of, stand_in
 from oasis_fx.runtime.gradients.slots import Group, lend
 from oasis_fx.runtime.subspaces.rules import BatchRule, StatisticRule
@@ -25,57 +26,60 @@ Compiled = Callable[..., Any]
 OnUse = Callable[[Subspace, tuple[str, ...]], Any]
 
 
-@dataclass(frozen=True)
-class _Lending:
-    """Which of the runtime's inputs a rule wants: a basis for each group, then what else it names, then all slots."""
+def describe_runtime_inputs(
+    gm: fx.GraphModule, facts: DynamoFacts, *, example_inputs: Sequence[Any], stats: bool
+) -> DynamoFacts:
+    """Decide which inputs a graph gets from the runtime, and make fake values of them. Changes nothing in the graph.
 
-    energy: bool
-    control: bool
+    Args:
+        example_inputs: the graph's own inputs, real or fake.
+        stats: whether the graph computes energies although no rule needs them.
+    """
+    if not facts.groups:
+        return facts
+    layout = layout_of(facts.groups, len(example_inputs), stats)
+    fakes = fake_runtime_inputs(facts.groups, example_inputs, layout)
+    return replace(facts, layout=layout, fakes=fakes, lifted=lifted_weights(facts.groups, layout))
 
 
-def _lending(groups: Sequence[WeightGroup], stats: bool) -> _Lending:
+def layout_of(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) -> RuntimeInputs:
+    """Which inputs the runtime lends to a graph for ``groups``, behind the ``num_inputs`` of its own."""
     spec, rule = groups[0].spec, groups[0].spec.rule  # of one backend, so of all groups
     energy = isinstance(rule, StatisticRule) and (stats or rule.needs_energy or spec.budget is not None)
-    return _Lending(energy, isinstance(rule, BatchRule))
+    num_weights = sum(len(group.weights) for group in groups)
+    return RuntimeInputs(num_inputs, len(groups), num_weights, energy, isinstance(rule, BatchRule))
 
 
-def lifted_weights(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) -> tuple[LiftedWeight, ...]:
-    """Positions of the runtime's inputs, behind the graph's own."""
-    if not groups:
-        return ()
-    lending, rule, count = _lending(groups, stats), groups[0].spec.rule, len(groups)
-    control = num_inputs + count * (1 + lending.energy)
-    slot = control + count * lending.control
-    lifted = []
-    for index, group in enumerate(groups):
-        for weight, features in zip(group.weights, group.features, strict=True):
-            made = LiftedWeight(
-                weight,
-                slot,
-                num_inputs + index,
-                num_inputs + count + index if lending.energy else None,
-                features,
-                of_gradient=rule.on == "gradient",
-                statistic=isinstance(rule, StatisticRule),
-                control=control + index if lending.control else None,
-                dense=rule.dense,
-            )
-            lifted.append(made)
-            slot += 1
-    return tuple(lifted)
+def lifted_weights(groups: Sequence[WeightGroup], layout: RuntimeInputs) -> tuple[LiftedWeight, ...]:
+    """The weights of all groups, with the positions of the runtime's inputs for them."""
+    rule = groups[0].spec.rule
+    projection = ProjectionRule(rule.on == "gradient", isinstance(rule, StatisticRule), rule.dense)
+    slots = iter(layout.positions("slot"))
+    return tuple(
+        LiftedWeight(
+            weight=weight,
+            slot=next(slots),
+            basis=layout.positions("basis")[index],
+            energy=layout.position("energy", index),
+            features=features,
+            control=layout.position("control", index),
+            rule=projection,
+        )
+        for index, group in enumerate(groups)
+        for weight, features in zip(group.weights, group.features, strict=True)
+    )
 
 
 def fake_runtime_inputs(
-    groups: Sequence[WeightGroup], example_inputs: Sequence[Any], stats: bool
-) -> tuple[list[torch.Tensor], list[str]]:
-    """Fake runtime inputs in the fake mode of the compile, and their names.
+    groups: Sequence[WeightGroup], example_inputs: Sequence[Any], layout: RuntimeInputs
+) -> dict[str, torch.Tensor]:
+    """Fake runtime inputs in the fake mode of the compile, by name and in order.
 
     Their sizes are those of the fake weights, symbols too, so that a graph made for weights of any size takes bases of
     any size. They have no source to guard on.
     """
     mode = tracing_fake_mode()
     assert mode is not None  # Dynamo always sets one
-    lending = _lending(groups, stats)
     bases, energies, controls, slots = [], [], [], []
     with mode:
         for group in groups:
@@ -86,15 +90,12 @@ def fake_runtime_inputs(
             dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
             shape = num_features(w.shape, features), group.spec.rank
             # One of a batch rule is laid out as what will come: generated code looks at the strides.
-            make = stand_in if lending.control else torch.empty
+            make = stand_in if layout.has_control else torch.empty
             bases.append(make(shape, dtype=dtype, device=w.device).requires_grad_())
-            if lending.energy:
-                energies.append(torch.zeros((), dtype=dtype, device=w.device).requires_grad_())
-            if lending.control:
-                controls.append(torch.zeros(3, dtype=torch.int64, device="cpu"))
-    inputs = {"basis": bases, "energy": energies, "control": controls, "slot": slots}
-    names = [f"{kind}_{index}" for kind, made in inputs.items() for index in range(len(made))]
-    return [*bases, *energies, *controls, *slots], names
+            energies.append(torch.zeros((), dtype=dtype, device=w.device).requires_grad_())
+            controls.append(torch.zeros(3, dtype=torch.int64, device="cpu"))
+    fakes = layout.in_order(basis=bases, energy=energies, control=controls, slot=slots)
+    return dict(zip(layout.names().values(), fakes, strict=True))
 
 
 def _averaging(members: Sequence[torch.Tensor], ddp: DistributedDataParallel | None) -> GradientSync | None:
@@ -128,11 +129,8 @@ def _check_rank(weight: torch.Tensor, spec: SubspaceSpec, split: bool) -> None:
 
 def call_with_runtime_inputs(
     compiled: Compiled,
-    groups: Sequence[WeightGroup],
-    names: Sequence[tuple[str, ...]],
+    facts: DynamoFacts,
     example_inputs: Sequence[Any],
-    runtime_inputs: Sequence[torch.Tensor],
-    stats: bool,
     on_use: OnUse | None,
     syncs: WeakSet[GradientSync],
 ) -> Compiled:
@@ -142,10 +140,14 @@ def call_with_runtime_inputs(
     time must not be remembered here.
 
     Args:
-        names: of the weights of each group, for ``on_use``.
+        facts: of the graph, with at least one group.
+        example_inputs: the graph's own inputs at the time of the compile.
+        on_use: called with each subspace that a call takes, and the names of its weights.
         syncs: gets what averages gradients of this graph over ranks.
     """
-    lending = _lending(groups, stats)
+    groups, layout, fakes = facts.groups, facts.layout, tuple(facts.fakes.values())
+    assert layout is not None
+    names = [tuple(facts.names[index] for index in group.weights) for group in groups]
     split = any(isinstance(example_inputs[i], FakeTensor) for group in groups for i in group.weights)
 
     families = [Family() for _ in groups]
@@ -153,7 +155,7 @@ def call_with_runtime_inputs(
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(*args: Any) -> Any:
         if split and any(isinstance(given, FakeTensor) for given in args):
-            return compiled(*args, *runtime_inputs)  # DDP's graph splitting tries its parts while it compiles
+            return compiled(*args, *fakes)  # DDP's graph splitting tries its parts while it compiles
         used: list[Group] = []
         ddp = active_ddp()
         for group, family, known_as in zip(groups, families, names, strict=True):
@@ -170,12 +172,12 @@ def call_with_runtime_inputs(
             if on_use is not None:
                 on_use(subspace, known_as)
             used.append(Group(subspace, members, group.features))
-        versions = Versions() if lending.control else None
+        versions = Versions() if layout.has_control else None
         lent = lend(used, versions)
         if versions is not None:
             bases = [stand_in(group.subspace.shape, group.subspace.dtype, group.subspace.device) for group in used]
-            others = [control_of(group.subspace, versions) for group in used]
-            return compiled(*args, *bases, *others, *lent.slots)
-        return compiled(*args, *lent.bases, *(lent.energies if lending.energy else ()), *lent.slots)
+            controls = [control_of(group.subspace, versions) for group in used]
+            return compiled(*args, *layout.in_order(basis=bases, control=controls, slot=lent.slots))
+        return compiled(*args, *layout.in_order(basis=lent.bases, energy=lent.energies, slot=lent.slots))
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from oasis_fx._torch.compiler import unguarded_fake_mode
+from oasis_fx._torch.compiler import copy_dynamo_attributes, unguarded_fake_mode
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -37,6 +38,24 @@ def set_output(graph: fx.Graph, position: int, node: fx.Node | None) -> None:
     values = outputs(graph)
     values[position] = node
     output.args = (tuple(values),)
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph can be changed; fake values are shared, node names are kept."""
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, {})
+    graph.output(output)
+    graph.output_node().meta = copy.copy(gm.graph.output_node().meta)
+    return fx.GraphModule(gm, graph)
+
+
+def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph of Dynamo that can be changed; Dynamo reads its own again after the backend has returned."""
+    copied = copy_graph(gm)
+    copy_dynamo_attributes(gm, copied)
+    for node in copied.graph.nodes:
+        node.meta.pop("grapharg", None)  # Dynamo's handle on the real input, which a kept graph must not keep
+    return copied
 
 
 def dependents(sources: Iterable[fx.Node]) -> set[fx.Node]:

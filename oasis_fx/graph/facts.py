@@ -1,4 +1,4 @@
-"""What the passes know of a joint graph: the weights that are candidates, and the nodes that compute their gradients.
+"""What the passes know of a graph: weights that are candidates, the nodes that compute their gradients, what is kept.
 
 Symbols, here and in passes/: N tokens, n in_features, m out_features, r rank;
 X[N,n] activation, W[m,n] weight, Q[n,r] basis, S[m,r] coordinate slot;
@@ -7,11 +7,49 @@ P[N,r] = X Q, G[m,r] = dY^T P, C[n,r] = X^T P.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
+
+from oasis_fx.graph.matricization import Features
+from oasis_fx.graph.runtime_inputs import RuntimeInputs
+
+if TYPE_CHECKING:
+    from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights of one graph that share a basis.
+
+    Attributes:
+        weights: their positions among the graph's inputs.
+        features: for each of them the dimensions that its matmul sums over.
+        spec: what the basis is to be.
+    """
+
+    weights: tuple[int, ...]
+    features: tuple[Features, ...]
+    spec: SubspaceSpec
+
+
+@dataclass(frozen=True)
+class ProjectionRule:
+    """What a graph has to know of the rule that chooses its bases; all bases of one graph have one rule.
+
+    Attributes:
+        of_gradient: the weight gradient dW is projected, and not the activation X.
+        statistic: the graph computes C for the basis.
+        dense: the gradient leaves the graph as G Q^T, as the weight's own gradient.
+    """
+
+    of_gradient: bool = False
+    statistic: bool = True
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,26 +65,45 @@ class LiftedWeight:
         energy: position of a scalar beside Q, whose gradient will be ||X||^2; None where that is not wanted.
         features: dimensions of W, from and to, that its matmul sums over: (1, 2) of nn.Linear's [m,n], (0, 1) of
             Conv1D's [n,m], (1, 4) of a convolution's [m,c,h,w], (1, 2) of experts' [e,n,m]. The others are rows.
-        of_gradient: project dW, and not X.
-        statistic: whether the graph computes C for the basis.
         control: position of what the operators of `oasis_fx.runtime.gradients.in_graph` are told, where the basis is
             computed from the batch itself; Q is then a stand-in of its shape. None elsewhere.
-        dense: whether the gradient leaves the graph as G Q^T, in the weight's own slot.
+        rule: how the bases of the graph are chosen.
     """
 
     weight: int
     slot: int
     basis: int
     energy: int | None
-    features: tuple[int, int]
-    of_gradient: bool = False
-    statistic: bool = True
+    features: Features
     control: int | None = None
-    dense: bool = False
+    rule: ProjectionRule = ProjectionRule()
 
-    def rows(self, num_dims: int) -> tuple[int, ...]:
-        """The dimensions of W that are rows of S, in order."""
-        return *range(self.features[0]), *range(self.features[1], num_dims)
+    @property
+    def runtime_inputs(self) -> tuple[int, ...]:
+        """The positions of all inputs that the runtime lends for this weight."""
+        positions = self.basis, self.energy, self.control, self.slot
+        return tuple(position for position in positions if position is not None)
+
+
+@dataclass(frozen=True)
+class DynamoFacts:
+    """What the passes over a graph of Dynamo find out; they hand it from one to the next.
+
+    Attributes:
+        names: names of the graph's parameters of at least two dimensions, by position among its inputs.
+        groups: the weights that get a basis, group by group.
+        reasons: why the other weights get none, by position.
+        layout: where the runtime's inputs stand; None until it is decided, and where there is no group.
+        fakes: fake values of the runtime's inputs by name, in order.
+        lifted: the weights of all groups as the passes over the joint graph see them.
+    """
+
+    names: Mapping[int, str] = field(default_factory=dict)
+    groups: tuple[WeightGroup, ...] = ()
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    layout: RuntimeInputs | None = None
+    fakes: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    lifted: tuple[LiftedWeight, ...] = ()
 
 
 class Kind(Enum):
@@ -96,6 +153,7 @@ class WeightGradient:
 
     @property
     def terms(self) -> tuple[Contraction, ...]:
+        """The contractions of all blocks."""
         return tuple(term for block in self.blocks for term in block)
 
 
@@ -105,3 +163,58 @@ class Skipped:
 
     weight: int
     reason: str
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What takes the place of an activation in its gradient matmul.
+
+    Attributes:
+        p: P [N, r] = X Q, or the patches' in the layout of a convolution's result.
+        basis: Q [n, r], which takes G back to full size: the runtime's, or what this batch was given.
+    """
+
+    p: fx.Node
+    basis: fx.Node
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """What a forward graph keeps for its backward graph, and what the backward graph recomputes.
+
+    Attributes:
+        kept: nodes whose storage is kept; none is a view or an input.
+        recomputed: nodes of the forward pass, views among them, that the backward graph contains.
+        num_bytes: size of the storages in ``kept``.
+        price: price of ``recomputed``, in the unit of `oasis_fx.memory.recompute_costs`.
+    """
+
+    kept: tuple[fx.Node, ...]
+    recomputed: tuple[fx.Node, ...]
+    num_bytes: int
+    price: float
+
+
+@dataclass(frozen=True)
+class JointFacts:
+    """What the passes over a joint graph find out; they hand it from one to the next.
+
+    Attributes:
+        num_forward_outputs: how many of the graph's outputs the user's forward pass returns.
+        lifted: the candidate weights.
+        sites: the weight gradients that are rewritten.
+        skipped: the weights that keep their dense gradient, with reasons.
+        projections: P of each activation, by `oasis_fx.passes.project_activations.projection_key`.
+        allowed_bytes: how much the forward graph may keep for the backward graph; None where nothing bounds it.
+        plan: what to keep and what to recompute; None where torch decides.
+        halves: the forward and the backward graph; None until the graph is split.
+    """
+
+    num_forward_outputs: int
+    lifted: tuple[LiftedWeight, ...] = ()
+    sites: tuple[WeightGradient, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    projections: Mapping[Hashable, Projection] = field(default_factory=dict)
+    allowed_bytes: int | None = None
+    plan: SavePlan | None = None
+    halves: tuple[fx.GraphModule, fx.GraphModule] | None = None

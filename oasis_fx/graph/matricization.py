@@ -33,17 +33,33 @@ def smaller_side(shape: Sequence[int], features: Features) -> Features:
     return others if num_features(shape, others) < num_features(shape, features) else features
 
 
+def row_dims(num_dims: int, features: Features) -> list[int]:
+    """The dimensions of a weight that are rows, in order."""
+    start, stop = features
+    return [*range(start), *range(stop, num_dims)]
+
+
+def rows_first(num_dims: int, features: Features) -> list[int]:
+    """The permutation of a weight's dimensions that puts its rows in front of its features."""
+    return [*row_dims(num_dims, features), *range(*features)]
+
+
+def stored_order(num_dims: int, features: Features) -> list[int]:
+    """The permutation that takes dimensions in the order of `rows_first` back to the order of the stored weight."""
+    order = rows_first(num_dims, features)
+    return sorted(range(num_dims), key=order.__getitem__)
+
+
 def as_rows(tensor: torch.Tensor, features: Features) -> torch.Tensor:
     """A tensor of the weight's shape as [m, n]; a view where strides allow."""
     n = num_features(tensor.shape, features)
-    return tensor.permute(_rows_first(tensor.dim(), features)).reshape(num_rows(tensor.shape, features), n)
+    return tensor.permute(rows_first(tensor.dim(), features)).reshape(num_rows(tensor.shape, features), n)
 
 
 def from_rows(rows: torch.Tensor, shape: Sequence[int], features: Features) -> torch.Tensor:
     """[m, n] as a tensor of the weight's shape."""
-    order = _rows_first(len(shape), features)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return rows.view([shape[dim] for dim in order]).permute(inverse)
+    sizes = [shape[dim] for dim in rows_first(len(shape), features)]
+    return rows.view(sizes).permute(stored_order(len(shape), features))
 
 
 def add_product_(
@@ -54,7 +70,7 @@ def add_product_(
     if rows is not None:
         rows.addmm_(u, basis.T, beta=beta, alpha=alpha)
         return
-    target = weight.permute(_rows_first(weight.dim(), features))
+    target = weight.permute(rows_first(weight.dim(), features))
     if target.dim() == 3:
         right = basis.T.expand(target.shape[0], -1, -1)
         target.baddbmm_(u.view(*target.shape[:2], -1), right, beta=beta, alpha=alpha)
@@ -68,11 +84,6 @@ def rows_view(weight: torch.Tensor, features: Features) -> torch.Tensor | None:
     So it is of experts stored [experts, n, m], and of convolutions with channels last.
     """
     try:
-        return weight.permute(_rows_first(weight.dim(), features)).view(-1, num_features(weight.shape, features))
+        return weight.permute(rows_first(weight.dim(), features)).view(-1, num_features(weight.shape, features))
     except RuntimeError:
         return None
-
-
-def _rows_first(num_dims: int, features: Features) -> list[int]:
-    start, stop = features
-    return [*range(start), *range(stop, num_dims), *range(start, stop)]

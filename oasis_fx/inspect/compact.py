@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+from oasis_fx.graph.runtime_inputs import RUNTIME_INPUTS
 from oasis_fx.inspect.sketch import Arrow, Box, Sketch, module_of
 
-_OF_THE_MODULE = ("weight", "basis", "energy", "slot", "parameter or buffer")
+_OF_THE_MODULE = ("weight", *RUNTIME_INPUTS, "parameter or buffer")
 
 
 def compact(drawn: Sketch) -> Sketch:

@@ -1,4 +1,4 @@
-"""What became of each tensor that the backward pass needs: saved, projected, or computed again; and its price."""
+"""What became of each tensor that the backward pass needs: saved, projected, or recomputed; and its price."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import fx
 
 from oasis_fx._torch.compiler import input_placeholders, is_tangent
-from oasis_fx.compile.pipeline import Trace
+from oasis_fx.compile.joint import Trace
 from oasis_fx.graph.edits import ancestors, dependents, outputs, value
 from oasis_fx.inspect.nodes import module_path
 from oasis_fx.inspect.printing import operator_name
 from oasis_fx.memory.node_costs import node_flops, num_bytes, saved_storages, storage_node
 from oasis_fx.memory.recompute_costs import recompute_price
 
-SAVED, PROJECTED, AGAIN, BACKWARD = "saved", "projected", "computed again", "computed in backward"
+SAVED, PROJECTED, RECOMPUTED, BACKWARD = "saved", "projected", "recomputed", "computed in backward"
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Decision:
         module: dotted path of the module that makes it; empty where torch kept none.
         operator: what makes it.
         shape: by the hints of symbolic sizes.
-        decision: ``"saved"``; ``"projected"``, where P is kept in place of an X that nothing else keeps; ``"computed
-            again"``; or ``"computed in backward"``, of a P or C that the forward pass then need not make.
+        decision: ``"saved"``; ``"projected"``, where P is kept in place of an X that nothing else keeps;
+            ``"recomputed"``; or ``"computed in backward"``, of a P or C that the forward pass then need not make.
         num_bytes: of its storage: kept where it is saved, freed where it is not.
-        flops: of computing it once more from what makes it; 0 where no matmul does.
+        flops: of recomputing it from the inputs of its operator; 0 where that is no matmul.
         price: of the same, in bytes of memory traffic that take as long (`oasis_fx.memory.recompute_costs`); infinite
             where it may not be recomputed. Nothing for what is projected.
     """
@@ -65,7 +65,7 @@ def decisions(trace: Trace) -> tuple[Decision, ...]:
         if node.name in saved:
             decision = SAVED
         elif node.name in made_in_backward and node.name in required:
-            decision = AGAIN
+            decision = RECOMPUTED
         elif node.name in made_in_backward and node in of_basis:
             decision = BACKWARD
         elif node.name in projected and node not in of_basis:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from oasis_fx._torch.compiler import input_placeholders
 from oasis_fx.graph.edits import shape, value
-from oasis_fx.graph.facts import Contraction, LiftedWeight
+from oasis_fx.graph.facts import Contraction, JointFacts, LiftedWeight
+from oasis_fx.graph.matricization import num_features
 from oasis_fx.inspect.graphs import GraphSet
-from oasis_fx.memory.node_costs import hint, num_bytes, num_rows, saved_storages, storage_node
+from oasis_fx.memory.node_costs import hint, num_bytes, num_tokens, saved_storages, storage_node
 from oasis_fx.passes.find_weight_gradients import find_weight_gradients
 
 
@@ -52,7 +52,7 @@ def estimate_dense(shown: GraphSet, rank_of: Callable[[str, int], int | None]) -
                 break
             itemsize = value(term.x).dtype.itemsize
             activation += num_bytes(value(term.x)) if storage_node(term.x).name in kept else 0
-            projection += num_rows(term, n) * rank * itemsize + n * rank * max(itemsize, 4)  # C has the basis' dtype
+            projection += num_tokens(term, n) * rank * itemsize + n * rank * max(itemsize, 4)  # C has the basis' dtype
         if projection:
             estimates[name] = Estimate(activation, projection)
     return estimates
@@ -66,9 +66,9 @@ def _terms(shown: GraphSet, position: int) -> tuple[int, tuple[Contraction, ...]
     size = [hint(length) for length in shape(placeholder)]
     # No pass has looked at it; only one way to see it as rows and features can match.
     for features in dict.fromkeys([(len(size) - 1, len(size)), (len(size) - 2, len(size) - 1), (1, len(size)), (0, 1)]):
-        # The analysis asks that a slot and a basis have gradients; the weight stands in for them.
+        # The analysis wants a slot and a basis with gradients; the weight stands in for them.
         weight = LiftedWeight(position, position, position, None, features)
-        sites, _ = find_weight_gradients(shown.before.graph, [weight])
+        sites = find_weight_gradients(shown.before, JointFacts(shown.trace.num_forward_outputs, (weight,))).sites
         if sites:
-            return math.prod(size[slice(*features)]), tuple({term.x: term for term in sites[0].terms}.values())
+            return num_features(size, features), tuple({term.x: term for term in sites[0].terms}.values())
     return 0, ()

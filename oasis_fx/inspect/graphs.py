@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
-from oasis_fx._torch.compiler import gradient_positions, input_placeholders, is_whole_joint, unguarded_fake_mode
+from oasis_fx._torch.compiler import functorch_config, gradient_positions, input_placeholders, is_whole_joint
+from oasis_fx.compile.joint import Trace
 from oasis_fx.compile.lowering import CompiledGraph
-from oasis_fx.compile.pipeline import Trace, copy_graph
-from oasis_fx.graph.edits import outputs, value
+from oasis_fx.compile.partition import torch_min_cut_later
+from oasis_fx.graph.edits import copy_graph, outputs
 from oasis_fx.inspect.nodes import NodeFacts, input_kinds, joint_facts, marks_and_weights, select
 from oasis_fx.inspect.printing import number_nodes, print_graph
 
@@ -22,11 +23,11 @@ _TITLES = {"before": "joint", "after": "joint"}  # one title, or a diff would st
 
 @dataclass(frozen=True)
 class GraphSet:
-    """One compiled graph before and after the passes, and its two partitions.
+    """One compiled graph before and after the passes, and its two halves.
 
     Attributes:
         before, after: the joint graph.
-        forward, backward: the partitions of ``after``.
+        forward, backward: the two halves of ``after``.
         names: printed names by node name, common to the four.
         record: what the backend keeps of the compiled graph.
         trace: what the passes did to it.
@@ -76,9 +77,8 @@ class GraphSet:
 
     @cached_property
     def stock(self) -> tuple[fx.Graph, fx.Graph]:
-        """The partitions of ``before``: what stock `torch.compile` runs, under torch's settings of now."""
-        forward, backward = partition_by_torch(self.trace, copy_graph(self.before), self.trace.num_forward_outputs)
-        return forward.graph, backward.graph
+        """The two halves of ``before``: what stock `torch.compile` runs, under torch's settings of now."""
+        return stock_halves(self.trace)
 
     @cached_property
     def _facts_before(self) -> dict[str, NodeFacts]:
@@ -90,7 +90,7 @@ class GraphSet:
 
     def _facts(self, joint: fx.Graph, partition: tuple[fx.Graph, fx.Graph]) -> dict[str, NodeFacts]:
         marks, weights = marks_and_weights(self.trace, self.record.names, self.record.lifted)
-        kinds = input_kinds(self.trace, self.record.names, self.record.lifted)
+        kinds = input_kinds(self.trace, self.record.names, self.record.layout)
         return joint_facts(joint, partition, self.trace.num_forward_outputs, marks, weights, kinds)
 
     def _output_labels(self, graph: fx.Graph, which: str) -> list[str]:
@@ -98,26 +98,25 @@ class GraphSet:
         labels = ["output"] * count + ["saved" if which == "forward" else ""] * (len(outputs(graph)) - count)
         if which != "forward" and is_whole_joint(graph):
             inputs = input_placeholders(self.after.graph)
-            for position, slot in gradient_positions(graph).items():
+            for position, output in gradient_positions(graph).items():
                 if position in inputs:
-                    labels[slot] = f"gradient of {self.names[inputs[position].name]}"
+                    labels[output] = f"gradient of {self.names[inputs[position].name]}"
         return labels
 
     def __str__(self) -> str:
         return "\n\n".join(f"# {which}\n{self.text(which)}" for which in GRAPHS)
 
 
-def partition_by_torch(
-    trace: Trace, joint: fx.GraphModule, num_forward_outputs: int
-) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Partition a joint graph of a trace, which changes it, by torch's settings of now and outside of its compile."""
-    with unguarded_fake_mode(value(node) for node in joint.graph.nodes):  # random states get fake values in it
-        return min_cut_rematerialization_partition(
-            joint,
-            None,
-            num_fwd_outputs=num_forward_outputs,
-            static_lifetime_input_indices=list(trace.static_inputs),
-        )
+def stock_halves(trace: Trace, share: float | None = None) -> tuple[fx.Graph, fx.Graph]:
+    """The forward and the backward graph that stock `torch.compile` would run.
+
+    Args:
+        share: of what torch's own partitioner would keep for the backward pass; None: torch's setting of now.
+    """
+    bounded = nullcontext() if share is None else functorch_config.patch(activation_memory_budget=share)
+    with bounded:
+        halves = torch_min_cut_later(trace.static_inputs)(copy_graph(trace.before), trace.num_forward_outputs)
+    return halves[0].graph, halves[1].graph
 
 
 def graphs(records: Sequence[CompiledGraph]) -> list[GraphSet]:
@@ -143,7 +142,7 @@ def views(sets: Sequence[GraphSet], chosen: Sequence[str], only: str | None = No
 
 
 def trace_of(record: CompiledGraph) -> Trace | None:
-    """What the passes did to a graph, run again where a compile cache had the result; None without any group."""
+    """What the passes did to a graph. They run once more if a compile cache had the result; None without any group."""
     if record.trace is None and record.retrace is not None:
         record.trace = record.retrace()
     return record.trace
@@ -152,8 +151,7 @@ def trace_of(record: CompiledGraph) -> Trace | None:
 def _graph_set(record: CompiledGraph, trace: Trace) -> GraphSet:
     placeholders = input_placeholders(trace.before.graph)
     labels = {placeholders[at].name: name for at, name in sorted(record.names.items()) if at in placeholders}
-    for kind in ("basis", "energy", "control", "slot"):
-        for index, position in enumerate(sorted({getattr(weight, kind) for weight in record.lifted} - {None})):
-            labels[placeholders[position].name] = f"{kind}_{index}"
+    names = {} if record.layout is None else record.layout.names()
+    labels |= {placeholders[at].name: name for at, name in names.items()}
     modules = trace.before, trace.after, trace.forward, trace.backward
     return GraphSet(*modules, number_nodes([gm.graph for gm in modules], labels), record, trace)

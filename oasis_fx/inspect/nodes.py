@@ -13,16 +13,18 @@ import torch
 from torch import fx
 
 from oasis_fx._torch.compiler import gradient_positions, input_placeholders, is_tangent
-from oasis_fx.compile.pipeline import Trace
+from oasis_fx.compile.joint import Trace
+from oasis_fx.compile.names import without_wrappers
 from oasis_fx.graph.edits import aten, outputs, prims, value
 from oasis_fx.graph.facts import LiftedWeight
+from oasis_fx.graph.runtime_inputs import RuntimeInputs
 from oasis_fx.memory.node_costs import value_bytes
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
 _ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")  # what Dynamo calls the compiled module
 # What computes P from X and Q, and what Q goes through before.
 _PROJECTIONS = (aten.mm.default, aten.bmm.default, aten.convolution.default)
-_LAYOUTS = (
+_VIEWS_AND_CASTS = (
     prims.convert_element_type.default,
     aten.view.default,
     aten.permute.default,
@@ -37,9 +39,9 @@ class NodeFacts:
     """One node of a graph.
 
     Attributes:
-        part: ``"forward"``, ``"backward"``, or ``"both"`` where the backward pass computes it again; of an input what
-            it is: ``"weight"``, ``"basis"``, ``"energy"``, ``"slot"``, ``"parameter or buffer"`` for others of the
-            module, ``"incoming gradient"`` or ``"input"``.
+        part: ``"forward"``, ``"backward"``, or ``"both"`` where the backward pass recomputes it; of an input what it
+            is: ``"weight"``, one of `RUNTIME_INPUTS`, ``"parameter or buffer"`` for others of
+            the module, ``"incoming gradient"`` or ``"input"``.
         num_bytes: of its elements; a view has them without memory of its own.
         saved: the forward pass hands it to the backward pass.
         mark: ``"+P"``, ``"+C"``, ``"+E"`` (the energy, ||X||^2) or ``"+G"`` for the node that has such a value, ``"+"``
@@ -76,7 +78,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = _ROOT.sub("", str(list(stack.values())[-1][0])).partition("@")[0]  # "@1": the module's second call
-    return ".".join(step for step in path.split(".") if step != "_orig_mod")
+    return without_wrappers(path)
 
 
 def source_line(node: fx.Node) -> str:
@@ -153,7 +155,7 @@ def marks_and_weights(
     placeholders = {at: node.name for at, node in input_placeholders(trace.after.graph).items()}
     about: dict[str, list[str]] = {placeholders[at]: [name] for at, name in names.items() if at in placeholders}
     for weight in lifted:
-        for position in _runtime_inputs(weight):
+        for position in weight.runtime_inputs:
             about.setdefault(placeholders[position], []).append(names[weight.weight])
     dense, low_rank = _gradients(trace.before.graph), _gradients(trace.after.graph)
     for site in trace.sites:
@@ -171,27 +173,20 @@ def marks_and_weights(
     return marks, {name: tuple(dict.fromkeys(of)) for name, of in about.items()}
 
 
-def input_kinds(trace: Trace, names: Mapping[int, str], lifted: Sequence[LiftedWeight]) -> dict[str, str]:
+def input_kinds(trace: Trace, names: Mapping[int, str], layout: RuntimeInputs | None) -> dict[str, str]:
     """What each input is, by node name, where it is more than an input."""
     inputs = list(trace.after.graph.find_nodes(op="placeholder"))
     placeholders = input_placeholders(trace.after.graph)
     kinds = {inputs[position].name: "parameter or buffer" for position in trace.static_inputs}
     kinds |= {node.name: "incoming gradient" for node in inputs if is_tangent(node)}
     kinds |= {placeholders[position].name: "weight" for position in names if position in placeholders}
-    kinds |= {placeholders[weight.basis].name: "basis" for weight in lifted}
-    kinds |= {placeholders[weight.energy].name: "energy" for weight in lifted if weight.energy is not None}
-    return kinds | {placeholders[weight.slot].name: "slot" for weight in lifted}
-
-
-def _runtime_inputs(weight: LiftedWeight) -> list[int]:
-    positions = weight.basis, weight.energy, weight.control, weight.slot
-    return [position for position in positions if position is not None]
+    return kinds | {placeholders[at].name: kind for at, kind in (layout.kinds() if layout else {}).items()}
 
 
 def _gradients(joint: fx.Graph) -> dict[int, fx.Node]:
-    """The nodes in the gradient slots of a joint graph, by the position of the input."""
-    values = outputs(joint)
-    return {at: values[slot] for at, slot in gradient_positions(joint).items() if isinstance(values[slot], fx.Node)}
+    """The gradients that a joint graph returns, by the position of the input."""
+    values, positions = outputs(joint), gradient_positions(joint)
+    return {input_: values[output] for input_, output in positions.items() if isinstance(values[output], fx.Node)}
 
 
 def _marked_inputs(root: fx.Node | None, marks: Mapping[str, str]) -> Iterator[fx.Node]:
@@ -208,7 +203,7 @@ def _marked_inputs(root: fx.Node | None, marks: Mapping[str, str]) -> Iterator[f
 
 
 def _is_basis(given: object, basis: str) -> bool:
-    while isinstance(given, fx.Node) and given.target in _LAYOUTS:
+    while isinstance(given, fx.Node) and given.target in _VIEWS_AND_CASTS:
         given = given.args[0]
     return isinstance(given, fx.Node) and given.name == basis
 

@@ -9,10 +9,9 @@ from itertools import dropwhile
 from torch import fx
 
 from oasis_fx.compile.names import relative_name
+from oasis_fx.graph.runtime_inputs import RUNTIME_INPUTS
 from oasis_fx.inspect.nodes import NodeFacts, first_backward_node
 from oasis_fx.memory.node_costs import readable_bytes, storage_node
-
-_OF_WEIGHTS = ("basis", "energy", "slot")
 
 
 class Notes:
@@ -47,7 +46,7 @@ class Notes:
         if facts is None:
             return ""
         found = [readable_bytes(facts.num_bytes)] if facts.num_bytes else []
-        if facts.part in _OF_WEIGHTS:
+        if facts.part in RUNTIME_INPUTS:
             first, *others = facts.weights
             found.append(f"{facts.part} of {', '.join([first, *(relative_name(name, first) for name in others)])}")
         elif facts.part == "incoming gradient":

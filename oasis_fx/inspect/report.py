@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from oasis_fx._torch.compiler import input_placeholders
+from oasis_fx.compile.joint import Trace
 from oasis_fx.compile.lowering import CompiledGraph
-from oasis_fx.compile.pipeline import Trace, copy_graph
-from oasis_fx.graph.edits import dependents, shape, value
-from oasis_fx.graph.facts import WeightGradient
+from oasis_fx.graph.edits import dependents, shape
 from oasis_fx.inspect.decisions import Decision, decisions
-from oasis_fx.inspect.graphs import partition_by_torch, trace_of
+from oasis_fx.inspect.graphs import stock_halves, trace_of
 from oasis_fx.inspect.report_table import format_report
-from oasis_fx.memory.node_costs import hint, matmul_flops, num_bytes, num_rows, saved_storages, storage_node
+from oasis_fx.inspect.state_bytes import sites_by_basis, state_bytes
+from oasis_fx.memory.node_costs import hint, matmul_flops, num_tokens, saved_storages, storage_node
 
 
 @dataclass(frozen=True)
@@ -137,16 +136,19 @@ def _report_graph(record: CompiledGraph, trace: Trace | None) -> GraphReport:
         SkippedRow(record.names[at], _known_shape(placeholders[at]) if at in placeholders else None, reason)
         for at, reason in sorted(reasons.items())
     ]
-    stock = partition_by_torch(trace, copy_graph(trace.before), trace.num_forward_outputs)
-    saved_before = saved_storages(stock[0].graph, trace.num_forward_outputs)
+    stock = stock_halves(trace)
+    states = state_bytes(record, trace)
+    saved_before = saved_storages(stock[0], trace.num_forward_outputs)
     saved_after = saved_storages(trace.forward.graph, trace.num_forward_outputs)
     totals = Totals(
         sum(saved_before.values()),
         sum(saved_after.values()),
-        sum(matmul_flops(gm.graph) for gm in stock),
+        sum(map(matmul_flops, stock)),
         matmul_flops(trace.forward.graph) + matmul_flops(trace.backward.graph),
-        *_gradient_bytes(trace, placeholders),
-        *_adam_bytes(record, trace, placeholders),
+        states.dense_gradients,
+        states.gradients,
+        states.dense_moments,
+        states.moments + states.bases,
     )
     rows = _rows(record, trace, placeholders, saved_before, saved_after)
     traffic = tuple(Traffic(sync.sent, sync.early, sync.dense, str(sync)) for sync in record.syncs)
@@ -162,7 +164,7 @@ def _rows(
 ) -> list[WeightRow]:
     rows = []
     counted: set[str] = set()
-    for sites in _by_basis(trace).values():
+    for sites in sites_by_basis(trace).values():
         basis = placeholders[sites[0].inputs.basis]
         n, rank = _known_shape(basis)
         bases = [storage_node(x) for x in {term.x: None for site in sites for term in site.terms}]
@@ -171,10 +173,10 @@ def _rows(
         counted |= fresh
         before = sum(saved_before.get(name, 0) for name in fresh)
         after = sum(saved_after.get(name, 0) for name in (own | fresh))
-        of_gradient = sites[0].inputs.of_gradient
+        of_gradient = sites[0].inputs.rule.of_gradient
         note = "dW projected" if of_gradient else _note(bases, bool(own), saved_before, saved_after)
-        rows_of_x = {term.x: num_rows(term, n) for site in sites for term in site.terms}
-        share = sum(4 * count * n * rank for count in rows_of_x.values()) / len(sites)
+        tokens = {term.x: num_tokens(term, n) for site in sites for term in site.terms}
+        share = sum(4 * count * n * rank for count in tokens.values()) / len(sites)
         names = [record.names[site.inputs.weight] for site in sites]
         for site, name in zip(sites, names, strict=True):
             size = _known_shape(placeholders[site.inputs.weight])
@@ -182,17 +184,10 @@ def _rows(
             others = tuple(other for other in names if other != name)
             flops = 2 * elements * n, 2 * elements * rank + share
             if of_gradient:  # the contraction itself is as it was
-                flops = 0, 2 * math.prod(size) * rank * (2 if site.inputs.statistic else 1)
+                flops = 0, 2 * math.prod(size) * rank * (2 if site.inputs.rule.statistic else 1)
             rows.append(WeightRow(name, size, rank, others, before, after, *flops, note))
             before = after = 0  # the group's bytes stand in its first row
     return rows
-
-
-def _by_basis(trace: Trace) -> dict[int, list[WeightGradient]]:
-    groups: dict[int, list[WeightGradient]] = {}
-    for site in trace.sites:
-        groups.setdefault(site.inputs.basis, []).append(site)
-    return groups
 
 
 def _made_of(forward: fx.Graph, basis: str) -> set[str]:
@@ -221,33 +216,3 @@ def _note(
 
 def _known_shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(hint(size) for size in shape(node))
-
-
-def _gradient_bytes(trace: Trace, placeholders: Mapping[int, fx.Node]) -> tuple[int, int]:
-    dense = sum(_placed(placeholders, site.inputs.weight) for site in trace.sites)
-    after = 0
-    for basis, sites in _by_basis(trace).items():
-        made = [site.inputs.weight if site.inputs.dense else site.inputs.slot for site in sites]
-        statistic = _placed(placeholders, basis) if sites[0].inputs.statistic else 0
-        after += statistic + sum(_placed(placeholders, position) for position in made)
-    return dense, after
-
-
-def _adam_bytes(record: CompiledGraph, trace: Trace, placeholders: Mapping[int, fx.Node]) -> tuple[int, int]:
-    dense = sum(2 * _placed(placeholders, site.inputs.weight) for site in trace.sites)
-    rule = record.groups[0].spec.rule if record.groups else None
-    stored = not (rule is not None and (rule.coded or getattr(rule, "each_batch", False)))
-    low_rank = 0
-    for basis, sites in _by_basis(trace).items():
-        if sites[0].inputs.dense:
-            low_rank += stored * _placed(placeholders, basis)
-            low_rank += sum(2 * _placed(placeholders, site.inputs.weight) for site in sites)
-            continue
-        element: Any = value(placeholders[basis]).element_size()
-        rows = [_known_shape(placeholders[site.inputs.slot]) for site in sites]
-        low_rank += stored * _placed(placeholders, basis) + sum(2 * m * rank * element for m, rank in rows)
-    return dense, low_rank
-
-
-def _placed(placeholders: Mapping[int, fx.Node], position: int) -> int:
-    return num_bytes(value(placeholders[position]))

@@ -20,7 +20,7 @@ NO_ROWS = "no weight of this graph has a low-rank gradient"
 
 DECISION_LEGEND = (
     "Tensors of the forward pass that the backward pass needs. projected: P and C are kept in place of it.\n"
-    "computed in backward: a P or C that waits for an X that is there anyway. price: of computing it again, in\n"
+    "computed in backward: a P or C that waits for an X that is there anyway. price: of recomputing it, in\n"
     "bytes of memory traffic that take as long; never: that is not done. A budget keeps what is dear for its size."
 )
 
@@ -30,9 +30,9 @@ _GIGA = 10**9
 
 _NOTES = {
     "X is an input": "X is an input of the graph: it exists anyway and counts nowhere",
-    "X was recomputed": "without the passes the backward pass would compute X again from what it keeps anyway",
+    "X was recomputed": "without the passes the backward pass would recompute X from what it keeps anyway",
     "X also kept": "another operation of the backward pass reads X, so it is not freed",
-    "P recomputed": "the backward pass computes P again from an X that is kept anyway",
+    "P recomputed": "the backward pass recomputes P from an X that is kept anyway",
     "dW projected": "X is kept, dW is computed at full size in the backward pass; FLOPs are of its projection",
 }
 
@@ -108,7 +108,7 @@ def decision_table(found: Sequence[Decision]) -> Table:
             what = (place or "-", one.operator, " x ".join(map(str, one.shape)) or "-")
         rows.setdefault((*what, one.decision), []).append(one)
     ordered = sorted(rows.items(), key=lambda item: item[0][0] == "others")
-    headers = ("tensor of", "operator", "shape", "number", "decision", "MiB", "once more\nGFLOP", "price\nMiB")
+    headers = ("tensor of", "operator", "shape", "number", "decision", "MiB", "recomputing\nGFLOP", "price\nMiB")
     return Table(headers, [_decision_line(*item) for item in ordered], (3, 5, 6, 7))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from tabulate import tabulate
 
+from oasis_fx.compile.names import without_wrappers
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
@@ -107,7 +108,7 @@ def _names_in(model: torch.nn.Module, subspaces: Mapping[Subspace, Sequence[str]
     for name, weight in model.named_parameters():
         for subspace in STORE.all_of(weight):
             if subspace in subspaces:
-                found.setdefault(subspace, []).append(".".join(step for step in name.split(".") if step != "_orig_mod"))
+                found.setdefault(subspace, []).append(without_wrappers(name))
     return {subspace: tuple(members) for subspace, members in found.items()}
 
 

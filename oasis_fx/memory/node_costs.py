@@ -65,7 +65,7 @@ def _is_view(target: torch._ops.OpOverload) -> bool:
     return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
 
 
-def num_rows(term: Contraction, n: int) -> int:
+def num_tokens(term: Contraction, n: int) -> int:
     """N of a contraction over n features: tokens, those of all experts together, or patches."""
     if term.kind is Kind.CONVOLUTION:
         batch, _, *places = (hint(size) for size in shape(term.dy))

@@ -1,4 +1,4 @@
-"""What it costs to compute a value again in the backward pass.
+"""The price of recomputing a value in the backward pass.
 
 Prices are in bytes of memory traffic that take as long, so that they compare with the bytes that saving costs. They
 rest on two ratios of a device, not on a clock: equal graphs get equal plans on every run, and caches stay valid.
@@ -28,10 +28,10 @@ _UNPRICED = frozenset({"rnn", "lstm", "gru", "fft", "linalg", "svd", "qr", "chol
 
 
 def recompute_price(node: fx.Node) -> float:
-    """Price of running ``node`` once more; infinite where its result could differ or its cost is not known.
+    """The price of recomputing ``node``; infinite where its result could differ, or where the price is not known.
 
-    A matmul, convolution or attention costs its FLOPs. What Inductor fuses costs the bytes it makes, a reduction
-    those it reads as well; a view costs nothing.
+    A matmul, a convolution or attention is priced by its FLOPs. What Inductor fuses is priced by the bytes it makes, a
+    reduction by those it reads as well; a view has no price.
     """
     if not _repeats(node):
         return math.inf
@@ -48,7 +48,7 @@ def recompute_price(node: fx.Node) -> float:
 
 
 def _repeats(node: fx.Node) -> bool:
-    """Whether a node gives the same again, without an effect on anything else, at a cost that we can tell."""
+    """Whether running a node once more has the same result, no effect on anything else, and a price that we know."""
     target = node.target
     if target is operator.getitem:
         return True

@@ -8,17 +8,17 @@ where all blocks are saved at first and all gradients there at last; and in the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from oasis_fx.graph.matricization import num_features, num_rows
 from oasis_fx.inspect.nodes import module_path
+from oasis_fx.inspect.state_bytes import state_bytes
 from oasis_fx.memory.node_costs import saved_storages
 from oasis_fx.plan.liveness import Moment, moments
-from oasis_fx.plan.trace import Partition, Traced
+from oasis_fx.plan.trace import Halves, Traced
 
 KINDS = ("weights", "gradients", "optimizer", "bases", "activations", "logits", "temporaries")
 CHUNKS = 16  # of a cross-entropy that never makes all logits at once
@@ -66,9 +66,7 @@ def peak(states: States, phases: Phases) -> Memory:
     return Memory({kind: fixed.get(kind, 0) + candidates[phase].get(kind, 0) for kind in KINDS}, phase)
 
 
-def phases(
-    three: Traced, graphs: Partition, block_gradients: int, blocks: int, vocabulary: int, chunked: bool
-) -> Phases:
+def phases(three: Traced, graphs: Halves, block_gradients: int, blocks: int, vocabulary: int, chunked: bool) -> Phases:
     """Phases of a model of ``blocks`` blocks.
 
     Args:
@@ -116,18 +114,11 @@ def saved_bytes(forward: fx.Graph, num_forward_outputs: int) -> tuple[int, int]:
 
 def trained_bytes(traced: Traced, rewritten: bool) -> int:
     """Bytes of all gradients: dense ones, and G and C of what is rewritten."""
-    parameters = dict(traced.model.named_parameters())
-    total = sum(p.numel() * p.itemsize for p in parameters.values() if p.requires_grad)
-    if rewritten:
-        bases = set()
-        for site in traced.trace.sites:
-            p = parameters[traced.record.names[site.inputs.weight]]
-            group = next(g for g in traced.record.groups if site.inputs.weight in g.weights)
-            total += num_rows(p.shape, site.inputs.features) * group.spec.rank * p.itemsize - p.numel() * p.itemsize
-            if site.inputs.basis not in bases:
-                bases.add(site.inputs.basis)
-                total += 4 * num_features(p.shape, site.inputs.features) * group.spec.rank
-    return total
+    total = sum(p.numel() * p.itemsize for p in trained(traced.model))
+    if not rewritten:
+        return total
+    ours = state_bytes(traced.record, traced.trace)
+    return total - ours.dense_gradients + ours.gradients
 
 
 def _span_of_middle(backward: fx.Graph) -> tuple[int, int]:
@@ -160,6 +151,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that get gradients."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -177,7 +169,7 @@ def adam8bit_states(model: torch.nn.Module) -> States:
     return States(weight_bytes(model), total)
 
 
-def galore_states(model: torch.nn.Module, names: Mapping[str, tuple[int, ...]], rank: int) -> States:
+def galore_states(model: torch.nn.Module, names: Collection[str], rank: int) -> States:
     """Moments of r rows on the longer side and a projector on the shorter, for the weights that we would rewrite."""
     total = bases = 0
     for name, p in model.named_parameters():
@@ -192,20 +184,8 @@ def galore_states(model: torch.nn.Module, names: Mapping[str, tuple[int, ...]], 
 
 def oasis_states(traced: Traced) -> States:
     """`OasisAdamW`: two moments of m x r and a basis of n x r in float32; others as AdamW has them."""
-    parameters = dict(traced.model.named_parameters())
-    sites = {site.inputs.weight: site for site in traced.trace.sites}
-    optimizer, rewritten, bases = 0, set(), 0
-    for group in traced.record.groups:
-        members = [weight for weight in group.weights if weight in sites]
-        for weight, features in zip(group.weights, group.features, strict=True):
-            if weight in members:
-                p = parameters[traced.record.names[weight]]
-                optimizer += 2 * 4 * num_rows(p.shape, features) * group.spec.rank
-                rewritten.add(traced.record.names[weight])
-        if members:
-            bases += 4 * num_features(p.shape, features) * group.spec.rank
-    optimizer += sum(2 * p.numel() * p.itemsize for name, p in parameters.items() if name not in rewritten)
-    return States(weight_bytes(traced.model), optimizer, bases)
+    ours, stock = state_bytes(traced.record, traced.trace), adam_states(traced.model)
+    return replace(stock, optimizer=stock.optimizer - ours.dense_moments + ours.moments, bases=ours.bases)
 
 
 def extrapolate(two: States, three: States, *, blocks: int) -> States:

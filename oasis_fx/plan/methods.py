@@ -12,7 +12,7 @@ import torch
 from oasis_fx.plan import memory
 from oasis_fx.plan.configs import blocks_of, with_blocks
 from oasis_fx.plan.memory import Memory, Phases, States
-from oasis_fx.plan.trace import Partition, Traced, partition_as, trace_fake
+from oasis_fx.plan.trace import Halves, Traced, halves_under, trace_fake
 from oasis_fx.settings import Settings
 
 STOCK_BUDGETS = (0.5, 0.3, 0.1)
@@ -57,7 +57,7 @@ class Planner:
     galore_rank: int = 128
     chunked: bool = False
     _traced: dict[tuple[int, int], Traced] = field(default_factory=dict)
-    _partitions: dict[tuple[bool, float, int], Partition] = field(default_factory=dict)
+    _partitions: dict[tuple[bool, float, int], Halves] = field(default_factory=dict)
 
     def stock(self, share: float = 1.0) -> tuple[States, Phases]:
         """Stock `torch.compile` and AdamW, under torch's own activation budget."""
@@ -70,8 +70,8 @@ class Planner:
     def galore(self) -> tuple[States, Phases]:
         """The same with GaLore on the weights that we would rewrite."""
         traced = self._trace(3)
-        rewritten = {traced.record.names[site.inputs.weight]: () for site in traced.trace.sites}
-        rewritten |= {name.replace(".1.", ".0."): () for name in rewritten}
+        rewritten = {traced.record.names[site.inputs.weight] for site in traced.trace.sites}
+        rewritten |= {name.replace(".1.", ".0.") for name in rewritten}
 
         def states(model: torch.nn.Module) -> States:
             return memory.galore_states(model, rewritten, self.galore_rank)
@@ -126,11 +126,11 @@ class Planner:
             self._traced[key] = trace_fake(config, self.batch, self.seq, self.dtype, plain, lora_rank)
         return self._traced[key]
 
-    def _partition(self, rewritten: bool, share: float, lora_rank: int) -> Partition:
+    def _partition(self, rewritten: bool, share: float, lora_rank: int) -> Halves:
         key = (rewritten, share, lora_rank)
         if key not in self._partitions:
             budget = None if share == 1.0 else share
-            self._partitions[key] = partition_as(self._trace(3, lora_rank), budget, rewritten=rewritten)
+            self._partitions[key] = halves_under(self._trace(3, lora_rank), budget, rewritten=rewritten)
         return self._partitions[key]
 
     def _saved(self, rewritten: bool, share: float, lora_rank: int = 0) -> int:
@@ -182,7 +182,6 @@ class Planner:
 
 def largest_batch(states: States, phases: Phases, batch: int, limit: int) -> int:
     """Samples that fit in ``limit`` bytes: what is neither state nor gradient grows with the batch."""
-    largest = 0
     low, high = 0, 1
     while high <= _MOST_SAMPLES and memory.peak(states, scaled(phases, high / batch)).total <= limit:
         low, high = high, 2 * high
@@ -192,8 +191,7 @@ def largest_batch(states: States, phases: Phases, batch: int, limit: int) -> int
             low = middle
         else:
             high = middle
-    largest = low
-    return largest
+    return low
 
 
 def scaled(phases: Phases, factor: float) -> Phases:

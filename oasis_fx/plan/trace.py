@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from oasis_fx._torch.compiler import FakeTensorMode, functorch_config
+from oasis_fx._torch.compiler import FakeTensorMode
+from oasis_fx.compile.joint import Trace
 from oasis_fx.compile.lowering import CompiledGraph
-from oasis_fx.compile.partition_within import partition_within
-from oasis_fx.compile.pipeline import Trace, copy_graph
-from oasis_fx.inspect.graphs import partition_by_torch, trace_of
+from oasis_fx.compile.partition import keeping_copies, torch_min_cut_later
+from oasis_fx.compile.pipeline import split_joint
+from oasis_fx.graph.edits import copy_graph
+from oasis_fx.graph.facts import JointFacts
+from oasis_fx.inspect.graphs import stock_halves, trace_of
 from oasis_fx.inspect.tracing import trace_model
-from oasis_fx.passes.early_statistics import early_statistics
 from oasis_fx.settings import Settings
 
-Partition = tuple[fx.Graph, fx.Graph]
+Halves = tuple[fx.Graph, fx.Graph]  # the forward and the backward graph
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,17 @@ def add_adapters(model: torch.nn.Module, rank: int) -> None:
             setattr(model.get_submodule(path), last, Adapted(layer, rank))
 
 
-def partition_as(traced: Traced, budget: int | float | None, *, rewritten: bool) -> Partition:
-    """Forward and backward graph under a budget: by us if ``rewritten``, else by torch (a share, or None)."""
-    trace = traced.trace
-    partition = partial(partition_by_torch, trace)
+def halves_under(traced: Traced, budget: int | float | None, *, rewritten: bool) -> Halves:
+    """The forward and the backward graph of a model under a budget.
 
-    number = trace.num_forward_outputs
+    Args:
+        budget: a share of what would be kept, or bytes (int, of a rewritten graph only); None is no budget.
+        rewritten: as this backend runs them, and not stock `torch.compile`.
+    """
+    trace = traced.trace
     if not rewritten:
-        share = 1.0 if budget is None else float(budget)
-        with functorch_config.patch(activation_memory_budget=share):
-            forward, backward = partition(copy_graph(trace.before), number)
-    elif budget is None:
-        forward, backward = partition(copy_graph(trace.after), number)
-    else:
-        forward, backward = partition_within(copy_graph(trace.after), copy_graph, partition, number, budget)
-    early_statistics(backward.graph)
+        return stock_halves(trace, 1.0 if budget is None else float(budget))
+    facts = JointFacts(trace.num_forward_outputs)
+    partition = keeping_copies(torch_min_cut_later(trace.static_inputs))
+    forward, backward = split_joint(copy_graph(trace.after), facts, partition, budget)
     return forward.graph, backward.graph

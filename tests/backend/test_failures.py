@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import wraps
 
 import pytest
 import torch
@@ -15,32 +16,34 @@ from .small import EAGER, assert_exact, backward, batch, net
 PLACES = [
     "oasis_fx.compile.groups.parameter_names",
     "oasis_fx._torch.compiler.is_partial_graph",
-    "oasis_fx.compile.lowering.choose_groups",
+    "oasis_fx.compile.lowering.copy_dynamo_graph",
+    "oasis_fx.compile.pipeline.inline_regions",
+    "oasis_fx.compile.pipeline.choose_groups",
     "oasis_fx.compile.groups.group_by_activation",
     "oasis_fx.passes.group_by_activation.matmuls",
-    "oasis_fx.compile.lowering.lifted_weights",
-    "oasis_fx.compile.lowering.fake_runtime_inputs",
-    "oasis_fx.compile.lowering.lift_runtime_inputs",
-    "oasis_fx.passes.lift_runtime_inputs.copy_dynamo_attributes",
+    "oasis_fx.compile.runtime_inputs.lifted_weights",
+    "oasis_fx.compile.runtime_inputs.fake_runtime_inputs",
+    "oasis_fx.compile.pipeline.lift_runtime_inputs",
+    "oasis_fx.passes.lift_runtime_inputs.mark_static_input",
     "oasis_fx.compile.lowering.known_fake",
     "oasis_fx.compile.lowering.call_with_runtime_inputs",
-    "oasis_fx.compile.lowering.partition_joint",
-    "oasis_fx.compile.pipeline.is_whole_joint",
+    "oasis_fx.compile.partitioner.partition_joint",
+    "oasis_fx.compile.joint.is_whole_joint",
     "oasis_fx.compile.pipeline.fx_graph_cse",
-    "oasis_fx.compile.pipeline.copy_graph",
+    "oasis_fx.compile.joint.copy_graph",
     "oasis_fx.compile.pipeline.find_weight_gradients",
     "oasis_fx.compile.pipeline.project_activations",
     "oasis_fx.compile.pipeline.low_rank_gradients",
     "oasis_fx.compile.pipeline.check_graph",
     "oasis_fx.compile.pipeline.keep_changed_inputs",
-    "oasis_fx.compile.pipeline.copies_not_made",
+    "oasis_fx.compile.partition.copies_not_made",
     "oasis_fx.compile.pipeline.early_statistics",
 ]
 OF_GRADIENTS = ["oasis_fx.compile.pipeline.find_dense_gradients", "oasis_fx.compile.pipeline.project_gradients"]
 OF_BUDGETS = [
-    "oasis_fx.compile.pipeline.partition_within",
-    "oasis_fx.compile.partition_within.plan_saves",
-    "oasis_fx.compile.partition_within._partition_as_planned",
+    "oasis_fx.compile.pipeline.allow_bytes",
+    "oasis_fx.compile.pipeline.plan_saves",
+    "oasis_fx.compile.partition._split_as_planned",
     "oasis_fx.passes.plan_saves.ancestors",
 ]
 CASES = [
@@ -111,11 +114,12 @@ def test_a_wrong_value_of_a_pass_is_caught(monkeypatch, surviving) -> None:
     """A pass that adds a node with a wrong fake value: the verifier sees it, and nothing is rewritten."""
     from oasis_fx.passes.project_activations import project_activations
 
-    def careless(graph, sites):
-        projections = project_activations(graph, sites)
-        node = next(iter(projections.values())).p
+    @wraps(project_activations)
+    def careless(gm, facts):
+        facts = project_activations(gm, facts)
+        node = next(iter(facts.projections.values())).p
         node.meta["val"] = node.meta["val"].new_empty(1, 1)
-        return projections
+        return facts
 
     monkeypatch.setattr("oasis_fx.compile.pipeline.project_activations", careless)
     model, reference, said = trained({})

@@ -14,7 +14,7 @@ from fuzz.generate import generate
 from fuzz.oracle import draw, judge
 from fuzz.program import Options, Parameter, Program, Read, Statement
 from fuzz.shrink import shrink
-from oasis_fx.compile import pipeline
+from oasis_fx.compile import joint
 from oasis_fx.passes import low_rank_gradients, project_activations
 
 ROWS = "{}.reshape(-1, 4)"
@@ -60,20 +60,20 @@ def test_a_statistic_at_half_its_size_is_seen(monkeypatch) -> None:
 
 
 def test_a_statistic_of_one_use_of_two_is_seen(monkeypatch) -> None:
-    monkeypatch.setattr(project_activations, "_add_to_slot", project_activations.set_output)
+    monkeypatch.setattr(project_activations, "_add_to_gradient", project_activations.set_output)
     assert judge(TWICE).what == "wrong: statistic"
 
 
 def test_a_wrong_dense_gradient_is_seen(monkeypatch) -> None:
-    rewrite = pipeline.rewrite_joint
+    rewrite = joint.rewrite_joint
 
-    def without_bias(gm, lifted):
-        found = rewrite(gm, lifted)
+    def without_bias(gm, facts):
+        found = rewrite(gm, facts)
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.cos.default):
             node.target = torch.ops.aten.sin.default
         return found
 
-    monkeypatch.setattr(pipeline, "rewrite_joint", without_bias)
+    monkeypatch.setattr(joint, "rewrite_joint", without_bias)
     assert judge(TWICE).what in ("wrong: input gradient", "wrong: low-rank gradient")
 
 

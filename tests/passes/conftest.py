@@ -13,8 +13,8 @@ from torch import fx
 
 from oasis_fx._torch.compiler import fx_graph_cse
 from oasis_fx.compile.lowering import CompiledGraph, lower
-from oasis_fx.compile.pipeline import copy_graph
-from oasis_fx.graph.facts import LiftedWeight
+from oasis_fx.graph.edits import copy_graph
+from oasis_fx.graph.facts import JointFacts, LiftedWeight
 from oasis_fx.settings import Settings
 
 
@@ -33,6 +33,10 @@ class Joint:
     @property
     def lifted(self) -> tuple[LiftedWeight, ...]:
         return self.record.lifted
+
+    @property
+    def facts(self) -> JointFacts:
+        return JointFacts(self.num_forward_outputs, self.lifted)
 
     def skipped_by_name(self) -> dict[str, str]:
         return {self.record.names[index]: reason for index, reason in self.record.reasons.items()}
@@ -79,7 +83,7 @@ def capture_joint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Joint]:
             records.append(record)
             return compiled
 
-        monkeypatch.setattr("oasis_fx.compile.lowering.partition_joint", keep)
+        monkeypatch.setattr("oasis_fx.compile.partitioner.partition_joint", keep)
         torch.compiler.reset()
         torch.compile(function, backend=backend, fullgraph=True)(*inputs)
         (record,) = records

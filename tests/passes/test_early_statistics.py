@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 import oasis_fx.compile.pipeline as pipeline
-from oasis_fx.compile.pipeline import copy_graph
-from oasis_fx.graph.edits import outputs
+from oasis_fx.graph.edits import copy_graph, outputs
 from oasis_fx.inspect.graphs import trace_of
 from oasis_fx.inspect.tracing import trace_model
 from oasis_fx.memory.node_costs import storage_node
@@ -20,13 +19,13 @@ def test_the_order_changes_and_no_value_does(monkeypatch) -> None:
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(block(), block(), block()).double()
-    monkeypatch.setattr(pipeline, "early_statistics", lambda graph: None)
+    monkeypatch.setattr(pipeline, "early_statistics", lambda gm, facts: facts)
     settings = Settings(rank=2, exclude=(), inner="aot_eager")
     (record,) = trace_model(model, torch.randn(32, 16, dtype=torch.float64), settings)
     trace = trace_of(record)
     assert trace is not None
     late, early = copy_graph(trace.backward), copy_graph(trace.backward)
-    early_statistics(early.graph)
+    early_statistics(early, None)
     early.graph.lint()
     early.recompile()
     assert {node.name for node in late.graph.nodes} == {node.name for node in early.graph.nodes}
@@ -53,7 +52,7 @@ def test_the_pipeline_moves_them(monkeypatch) -> None:
     model = torch.nn.Sequential(*layers).double()
     settings = Settings(rank=2, exclude=(), inner="aot_eager")
     spans = []
-    for pass_of in (early_statistics, lambda graph: None):
+    for pass_of in (early_statistics, lambda gm, facts: facts):
         monkeypatch.setattr(pipeline, "early_statistics", pass_of)
         (record,) = trace_model(model, torch.randn(32, 16, dtype=torch.float64), settings)
         graph = trace_of(record).backward.graph
@@ -86,6 +85,6 @@ def test_a_node_waits_for_the_last_of_its_inputs() -> None:
     twice = graph.call_function(torch.ops.aten.exp.default, (once,))
     statistic = graph.call_function(torch.ops.aten.mm.default, (x, twice))
     graph.output((statistic,))
-    early_statistics(graph)
+    early_statistics(torch.fx.GraphModule({}, graph), None)
     graph.lint()
     assert [node for node in graph.nodes if node.op == "call_function"] == [once, twice, statistic]

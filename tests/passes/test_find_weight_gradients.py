@@ -28,7 +28,8 @@ def test_every_way_to_write_a_matmul_is_found(capture_joint, product) -> None:
     ]
     for number, (function, shape) in enumerate(ways):
         joint = capture_joint(product(function, *shape), X)
-        sites, skipped = find_weight_gradients(joint.graph, joint.lifted)
+        facts = find_weight_gradients(joint.gm, joint.facts)
+        sites, skipped = facts.sites, facts.skipped
         assert not skipped, (number, skipped)
         assert len(sites) == 1, number
         assert len(sites[0].terms) == (2 if number == 6 else 1)
@@ -37,7 +38,7 @@ def test_every_way_to_write_a_matmul_is_found(capture_joint, product) -> None:
 def test_operands_of_a_contraction_multiply_to_the_gradient(capture_joint, product) -> None:
     for function, shape in [(lambda x, w: F.linear(x, w), (5, 6)), (lambda x, w: x @ w, (6, 5))]:
         joint = capture_joint(product(function, *shape), X)
-        ((site,), _) = find_weight_gradients(joint.graph, joint.lifted)
+        (site,) = find_weight_gradients(joint.gm, joint.facts).sites
         (term,) = site.terms
         joint.graph.output_node().args = ((term.dy, term.x, joint.graph.output_node().args[0][site.position]),)
         joint.gm.recompile()
@@ -55,8 +56,9 @@ def test_a_weight_lifted_with_its_dimensions_the_wrong_way_round_is_left_alone(c
         (lifted,) = joint.lifted
         assert lifted.features == right
         wrong = replace(lifted, features=(0, 1) if right == (1, 2) else (1, 2))
-        sites, (skipped,) = find_weight_gradients(joint.graph, [wrong])
-        assert not sites and "its activation meets the out dimension" in skipped.reason
+        facts = find_weight_gradients(joint.gm, replace(joint.facts, lifted=(wrong,)))
+        (skipped,) = facts.skipped
+        assert not facts.sites and "its activation meets the out dimension" in skipped.reason
 
 
 def test_reasons_for_what_is_no_contraction(capture_joint, product) -> None:
@@ -84,7 +86,8 @@ def test_reasons_for_what_is_no_contraction(capture_joint, product) -> None:
     ]
     for function, reason in cases:
         joint = capture_joint(product(function, 5, 6), X.clone().requires_grad_())
-        sites, skipped = find_weight_gradients(joint.graph, joint.lifted)
+        facts = find_weight_gradients(joint.gm, joint.facts)
+        sites, skipped = facts.sites, facts.skipped
         assert not sites
         (miss,) = skipped
         assert re.search(reason, miss.reason), (miss.reason, reason)

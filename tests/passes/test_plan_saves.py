@@ -12,12 +12,12 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
 from oasis_fx._torch.compiler import is_tangent
-from oasis_fx.compile.partition_within import _partition_as_planned
-from oasis_fx.compile.pipeline import copy_graph, rewrite_joint
-from oasis_fx.graph.edits import dependents, outputs, value
+from oasis_fx.compile.partition import _split_as_planned
+from oasis_fx.compile.pipeline import rewrite_joint
+from oasis_fx.graph.edits import copy_graph, dependents, outputs, value
 from oasis_fx.graph.verifier import PassError
 from oasis_fx.memory.node_costs import num_bytes, saved_storages
-from oasis_fx.passes.plan_saves import _checkpoints, _cut, _read, _waists, plan_saves
+from oasis_fx.passes.plan_saves import _checkpoints, _cut, _read, _waists, cheapest_plan
 
 N = 64
 
@@ -38,7 +38,7 @@ def stack(blocks: int, *more: torch.nn.Module) -> torch.nn.Sequential:
 
 def rewritten(capture_joint, model, *inputs):
     joint = capture_joint(model, *inputs or (torch.randn(N, 16),), exclude="no.such.*", rank=4)
-    rewrite_joint(joint.gm, joint.record.lifted)
+    rewrite_joint(joint.gm, joint.facts)
     return joint
 
 
@@ -70,7 +70,7 @@ def test_a_cut_is_the_cheapest_choice_of_all(capture_joint, rate) -> None:
             if node not in again:
                 again.add(node)
                 pending += [source for source in problem.needs[node] if source not in kept]
-        return sum(problem.price[n] for n in again) + rate * sum(problem.weight[n] for n in kept)
+        return sum(problem.price[n] for n in again) + rate * sum(problem.bytes_held[n] for n in kept)
 
     every = (frozenset(some) for size in range(len(values) + 1) for some in itertools.combinations(values, size))
     found = _cut(problem, rate)
@@ -94,9 +94,9 @@ def test_the_partition_keeps_what_the_plan_says(capture_joint) -> None:
     sizes = []
     for budget in (60_000, 40_000, 25_000, 8_000):
         gm = copy_graph(joint.gm)
-        plan = plan_saves(gm.graph, joint.num_forward_outputs, budget)
-        kept, again = {node.name for node in plan.kept}, {node.name for node in plan.again}
-        forward, backward = _partition_as_planned(gm, partition(joint), joint.num_forward_outputs, plan)
+        plan = cheapest_plan(gm.graph, joint.num_forward_outputs, budget)
+        kept, again = {node.name for node in plan.kept}, {node.name for node in plan.recomputed}
+        forward, backward = _split_as_planned(gm, partition(joint), joint.num_forward_outputs, plan)
         saved = saved_storages(forward.graph, joint.num_forward_outputs)
         assert saved.keys() == kept and sum(saved.values()) == plan.num_bytes <= budget
         # The only part of the forward pass in the backward graph is what is recomputed.
@@ -119,7 +119,7 @@ def test_p_is_kept_where_that_frees_x_and_only_there(capture_joint) -> None:
             return y.sum()
 
     joint = rewritten(capture_joint, Net(), torch.randn(N, 16, requires_grad=True))
-    plan = plan_saves(joint.gm.graph, joint.num_forward_outputs, 10**9)
+    plan = cheapest_plan(joint.gm.graph, joint.num_forward_outputs, 10**9)
     kept = {str(node.target).partition(".")[2].partition(".")[0]: value(node).shape for node in plan.kept}
     by_operator = [(str(node.target), tuple(value(node).shape)) for node in plan.kept]
     assert "cumsum" not in kept and ("aten.mm.default", (N, 4)) in by_operator  # P of `freed` in place of h
@@ -130,7 +130,7 @@ def test_one_large_tensor_does_not_keep_small_ones_out(capture_joint) -> None:
     joint = rewritten(capture_joint, _WithLogits())
     logits = N * 4000 * 4
     for budget in (logits * 0.9, logits * 0.05):
-        plan = plan_saves(joint.gm.graph, joint.num_forward_outputs, int(budget))
+        plan = cheapest_plan(joint.gm.graph, joint.num_forward_outputs, int(budget))
         assert plan.num_bytes <= budget
         assert max(num_bytes(value(node)) for node in plan.kept) < logits
     assert plan.num_bytes > budget * 0.6
@@ -147,7 +147,7 @@ def test_what_is_too_large_makes_room_for_what_is_cheaper_a_byte(capture_joint) 
     joint = capture_joint(net, torch.randn(N, 256))
     large, small = N * 256 * 4, N * 8 * 4
     for budget, expected in ((large - 1, 2 * small), (2 * small, 2 * small), (small, small), (large, large)):
-        plan = plan_saves(joint.gm.graph, joint.num_forward_outputs, budget)
+        plan = cheapest_plan(joint.gm.graph, joint.num_forward_outputs, budget)
         assert plan.num_bytes == expected, budget
 
 
@@ -173,7 +173,7 @@ def test_waists_are_where_one_tensor_passes(capture_joint) -> None:
     assert set(chosen[10 * size]) <= set(waists) and len(chosen[10 * size]) >= 2
 
 
-def test_what_is_random_is_never_computed_again(capture_joint) -> None:
+def test_what_is_random_is_never_recomputed(capture_joint) -> None:
     class Net(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -183,14 +183,14 @@ def test_what_is_random_is_never_computed_again(capture_joint) -> None:
             return self.b(F.dropout(torch.tanh(self.a(x)), 0.5)).square().sum()
 
     joint = rewritten(capture_joint, Net().train())
-    plan = plan_saves(joint.gm.graph, joint.num_forward_outputs, 0)
+    plan = cheapest_plan(joint.gm.graph, joint.num_forward_outputs, 0)
     drop = [node for node in joint.gm.graph.nodes if "dropout" in str(node.target) or "bernoulli" in str(node.target)]
     drop += [node for node in joint.gm.graph.nodes if "rand" in str(node.target)]
-    assert drop and not set(drop) & set(plan.again)
+    assert drop and not set(drop) & set(plan.recomputed)
     assert 0 < plan.num_bytes  # a budget that cannot be met gets the least there is
 
 
-def test_attention_is_computed_again_without_random_states(capture_joint) -> None:
+def test_attention_is_recomputed_without_random_states(capture_joint) -> None:
     class Net(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -202,10 +202,10 @@ def test_attention_is_computed_again_without_random_states(capture_joint) -> Non
             return self.o(a.transpose(1, 2).reshape(N, 16)).square().sum()
 
     joint = rewritten(capture_joint, Net())
-    plan = plan_saves(joint.gm.graph, joint.num_forward_outputs, 0)
-    attention = [node for node in plan.again if "attention" in str(node.target)]
+    plan = cheapest_plan(joint.gm.graph, joint.num_forward_outputs, 0)
+    attention = [node for node in plan.recomputed if "attention" in str(node.target)]
     assert len(attention) == 1 and plan.num_bytes == 0
-    forward, backward = _partition_as_planned(joint.gm, partition(joint), joint.num_forward_outputs, plan)
+    forward, backward = _split_as_planned(joint.gm, partition(joint), joint.num_forward_outputs, plan)
     targets = [str(node.target) for node in (*forward.graph.nodes, *backward.graph.nodes)]
     assert not any("rng" in target for target in targets)
     assert sum("attention" in target and "backward" not in target for target in targets) == 2
@@ -215,6 +215,6 @@ def test_what_can_neither_be_kept_nor_repeated_is_an_error(capture_joint) -> Non
     joint = rewritten(capture_joint, stack(1))
     problem = _read(joint.gm.graph, joint.num_forward_outputs)
     node = next(iter(problem.demands))
-    problem.price[node] = problem.weight[node] = math.inf  # type: ignore[index]
-    with pytest.raises(PassError, match="neither be kept nor computed again"):
+    problem.price[node] = problem.bytes_held[node] = math.inf  # type: ignore[index]
+    with pytest.raises(PassError, match="neither be kept nor recomputed"):
         _cut(problem, 1.0)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from oasis_fx._torch.compiler import gradient_positions
-from oasis_fx.compile.pipeline import copy_graph, rewrite_joint
-from oasis_fx.graph.edits import aten, outputs
+from oasis_fx.compile.pipeline import rewrite_joint
+from oasis_fx.graph.edits import aten, copy_graph, outputs
 from oasis_fx.graph.verifier import PassError, check_graph
 from oasis_fx.passes.find_weight_gradients import find_weight_gradients
 from oasis_fx.passes.low_rank_gradients import low_rank_gradients
@@ -39,9 +39,8 @@ def joint(capture_joint):
 
 def rewritten(joint):
     gm = copy_graph(joint.gm)
-    sites, skipped = rewrite_joint(gm, joint.lifted)
-    gm.recompile()
-    assert len(sites) == 4 and not skipped
+    facts = rewrite_joint(gm, joint.facts)
+    assert len(facts.sites) == 4 and not facts.skipped
     return type(joint)(gm, joint.record, joint.num_forward_outputs)
 
 
@@ -56,7 +55,7 @@ def test_gradients_are_the_dense_ones_times_the_basis(joint) -> None:
             d_w = d_w.T
         torch.testing.assert_close(low_rank[positions[weight.slot]], d_w @ q, rtol=1e-12, atol=1e-12)
         assert low_rank[positions[weight.weight]] is None
-    for site in find_weight_gradients(joint.graph, joint.lifted)[0]:
+    for site in find_weight_gradients(joint.gm, joint.facts).sites:
         gm = copy_graph(joint.gm)
         nodes = {node.name: node for node in gm.graph.nodes}
         gm.graph.output_node().args = (tuple(nodes[term.x.name] for term in site.terms),)
@@ -83,9 +82,9 @@ def test_everything_else_is_bitwise_the_same(joint) -> None:
 
 
 def test_one_projection_for_each_activation_next_to_it(joint) -> None:
-    sites, _ = find_weight_gradients(joint.graph, joint.lifted)
+    facts = find_weight_gradients(joint.gm, joint.facts)
     tangent = next(n for n in joint.graph.find_nodes(op="placeholder") if "tangents" in n.name)
-    projections = project_activations(joint.graph, sites)
+    projections = project_activations(joint.gm, facts).projections
     assert len(projections) == 4  # x; q(x) * tanh(k(x)); h; sin(twice(h))
     order = {node: index for index, node in enumerate(joint.graph.nodes)}
     first_backward = min(order[user] for user in tangent.users)
@@ -104,16 +103,15 @@ def test_no_dense_weight_gradient_is_left(joint) -> None:
 def test_a_graph_without_sites_is_left_alone(capture_joint, product) -> None:
     joint = capture_joint(product(lambda x, w: F.linear(x, w) * w.sin().sum(), 5, 6), X)
     before = str(joint.graph)
-    sites, skipped = rewrite_joint(joint.gm, joint.lifted)
-    assert not sites and len(skipped) == 1
+    facts = rewrite_joint(joint.gm, joint.facts)
+    assert not facts.sites and len(facts.skipped) == 1
     assert str(joint.graph) == before
 
 
 def test_float16_statistic_does_not_overflow(capture_joint) -> None:
     model = torch.nn.Linear(6, 5, bias=False).half()
     joint = rewritten_half = capture_joint(model, torch.randn(300, 6, dtype=torch.float16))
-    sites, _ = rewrite_joint(joint.gm, joint.lifted)
-    assert len(sites) == 1
+    assert len(rewrite_joint(joint.gm, joint.facts).sites) == 1
     primals, tangents = joint.random_inputs()
     x_index = next(i for i, p in enumerate(primals) if tuple(p.shape) == (300, 6))
     primals[x_index] = primals[x_index] * 100  # X^T X Q reaches 300 * 1e4 = 3e6, over the largest float16
@@ -124,8 +122,7 @@ def test_float16_statistic_does_not_overflow(capture_joint) -> None:
 
 
 def test_the_verifier_names_a_wrong_node(joint) -> None:
-    sites, _ = find_weight_gradients(joint.graph, joint.lifted)
-    projections = project_activations(joint.graph, sites)
+    projections = project_activations(joint.gm, find_weight_gradients(joint.gm, joint.facts)).projections
     check_graph("project_activations", joint.graph)
     p = next(iter(projections.values())).p
     p.meta["val"] = p.meta["val"].new_empty(1, 1)
@@ -142,17 +139,16 @@ def test_the_verifier_sees_a_wrong_order(joint) -> None:
 
 
 def test_a_basis_of_the_wrong_size_is_refused(joint) -> None:
-    sites, _ = find_weight_gradients(joint.graph, joint.lifted)
-    basis = list(joint.graph.find_nodes(op="placeholder"))[sites[0].inputs.basis]
+    facts = find_weight_gradients(joint.gm, joint.facts)
+    basis = list(joint.graph.find_nodes(op="placeholder"))[facts.sites[0].inputs.basis]
     basis.meta["val"] = basis.meta["val"].new_empty(7, 2)
     with pytest.raises(PassError, match="X has 6 columns, the basis 7 rows"):
-        project_activations(joint.graph, sites)
+        project_activations(joint.gm, facts)
 
 
-def test_the_slot_of_the_weight_is_emptied(joint) -> None:
-    sites, _ = find_weight_gradients(joint.graph, joint.lifted)
-    low_rank_gradients(joint.graph, sites, project_activations(joint.graph, sites))
+def test_the_gradient_of_the_weight_is_none(joint) -> None:
+    facts = low_rank_gradients(joint.gm, project_activations(joint.gm, find_weight_gradients(joint.gm, joint.facts)))
     positions = gradient_positions(joint.graph)
-    for site in sites:
+    for site in facts.sites:
         assert outputs(joint.graph)[site.position] is None
         assert outputs(joint.graph)[positions[site.inputs.slot]] is not None

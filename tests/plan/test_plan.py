@@ -77,9 +77,9 @@ def test_blocks_more_are_as_if_traced(plain, rewritten) -> None:
     whole = trace_fake(config(), 2, 32, torch.float32, Settings(rank=8))
     forward = whole.trace.forward
     if not rewritten:
-        from oasis_fx.plan.trace import partition_as
+        from oasis_fx.plan.trace import halves_under
 
-        saved = saved_storages(partition_as(whole, None, rewritten=False)[0], whole.trace.num_forward_outputs)
+        saved = saved_storages(halves_under(whole, None, rewritten=False)[0], whole.trace.num_forward_outputs)
     else:
         saved = saved_storages(forward.graph, whole.trace.num_forward_outputs)
     assert plain._saved(rewritten, 1.0) == pytest.approx(sum(saved.values()), rel=0.03)

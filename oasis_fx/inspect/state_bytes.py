@@ -1,0 +1,70 @@
+"""Bytes of gradients and optimizer states of the weights that a graph rewrites, before and after, from fake values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from oasis_fx._torch.compiler import input_placeholders
+from oasis_fx.compile.joint import Trace
+from oasis_fx.compile.lowering import CompiledGraph
+from oasis_fx.graph.edits import shape, value
+from oasis_fx.graph.facts import WeightGradient
+from oasis_fx.memory.node_costs import hint, num_bytes
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What the rewritten weights of one graph have beside themselves, in bytes.
+
+    Attributes:
+        dense_gradients: dW of each weight.
+        gradients: G of each weight, and C of each basis where the rule forms one.
+        dense_moments: Adam's two moments in the weight's shape and dtype.
+        moments: two moments of m x r in the dtype of the basis: float32, float64 for float64 weights. Under a rule
+            whose gradients are dense, two of the weight's shape and dtype.
+        bases: Q of each group, where the basis is stored.
+    """
+
+    dense_gradients: int
+    gradients: int
+    dense_moments: int
+    moments: int
+    bases: int
+
+
+def state_bytes(record: CompiledGraph, trace: Trace) -> StateBytes:
+    """Bytes of gradients, of Adam's moments and of bases for the weights that ``trace`` rewrites."""
+    placeholders = input_placeholders(trace.before.graph)
+    dense = sum(_size(placeholders, site.inputs.weight) for site in trace.sites)
+    rule = record.groups[0].spec.rule if record.groups else None
+    stored = not (rule is not None and (rule.coded or getattr(rule, "each_batch", False)))
+    gradients = moments = bases = 0
+    for basis, sites in sites_by_basis(trace).items():
+        bases += stored * _size(placeholders, basis)
+        gradients += sites[0].inputs.rule.statistic * _size(placeholders, basis)
+        for site in sites:
+            if site.inputs.rule.dense:
+                gradients += _size(placeholders, site.inputs.weight)
+                moments += 2 * _size(placeholders, site.inputs.weight)
+            else:
+                gradients += _size(placeholders, site.inputs.slot)
+                m, rank = (hint(size) for size in shape(placeholders[site.inputs.slot]))
+                element: Any = value(placeholders[basis]).element_size()
+                moments += 2 * m * rank * element
+    return StateBytes(dense, gradients, 2 * dense, moments, bases)
+
+
+def sites_by_basis(trace: Trace) -> dict[int, list[WeightGradient]]:
+    """The rewritten weight gradients by the position of their basis."""
+    groups: dict[int, list[WeightGradient]] = {}
+    for site in trace.sites:
+        groups.setdefault(site.inputs.basis, []).append(site)
+    return groups
+
+
+def _size(placeholders: Mapping[int, fx.Node], position: int) -> int:
+    return num_bytes(value(placeholders[position]))
