@@ -188,9 +188,9 @@ def _one_graph(title: str, shown: GraphSet, which: str, args: argparse.Namespace
         return f"# {title}\n\n{node_table(shown, which, args.only)}\n"
     if args.format == "dot":
         from oasis_fx.inspect.dot import format_dot
-        from oasis_fx.inspect.sketch import sketch
+        from oasis_fx.inspect.drawing import draw
 
-        return format_dot(sketch(shown, which, args.only), title)
+        return format_dot(draw(shown, which, args.only), title)
     return f"# {title}\n{shown.text(which, only=args.only)}"
 
 

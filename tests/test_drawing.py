@@ -15,12 +15,12 @@ import pytest
 
 from oasis_fx.cli.targets import load_target
 from oasis_fx.inspect.block import typical_block
-from oasis_fx.inspect.compact import compact
 from oasis_fx.inspect.dot import format_dot
-from oasis_fx.inspect.drawing import draw
-from oasis_fx.inspect.drawing_layout import layered
+from oasis_fx.inspect.drawing import Arrow, Box, Drawing, draw
 from oasis_fx.inspect.graphs import GRAPHS, graphs
-from oasis_fx.inspect.sketch import Arrow, Box, Sketch, sketch
+from oasis_fx.inspect.merging import merge_boxes
+from oasis_fx.inspect.placement import place
+from oasis_fx.inspect.svg import format_svg
 from oasis_fx.inspect.tracing import trace_model
 from oasis_fx.memory.node_costs import saved_storages
 from oasis_fx.settings import Settings
@@ -40,7 +40,7 @@ def test_layout_of_random_graphs(seed) -> None:
     draws = random.Random(seed)
     nodes = [f"n{index}" for index in range(40)]
     arrows = list({(nodes[i], nodes[j]) for i, j in (sorted(draws.sample(range(40), 2)) for _ in range(60))})
-    found = layered(nodes, arrows)
+    found = place(nodes, arrows)
     assert all(found.layer[source] < found.layer[target] for source, target in arrows)
     rows = defaultdict(list)
     for node in nodes:
@@ -51,26 +51,26 @@ def test_layout_of_random_graphs(seed) -> None:
     for (source, target), bends in found.bends.items():
         assert len(bends) == found.layer[target] - found.layer[source] - 1
     assert min(found.column.values()) >= 0 and min(found.layer.values()) == 0
-    assert layered(nodes, arrows) == found
+    assert place(nodes, arrows) == found
 
 
 def test_layout_of_a_ladder_has_no_crossings_and_straight_lines() -> None:
     # Two chains whose nodes come mixed, and one arrow past them all.
     nodes = ["b0", "a0", "a1", "b1", "b2", "a2"]
     arrows = [("a0", "a1"), ("a1", "a2"), ("b0", "b1"), ("b1", "b2")]
-    found = layered(nodes, arrows)
+    found = place(nodes, arrows)
     for chain in ("a", "b"):
         assert len({round(found.column[f"{chain}{index}"], 6) for index in range(3)}) == 1
     # A source stands right above what reads it.
-    late = layered(["w", *nodes], [*arrows, ("w", "a2")])
+    late = place(["w", *nodes], [*arrows, ("w", "a2")])
     assert late.layer["w"] == late.layer["a2"] - 1
-    assert layered([], []).layer == {}
+    assert place([], []).layer == {}
 
 
 def test_merged_boxes_keep_what_costs(shown) -> None:
     for which, forward in (("before", shown.stock[0]), ("after", shown.forward.graph)):
-        whole = sketch(shown, which)
-        small = compact(whole)
+        whole = draw(shown, which)
+        small = merge_boxes(whole)
         assert len(small.boxes) < len(whole.boxes) * 2 / 3
         kept = {box.name for box in small.boxes if box.saved and box.kind == "node"}
         assert kept == {shown.names[name] for name in saved_storages(forward, 1)}
@@ -90,7 +90,7 @@ def test_what_is_merged() -> None:
     def merged(middle: Box) -> str:
         boxes = (box("x", kind="input", role="input"), middle, box("add"), box("mm", role="matmul"))
         arrows = (Arrow("x", "mul", False), Arrow("mul", "add", False), Arrow("add", "mm", False))
-        return ", ".join(found.title for found in compact(Sketch(boxes, arrows)).boxes)
+        return ", ".join(found.title for found in merge_boxes(Drawing(boxes, arrows)).boxes)
 
     assert merged(box("mul")) == "x, mul add, mm"
     assert merged(box("mul", role="view")) == "x, add, mm"
@@ -99,8 +99,8 @@ def test_what_is_merged() -> None:
 
 
 def test_svg(shown) -> None:
-    drawn = compact(sketch(shown, "after", "layers.1"))
-    svg = ElementTree.fromstring(draw(drawn))
+    drawn = merge_boxes(draw(shown, "after", "layers.1"))
+    svg = ElementTree.fromstring(format_svg(drawn))
     boxes = [group for group in svg.iter("g") if "box" in group.get("class", "")]
     assert len(boxes) == len(drawn.boxes)
     assert (
@@ -120,7 +120,7 @@ def test_svg(shown) -> None:
 
 @pytest.mark.parametrize("which", GRAPHS)
 def test_dot(which, shown, golden) -> None:
-    text = format_dot(sketch(shown, which), which)
+    text = format_dot(draw(shown, which), which)
     declared = set(re.findall(r'^    "([^"]+)" \[', text, re.M))
     assert {name for edge in re.findall(r'^  "([^"]+)" -> "([^"]+)"', text, re.M) for name in edge} <= declared
     if which == "after":

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from oasis_fx.inspect.sketch import Arrow, Box, Sketch
+from oasis_fx.inspect.drawing import Arrow, Box, Drawing
 
 _FILL = {"+": "palegreen", "-": "lightsalmon", "": "white"}
 
 
-def format_dot(drawn: Sketch, title: str = "graph") -> str:
+def format_dot(drawing: Drawing, title: str = "graph") -> str:
     """The source of a drawing: halves as clusters, saved values in bold, what passes added or removed in colour."""
-    saved = {box.name for box in drawn.boxes if box.saved}
+    saved = {box.name for box in drawing.boxes if box.saved}
     lines = [f"digraph {_quoted(title)} {{", '  node [shape=box, style=filled, fillcolor=white, fontname="Helvetica"];']
     for half in ("forward", "backward"):
-        boxes = [box for box in drawn.boxes if box.half == half]
+        boxes = [box for box in drawing.boxes if box.half == half]
         lines += [f"  subgraph {_quoted(f'cluster_{half}')} {{", f"    label={half};"]
         lines += [f"    {_node(box)}" for box in boxes]
         lines.append("  }")
-    lines += [f"  {_edge(arrow, arrow.source in saved)}" for arrow in drawn.arrows]
+    lines += [f"  {_edge(arrow, arrow.source in saved)}" for arrow in drawing.arrows]
     return "\n".join([*lines, "}"]) + "\n"
 
 

@@ -1,89 +1,117 @@
-"""A graph as an inline SVG: the forward half downwards on the left, the backward half upwards beside it."""
+"""What a drawing of a graph shows: boxes, and arrows between them; for Graphviz and for SVG."""
 
 from __future__ import annotations
 
-from html import escape
-from itertools import pairwise
+import operator
+from dataclasses import dataclass
 
-from oasis_fx.inspect.drawing_layout import Layout, layered
-from oasis_fx.inspect.sketch import Arrow, Box, Sketch
+from torch import fx
 
-_WIDTH, _HEIGHT = 144, 34  # of a box, in pixels
-_COLUMN, _ROW = 154, 58
-_MARGIN, _GAP = 12, 80
-_CLASSES = {"+": "added", "-": "removed"}
-
-
-def draw(drawn: Sketch) -> str:
-    """An ``<svg>`` element; the page gives colours to its classes added, removed, saved, again, input and outside."""
-    halves = {half: [box for box in drawn.boxes if box.half == half] for half in ("forward", "backward")}
-    layouts = {half: _lay_out(boxes, drawn.arrows) for half, boxes in halves.items()}
-    rows = max(1 + max(layout.layer.values(), default=0) for layout in layouts.values())
-    spot: dict[str, tuple[float, float]] = {}
-    paths: list[str] = []
-    left = float(_MARGIN)
-    heads = []
-    for half, layout in layouts.items():
-        if not layout.column:
-            continue
-        heads.append(f'<text class="half" x="{left:.0f}" y="16">{half}</text>')
-
-        def place(column: float, layer: int, half: str = half, left: float = left) -> tuple[float, float]:
-            row = layer if half == "forward" else rows - 1 - layer
-            return left + column * _COLUMN + _WIDTH / 2, 30 + row * _ROW + _HEIGHT / 2
-
-        spot |= {name: place(column, layout.layer[name]) for name, column in layout.column.items()}
-        for (source, target), bends in layout.bends.items():
-            points = [place(column, layout.layer[source] + 1 + index) for index, column in enumerate(bends)]
-            paths.append(_path([spot[source], *points, spot[target]], down=half == "forward"))
-        widest = max([*layout.column.values(), *(c for bends in layout.bends.values() for c in bends)])
-        left += (widest + 1) * _COLUMN + _GAP
-    saved = {box.name for box in drawn.boxes if box.saved}
-    crossing = [_crossing(a, spot, a.source in saved) for a in drawn.arrows if a.crossing]
-    boxes = [_box(box, *spot[box.name]) for box in drawn.boxes]
-    width, height = left - _GAP + _MARGIN, 30 + rows * _ROW
-    head = f'<svg viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}" role="img">'
-    return "\n".join([head, *heads, *paths, *crossing, *boxes, "</svg>"])
+from oasis_fx.graph.edits import value
+from oasis_fx.inspect.graphs import GraphSet
+from oasis_fx.inspect.nodes import NodeFacts
+from oasis_fx.inspect.printing import describe, operator_name
+from oasis_fx.memory.node_costs import is_matmul, readable_bytes, viewed
 
 
-def _lay_out(boxes: list[Box], arrows: tuple[Arrow, ...]) -> Layout:
-    names = [box.name for box in boxes]
-    inside = set(names)
-    return layered(names, [(a.source, a.target) for a in arrows if a.source in inside and a.target in inside])
+@dataclass(frozen=True)
+class Box:
+    """One node.
+
+    Attributes:
+        name: as printed; the key of the box.
+        title, detail: its two lines: operator, mark and the module of the weight, or what an input is; type, shape and
+            bytes.
+        hint: the rest: module and line.
+        role: ``"view"``, ``"item"`` of several results, ``"matmul"`` (attention and convolutions too), ``"other"``; of
+            an input, what it is, as in `oasis_fx.inspect.nodes.NodeFacts.part`.
+        half: ``"forward"`` or ``"backward"``; of an input, that of what reads it first.
+        kind: ``"node"``, ``"input"``, or ``"outside"`` for a value from elsewhere.
+        mark: as in `oasis_fx.inspect.nodes.NodeFacts`.
+        saved: for the backward pass.
+    """
+
+    name: str
+    title: str
+    detail: str
+    hint: str
+    role: str
+    half: str
+    kind: str
+    mark: str
+    saved: bool
 
 
-def _path(points: list[tuple[float, float]], *, down: bool) -> str:
-    """A smooth line from box to box, by way of the points between."""
-    reach = _HEIGHT / 2 if down else -_HEIGHT / 2
-    (x, y), (end_x, end_y) = points[0], points[-1]
-    points = [(x, y + reach), *points[1:-1], (end_x, end_y - reach)]
-    steps = [f"M{points[0][0]:.1f},{points[0][1]:.1f}"]
-    for (x, y), (next_x, next_y) in pairwise(points):
-        middle = (y + next_y) / 2
-        steps.append(f"C{x:.1f},{middle:.1f} {next_x:.1f},{middle:.1f} {next_x:.1f},{next_y:.1f}")
-    return f'<path class="arrow" d="{"".join(steps)}"/>'
+@dataclass(frozen=True)
+class Arrow:
+    """From a box to one that reads it; ``crossing``: from the forward to the backward half."""
+
+    source: str
+    target: str
+    crossing: bool
 
 
-def _crossing(arrow: Arrow, spot: dict[str, tuple[float, float]], saved: bool) -> str:
-    (x, y), (end_x, end_y) = spot[arrow.source], spot[arrow.target]
-    x, end_x = x + _WIDTH / 2, end_x - _WIDTH / 2
-    middle = (x + end_x) / 2
-    look = "saved" if saved else "again"
-    path = f"M{x:.1f},{y:.1f}C{middle:.1f},{y:.1f} {middle:.1f},{end_y:.1f} {end_x:.1f},{end_y:.1f}"
-    return (
-        f'<path class="arrow {look}" d="{path}"><title>{escape(arrow.source)} to {escape(arrow.target)}</title></path>'
-    )
+@dataclass(frozen=True)
+class Drawing:
+    """Boxes in the order of the graph, and the arrows between them."""
+
+    boxes: tuple[Box, ...]
+    arrows: tuple[Arrow, ...]
 
 
-def _box(box: Box, x: float, y: float) -> str:
-    classes = ["box", box.kind, _CLASSES.get(box.mark[:1], ""), "saved" if box.saved else ""]
-    return (
-        f'<g class="{" ".join(filter(None, classes))}"><title>{escape(box.hint)}: {escape(box.detail)}</title>'
-        f'<rect x="{x - _WIDTH / 2:.1f}" y="{y - _HEIGHT / 2:.1f}" width="{_WIDTH}" height="{_HEIGHT}" rx="4"/>'
-        f'<text x="{x:.1f}" y="{y - 3:.1f}">{escape(_cut(box.title, 22))}</text>'
-        f'<text class="detail" x="{x:.1f}" y="{y + 11:.1f}">{escape(_cut(box.detail, 26))}</text></g>'
-    )
+def draw(shown: GraphSet, which: str, only: str | None = None) -> Drawing:
+    """A box for each node of a graph; with ``only``, for each that belongs to it and for what these read."""
+    facts = shown.facts(which)
+    body = shown.nodes(which, only)
+    drawn = [node for node in body if node.op != "placeholder"]
+    halves = {node: _half(facts[node.name], which) for node in drawn}
+    if which == "backward":
+        halves |= {node: "forward" for node in body if node.op == "placeholder" and facts[node.name].saved}
+    inside = set(body)
+    for node in drawn:
+        for source in node.all_input_nodes:
+            halves.setdefault(source, halves[node])
+    order = {node: index for index, node in enumerate(shown.module(which).graph.nodes)}
+    boxes = [
+        _box(node, shown, facts[node.name], halves[node], node in inside)
+        for node in sorted(halves, key=order.__getitem__)
+    ]
+    arrows = [
+        Arrow(shown.names[source.name], shown.names[node.name], halves[source] != halves[node])
+        for node in drawn
+        for source in node.all_input_nodes
+    ]
+    return Drawing(tuple(boxes), tuple(arrows))
 
 
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+def _half(facts: NodeFacts, which: str) -> str:
+    return "backward" if which == "backward" or facts.part == "backward" else "forward"
+
+
+def _box(node: fx.Node, shown: GraphSet, facts: NodeFacts, half: str, inside: bool) -> Box:
+    is_input = node.op == "placeholder"
+    if is_input:
+        title = facts.weights[0] if facts.part == "weight" else facts.part
+    else:
+        of_one = facts.mark == "+G" or (facts.mark == "-" and facts.weights)
+        mark = facts.mark if len(facts.mark) > 1 else ""
+        title = " ".join(filter(None, (operator_name(node), mark, module_of(facts.weights[0]) if of_one else "")))
+    size = readable_bytes(facts.num_bytes) if facts.num_bytes else ""
+    hint = ", ".join(filter(None, (shown.names[node.name], facts.module, facts.line)))
+    kind = "input" if is_input else "node" if inside else "outside"
+    detail = " ".join(filter(None, (describe(value(node)), size)))
+    role = facts.part if is_input else _role(node)
+    return Box(shown.names[node.name], title, detail, hint, role, half, kind, facts.mark, facts.saved)
+
+
+def _role(node: fx.Node) -> str:
+    if viewed(node) is not None:
+        return "view"
+    if node.target is operator.getitem:
+        return "item"
+    return "matmul" if is_matmul(node) else "other"
+
+
+def module_of(weight: str) -> str:
+    """The last step of the path to a weight's module: ``q_proj`` of ``layers.0.q_proj.weight``; may be empty."""
+    return weight.rpartition(".")[0].rpartition(".")[2]

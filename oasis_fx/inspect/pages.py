@@ -12,10 +12,10 @@ from markupsafe import Markup
 
 from oasis_fx.compile.lowering import CompiledGraph
 from oasis_fx.inspect.block import typical_block
-from oasis_fx.inspect.compact import compact
 from oasis_fx.inspect.drawing import draw
 from oasis_fx.inspect.estimate import Estimate, estimate_dense
 from oasis_fx.inspect.graphs import GRAPHS, GraphSet, graphs, views
+from oasis_fx.inspect.merging import merge_boxes
 from oasis_fx.inspect.node_table import node_table
 from oasis_fx.inspect.printing import operator_name
 from oasis_fx.inspect.report import GraphReport, report
@@ -29,7 +29,7 @@ from oasis_fx.inspect.report_table import (
     totals_table,
     weight_table,
 )
-from oasis_fx.inspect.sketch import sketch
+from oasis_fx.inspect.svg import format_svg
 from oasis_fx.memory.node_costs import readable_bytes, saved_storages
 from oasis_fx.settings import Settings
 
@@ -136,8 +136,8 @@ def _with_estimates(table: Table, estimates: dict[str, Estimate]) -> Table:
 
 
 def _drawing(shown: GraphSet, which: str, only: str | None) -> Markup | None:
-    drawn = compact(sketch(shown, which, only))
-    return Markup(draw(drawn)) if 0 < len(drawn.boxes) <= _MOST_BOXES else None
+    drawing = merge_boxes(draw(shown, which, only))
+    return Markup(format_svg(drawing)) if 0 < len(drawing.boxes) <= _MOST_BOXES else None
 
 
 def _render(template: str, **context: Any) -> str:

@@ -15,7 +15,7 @@ _SWEEPS = 12
 
 
 @dataclass(frozen=True)
-class Layout:
+class Placement:
     """Places of a graph's nodes.
 
     Attributes:
@@ -29,8 +29,8 @@ class Layout:
     bends: Mapping[tuple[str, str], tuple[float, ...]]
 
 
-def layered(nodes: Sequence[str], arrows: Sequence[tuple[str, str]]) -> Layout:
-    """Lay out an acyclic graph; ``nodes`` are in an order in which all arrows point forward."""
+def place(nodes: Sequence[str], arrows: Sequence[tuple[str, str]]) -> Placement:
+    """Place the nodes of an acyclic graph; they are given in an order in which all arrows point forward."""
     layer = _layers(nodes, arrows)
     # Points: the nodes, and a bend of each arrow in each layer that it passes.
     rows: list[list[Hashable]] = [[] for _ in range(max(layer.values(), default=-1) + 1)]
@@ -53,7 +53,7 @@ def layered(nodes: Sequence[str], arrows: Sequence[tuple[str, str]]) -> Layout:
         (source, target): tuple(column[source, target, at] - left for at in range(layer[source] + 1, layer[target]))
         for source, target in arrows
     }
-    return Layout({node: column[node] - left for node in nodes}, layer, bends)
+    return Placement({node: column[node] - left for node in nodes}, layer, bends)
 
 
 def _layers(nodes: Sequence[str], arrows: Sequence[tuple[str, str]]) -> dict[str, int]:

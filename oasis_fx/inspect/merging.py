@@ -7,26 +7,26 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from oasis_fx.graph.runtime_inputs import RUNTIME_INPUTS
-from oasis_fx.inspect.sketch import Arrow, Box, Sketch, module_of
+from oasis_fx.inspect.drawing import Arrow, Box, Drawing, module_of
 
 _OF_THE_MODULE = ("weight", *RUNTIME_INPUTS, "parameter or buffer")
 
 
-def compact(drawn: Sketch) -> Sketch:
-    """Merge boxes of a drawing.
+def merge_boxes(drawing: Drawing) -> Drawing:
+    """Merge boxes of a drawing, so that a person can follow it.
 
     Views and items go into the box that they are of, weights into the titles of what reads them. A box of no matmul
     that is neither saved nor added nor removed goes into its reader, where it has one and that is no matmul: what is
     left is about what a compiler makes one kernel of.
     """
-    drawn = _merge(drawn, _made_by)
-    drawn = _name_weights(drawn)
-    return _merge(drawn, _read_by)
+    drawing = _merge(drawing, _made_by)
+    drawing = _name_weights(drawing)
+    return _merge(drawing, _read_by)
 
 
-def _merge(drawn: Sketch, into: Callable[[Sketch], dict[str, str]]) -> Sketch:
+def _merge(drawing: Drawing, into: Callable[[Drawing], dict[str, str]]) -> Drawing:
     """Put boxes into others; ``into`` gives the box that each goes into."""
-    homes = into(drawn)
+    homes = into(drawing)
 
     def home(name: str) -> str:
         while name in homes:
@@ -34,12 +34,12 @@ def _merge(drawn: Sketch, into: Callable[[Sketch], dict[str, str]]) -> Sketch:
         return name
 
     members: dict[str, list[Box]] = {}
-    for box in drawn.boxes:
+    for box in drawing.boxes:
         members.setdefault(home(box.name), []).append(box)
-    boxes = [_joined(box, members[box.name]) for box in drawn.boxes if box.name not in homes]
+    boxes = [_joined(box, members[box.name]) for box in drawing.boxes if box.name not in homes]
     half = {box.name: box.half for box in boxes}
-    ends = dict.fromkeys((home(arrow.source), home(arrow.target)) for arrow in drawn.arrows)
-    return Sketch(tuple(boxes), tuple(Arrow(s, t, half[s] != half[t]) for s, t in ends if s != t))
+    ends = dict.fromkeys((home(arrow.source), home(arrow.target)) for arrow in drawing.arrows)
+    return Drawing(tuple(boxes), tuple(Arrow(s, t, half[s] != half[t]) for s, t in ends if s != t))
 
 
 def _joined(box: Box, members: list[Box]) -> Box:
@@ -49,15 +49,15 @@ def _joined(box: Box, members: list[Box]) -> Box:
     return replace(box, title=title, hint=hint, saved=any(member.saved for member in members))
 
 
-def _made_by(drawn: Sketch) -> dict[str, str]:
-    boxes = {box.name: box for box in drawn.boxes}
-    return {a.target: a.source for a in drawn.arrows if boxes[a.target].role in ("view", "item")}
+def _made_by(drawing: Drawing) -> dict[str, str]:
+    boxes = {box.name: box for box in drawing.boxes}
+    return {a.target: a.source for a in drawing.arrows if boxes[a.target].role in ("view", "item")}
 
 
-def _read_by(drawn: Sketch) -> dict[str, str]:
-    boxes = {box.name: box for box in drawn.boxes}
+def _read_by(drawing: Drawing) -> dict[str, str]:
+    boxes = {box.name: box for box in drawing.boxes}
     readers: dict[str, list[str]] = {}
-    for arrow in drawn.arrows:
+    for arrow in drawing.arrows:
         readers.setdefault(arrow.source, []).append(arrow.target)
     return {
         name: found[0]
@@ -74,15 +74,15 @@ def _is_plain(box: Box) -> bool:
     return box.kind == "node" and box.role == "other" and not box.mark
 
 
-def _name_weights(drawn: Sketch) -> Sketch:
-    inputs = {box.name: box for box in drawn.boxes if box.role in _OF_THE_MODULE}
+def _name_weights(drawing: Drawing) -> Drawing:
+    inputs = {box.name: box for box in drawing.boxes if box.role in _OF_THE_MODULE}
     modules: dict[str, list[str]] = {}
-    for arrow in drawn.arrows:
+    for arrow in drawing.arrows:
         if arrow.source in inputs and inputs[arrow.source].role == "weight":
             modules.setdefault(arrow.target, []).append(module_of(inputs[arrow.source].title))
     boxes = [
         replace(box, title=" ".join(filter(None, (box.title, *modules.get(box.name, ())))))
-        for box in drawn.boxes
+        for box in drawing.boxes
         if box.name not in inputs
     ]
-    return Sketch(tuple(boxes), tuple(arrow for arrow in drawn.arrows if arrow.source not in inputs))
+    return Drawing(tuple(boxes), tuple(arrow for arrow in drawing.arrows if arrow.source not in inputs))
