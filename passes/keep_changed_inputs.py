@@ -60,7 +60,7 @@ def keep_changed_inputs(gm: fx.GraphModule, facts: JointFacts) -> JointFacts:
 
 
 def copies_not_made(graph: fx.Graph, num_forward_outputs: int) -> list[fx.Node]:
-    """The copies that have to be kept and that no forward output is computed from."""
+    """Return the copies that have to be kept and that no forward output is computed from."""
     made = ancestors(node for node in outputs(graph)[:num_forward_outputs] if isinstance(node, fx.Node))
     return [
         node

@@ -78,7 +78,7 @@ def _at_full_size(graph: fx.Graph, site: WeightGradient, blocks: Sequence[Mappin
 
 
 def full_size(graph: fx.Graph, g: fx.Node, basis: fx.Node) -> fx.Node:
-    """``G Q^T`` [m, n] in the dtype of G, whatever that of Q is."""
+    """Insert ``G Q^T`` [m, n] in the dtype of G, whatever that of Q is."""
     last = max(g, basis)
     if value(basis).dtype != value(g).dtype:
         basis = last = insert_after(graph, last, prims.convert_element_type.default, basis, value(g).dtype)
@@ -87,7 +87,7 @@ def full_size(graph: fx.Graph, g: fx.Node, basis: fx.Node) -> fx.Node:
 
 
 def as_stored(graph: fx.Graph, rows: fx.Node, sizes: Sequence[Any], inputs: LiftedWeight) -> fx.Node:
-    """[m, n] with the dimensions of the stored weight, which has ``sizes``."""
+    """Insert what gives a matrix [m, n] the dimensions of the stored weight, which has ``sizes``."""
     num_dims = len(sizes)
     in_order = [sizes[dim] for dim in rows_first(num_dims, inputs.features)]
     viewed = insert_after(graph, rows, aten.view.default, rows, in_order)

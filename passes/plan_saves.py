@@ -64,7 +64,7 @@ def plan_saves(gm: fx.GraphModule, facts: JointFacts) -> JointFacts:
 
 
 def cheapest_plan(graph: fx.Graph, num_forward_outputs: int, budget: int) -> SavePlan:
-    """The cheapest plan found that keeps at most ``budget`` bytes, or the one that keeps least where none does.
+    """Find the cheapest plan that keeps at most ``budget`` bytes, or the one that keeps least where none does.
 
     Raises:
         PassError: something that the backward pass demands can neither be kept nor recomputed.

@@ -64,7 +64,7 @@ def project_activations(gm: fx.GraphModule, facts: JointFacts) -> JointFacts:
 
 
 def projection_key(term: Contraction, basis: int) -> Hashable:
-    """What P depends on: the activation as the contraction names it, its patches, and the position of the basis."""
+    """Return what P depends on: the activation as the contraction names it, its patches, and the basis."""
     patches = None
     if term.kind is Kind.CONVOLUTION:
         _, _, weight, _, *geometry, _ = convolution_arguments(term)
@@ -73,8 +73,10 @@ def projection_key(term: Contraction, basis: int) -> Hashable:
 
 
 def convolution_arguments(term: Contraction) -> tuple[Any, ...]:
-    """Of the convolution_backward behind a contraction: dY, X, W, bias sizes, stride, padding, dilation,
-    transposed, output padding, groups, output mask."""
+    """Return the arguments of the convolution_backward behind a contraction.
+
+    They are dY, X, W, bias sizes, stride, padding, dilation, transposed, output padding, groups, output mask.
+    """
     return term.dense.all_input_nodes[0].args
 
 

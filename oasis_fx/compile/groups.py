@@ -81,7 +81,7 @@ def _as_based(
 
 
 def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
-    """Names of the weights of a graph: its parameters of at least two dimensions."""
+    """Return the names of a graph's weights: its parameters of at least two dimensions."""
     return [weight_name(node) for node in _weights(gm, example_inputs)]
 
 

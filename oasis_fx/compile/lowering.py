@@ -45,9 +45,9 @@ class CompiledGraph:
 
     Attributes:
         facts: what the passes over Dynamo's graph found.
-        trace: what the passes did; None while unknown, as when a compile cache had the result.
-        retrace: runs the passes again, without caches and code generation; None from it where nothing that the
-            graph returns needs gradients.
+        trace: what the passes over the joint graph did; None while unknown, as when a compile cache had the result.
+        retrace: runs the passes once more, without caches and code generation. It returns None where nothing that
+            the graph returns needs gradients.
         syncs: what averages gradients of the graph over ranks.
     """
 
@@ -181,7 +181,7 @@ def _retrace(
 
 
 def run_node_by_node(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
-    """In place of Inductor's code generation."""
+    """Run a graph node by node. It stands in for Inductor's code generation."""
     return make_boxed_func(fx.Interpreter(gm).run)
 
 

@@ -16,7 +16,7 @@ _ROOT = re.compile(r"^[LG]\['[^']*'\]")
 
 
 def weight_name(placeholder: fx.Node) -> str:
-    """The dotted path from the compiled module to a parameter, such as ``model.layers.0.mlp.up_proj.weight``.
+    """Return the dotted path from the compiled module to a parameter, such as ``model.layers.0.mlp.up_proj.weight``.
 
     Read off Dynamo's source text: ``L['self']._modules['fc']._parameters['weight']`` is ``fc.weight``.
     Where Dynamo gives none (a graph split for distributed training), it is read off the placeholder's own name.
@@ -29,7 +29,7 @@ def weight_name(placeholder: fx.Node) -> str:
 
 
 def without_wrappers(path: str) -> str:
-    """A dotted path without the steps that the user's own model does not have."""
+    """Drop the steps of a dotted path that the user's own model does not have."""
     return ".".join(step for step in path.split(".") if step not in _NO_STEP)
 
 
@@ -40,7 +40,7 @@ def _from_placeholder(name: str) -> str:
 
 
 def relative_name(name: str, to: str) -> str:
-    """``layers.0.k_proj.weight`` beside ``layers.0.q_proj.weight`` is ``k_proj``."""
+    """Shorten a name beside another: ``layers.0.k_proj.weight`` beside ``layers.0.q_proj.weight`` is ``k_proj``."""
     parts, others = name.split("."), to.split(".")
     while len(parts) > 1 and len(others) > 1 and parts[-1] == others[-1]:
         parts, others = parts[:-1], others[:-1]

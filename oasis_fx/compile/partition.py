@@ -36,7 +36,7 @@ Partitioner = Callable[[fx.GraphModule, int], Halves]  # of a joint graph, and h
 
 
 def torch_min_cut(joint_inputs: Sequence[Any] | None, static_inputs: Sequence[int], **kwargs: Any) -> Partitioner:
-    """Torch's partitioner, with the arguments that AOTAutograd gives it for the graph of one compile."""
+    """Return torch's partitioner, with the arguments that AOTAutograd gives it for the graph of one compile."""
 
     def partition(joint: fx.GraphModule, num_forward_outputs: int) -> Halves:
         return min_cut_rematerialization_partition(
@@ -51,7 +51,7 @@ def torch_min_cut(joint_inputs: Sequence[Any] | None, static_inputs: Sequence[in
 
 
 def torch_min_cut_later(static_inputs: Sequence[int]) -> Partitioner:
-    """Torch's partitioner for a graph whose compile is over, as reports and plans want it."""
+    """Return torch's partitioner for a graph whose compile is over, as reports and plans want it."""
     min_cut = torch_min_cut(None, static_inputs)
 
     def partition(joint: fx.GraphModule, num_forward_outputs: int) -> Halves:
@@ -62,7 +62,7 @@ def torch_min_cut_later(static_inputs: Sequence[int]) -> Partitioner:
 
 
 def keeping_copies(partition: Partitioner) -> Partitioner:
-    """The same partitioner, made to keep the copies of `oasis_fx.passes.keep_changed_inputs`."""
+    """Return a partitioner that also keeps the copies of `oasis_fx.passes.keep_changed_inputs`."""
 
     def keeping(joint: fx.GraphModule, num_forward_outputs: int) -> Halves:
         copies = copies_not_made(joint.graph, num_forward_outputs)
@@ -144,7 +144,7 @@ def partition_making(
 ) -> Halves:
     """Partition ``joint`` so that ``nodes``, which no forward output is computed from, can be kept.
 
-    Torch's partitioner keeps only what the forward pass makes anyway: they are among its outputs while it works.
+    Torch's partitioner keeps only what the forward pass makes anyway: the nodes are among its outputs while it works.
     """
     _insert_outputs(joint.graph, num_forward_outputs, nodes)
     forward, backward = partition(joint, num_forward_outputs + len(nodes))

@@ -32,13 +32,13 @@ class JointPartitioner(CustomPartitionerFn):  # type: ignore[misc]
         return partition_joint(gm, joint_inputs, lifted=self.lifted, budget=self.budget, **kwargs)
 
     def uuid(self) -> str:
-        """Identity of this rewrite: our sources and what the passes are asked to rewrite."""
+        """Return the identity of this rewrite: a hash of our sources and of what the passes are asked to rewrite."""
         return hashlib.sha256(f"{sources_digest()} {self.lifted!r} {self.budget!r}".encode()).hexdigest()
 
 
 @cache
 def sources_digest() -> str:
-    """Hash of every source file of ours, by the names of their modules: equal for a wheel and an editable install."""
+    """Hash all source files of ours by the names of their modules: a wheel and an editable install have one hash."""
     sources: dict[str, bytes] = {}
     for package in (oasis_fx, oasis_fx.passes, oasis_fx.runtime):
         for folder in map(Path, package.__path__):

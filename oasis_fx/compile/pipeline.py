@@ -36,7 +36,7 @@ Pass = Callable[[fx.GraphModule, Facts], Facts]
 
 
 def dynamo_passes(example_inputs: Sequence[Any], settings: Settings) -> tuple[Pass[DynamoFacts], ...]:
-    """Over Dynamo's graph: which weights get a basis, and inputs for what the runtime lends."""
+    """List what happens to Dynamo's graph: weights are chosen, and inputs added for what the runtime lends."""
     return (
         inline_regions,
         # Which weights read one activation (the analysis group_by_activation), and so share a basis.
@@ -47,20 +47,20 @@ def dynamo_passes(example_inputs: Sequence[Any], settings: Settings) -> tuple[Pa
 
 
 def joint_passes(lifted: Sequence[LiftedWeight]) -> tuple[Pass[JointFacts], ...]:
-    """Over the joint graph: low-rank gradients in place of dense ones."""
+    """List what happens to the joint graph: low-rank gradients take the place of dense ones."""
     if any(weight.rule.of_gradient for weight in lifted):
         return (find_dense_gradients, project_gradients, remove_dead_code)  # G = dW Q
     return (find_weight_gradients, project_activations, low_rank_gradients, remove_dead_code)  # G = dY^T X Q
 
 
 def partition_passes(budget: int | float | None, partition: Partitioner) -> tuple[Pass[JointFacts], ...]:
-    """Over the joint graph: what the forward half keeps for the backward half, and the two halves."""
+    """List how the joint graph is split: what the forward half keeps for the backward half is decided first."""
     plan = () if budget is None else (partial(allow_bytes, budget=budget, partition=partition), plan_saves)
     return (*plan, partial(split, partition=partition))
 
 
 def backward_passes() -> tuple[Pass[JointFacts], ...]:
-    """Over the backward graph: an order in which activations can go as soon as possible."""
+    """List what happens to the backward graph: it gets an order in which activations can go as soon as possible."""
     return (early_statistics,)
 
 
@@ -112,7 +112,7 @@ def run_passes(gm: fx.GraphModule, facts: Facts, passes: Sequence[Pass[Facts]]) 
 
 
 def remove_dead_code(gm: fx.GraphModule, facts: JointFacts) -> JointFacts:
-    """Remove the dense gradients that have been replaced; nothing where none has been."""
+    """Remove the dense gradients that have been replaced. A graph in which none was replaced stays as it is."""
     if facts.sites:
         gm.graph.eliminate_dead_code()
     return facts

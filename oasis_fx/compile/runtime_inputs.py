@@ -43,7 +43,7 @@ def describe_runtime_inputs(
 
 
 def layout_of(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) -> RuntimeInputs:
-    """Which inputs the runtime lends to a graph for ``groups``, behind the ``num_inputs`` of its own."""
+    """Decide which inputs the runtime lends to a graph for ``groups``, behind the ``num_inputs`` of its own."""
     spec, rule = groups[0].spec, groups[0].spec.rule  # of one backend, so of all groups
     energy = isinstance(rule, StatisticRule) and (stats or rule.needs_energy or spec.budget is not None)
     num_weights = sum(len(group.weights) for group in groups)
@@ -51,7 +51,7 @@ def layout_of(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) -> Ru
 
 
 def lifted_weights(groups: Sequence[WeightGroup], layout: RuntimeInputs) -> tuple[LiftedWeight, ...]:
-    """The weights of all groups, with the positions of the runtime's inputs for them."""
+    """Return the weights of all groups, with the positions of the runtime's inputs for them."""
     rule = groups[0].spec.rule
     projection = ProjectionRule(rule.on == "gradient", isinstance(rule, StatisticRule), rule.dense)
     slots = iter(layout.positions("slot"))
@@ -73,7 +73,7 @@ def lifted_weights(groups: Sequence[WeightGroup], layout: RuntimeInputs) -> tupl
 def fake_runtime_inputs(
     groups: Sequence[WeightGroup], example_inputs: Sequence[Any], layout: RuntimeInputs
 ) -> dict[str, torch.Tensor]:
-    """Fake runtime inputs in the fake mode of the compile, by name and in order.
+    """Make fake runtime inputs in the fake mode of the compile, by name and in order.
 
     Their sizes are those of the fake weights, symbols too, so that a graph made for weights of any size takes bases of
     any size. They have no source to guard on.
@@ -99,7 +99,11 @@ def fake_runtime_inputs(
 
 
 def _averaging(members: Sequence[torch.Tensor], ddp: DistributedDataParallel | None) -> GradientSync | None:
-    """What averages the gradients of a group over ranks. Refuses those under DDP that nothing does."""
+    """Return what averages the gradients of a group over ranks; None in a run of one process.
+
+    Raises:
+        RuntimeError: the model runs under DDP, and nothing averages the gradients of a weight.
+    """
     syncs = [sync_of(weight) for weight in members]
     if ddp is not None:
         if None in syncs:

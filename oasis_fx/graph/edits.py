@@ -18,17 +18,17 @@ prims = torch.ops.prims
 
 
 def value(node: fx.Node) -> Any:
-    """The fake value of a node: AOTAutograd's ``val``, or Dynamo's ``example_value``."""
+    """Return the fake value of a node: AOTAutograd's ``val``, or Dynamo's ``example_value``."""
     return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
 
 
 def shape(node: fx.Node) -> tuple[Any, ...]:
-    """The shape of a tensor node; sizes are ints or SymInts."""
+    """Return the shape of a tensor node; sizes are ints or SymInts."""
     return tuple(value(node).shape)
 
 
 def outputs(graph: fx.Graph) -> list[Any]:
-    """The output values of a graph (nodes, numbers or None) as a flat list."""
+    """Return the output values of a graph (nodes, numbers or None) as a flat list."""
     return list(graph.output_node().args[0])  # type: ignore[arg-type]
 
 
@@ -41,7 +41,7 @@ def set_output(graph: fx.Graph, position: int, node: fx.Node | None) -> None:
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose graph can be changed; fake values are shared, node names are kept."""
+    """Copy a graph so that the copy can be changed; fake values are shared, node names are kept."""
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
     graph.output(output)
@@ -50,7 +50,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph of Dynamo that can be changed; Dynamo reads its own again after the backend has returned."""
+    """Copy a graph of Dynamo so that the copy can be changed: Dynamo reads its own after the backend has returned."""
     copied = copy_graph(gm)
     copy_dynamo_attributes(gm, copied)
     for node in copied.graph.nodes:
@@ -59,7 +59,7 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def dependents(sources: Iterable[fx.Node]) -> set[fx.Node]:
-    """All nodes that are computed from ``sources``, these included."""
+    """Return all nodes that are computed from ``sources``, these included."""
     found = set(sources)
     pending = list(found)
     while pending:
@@ -71,7 +71,7 @@ def dependents(sources: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """All nodes that ``nodes`` are computed from, these included."""
+    """Return all nodes that ``nodes`` are computed from, these included."""
     found: set[fx.Node] = set()
     pending = list(nodes)
     while pending:

@@ -17,47 +17,47 @@ LINEAR: Features = (1, 2)
 
 
 def num_features(shape: Sequence[int], features: Features) -> int:
-    """n: the number of rows of the basis."""
+    """Return n, the number of features: the product of the sizes of the dimensions that are features."""
     return math.prod(shape[features[0] : features[1]])
 
 
 def num_rows(shape: Sequence[int], features: Features) -> int:
-    """m: the number of rows of the low-rank gradient; those of all experts together."""
+    """Return m, the number of rows of the low-rank gradient, those of all experts together."""
     return math.prod(shape[: features[0]]) * math.prod(shape[features[1] :])
 
 
 def smaller_side(shape: Sequence[int], features: Features) -> Features:
-    """The features of a weight, or its rows in their place where these are fewer and stand side by side."""
+    """Return the features of a weight, or its rows in their place where these are fewer and stand side by side."""
     start, stop = features
     others = (0, start) if stop == len(shape) else (stop, len(shape)) if start == 0 else features
     return others if num_features(shape, others) < num_features(shape, features) else features
 
 
 def row_dims(num_dims: int, features: Features) -> list[int]:
-    """The dimensions of a weight that are rows, in order."""
+    """Return the dimensions of a weight that are rows, in order."""
     start, stop = features
     return [*range(start), *range(stop, num_dims)]
 
 
 def rows_first(num_dims: int, features: Features) -> list[int]:
-    """The permutation of a weight's dimensions that puts its rows in front of its features."""
+    """Return the permutation of a weight's dimensions that puts its rows in front of its features."""
     return [*row_dims(num_dims, features), *range(*features)]
 
 
 def stored_order(num_dims: int, features: Features) -> list[int]:
-    """The permutation that takes dimensions in the order of `rows_first` back to the order of the stored weight."""
+    """Return the permutation that takes dimensions in the order of `rows_first` back to that of the stored weight."""
     order = rows_first(num_dims, features)
     return sorted(range(num_dims), key=order.__getitem__)
 
 
 def as_rows(tensor: torch.Tensor, features: Features) -> torch.Tensor:
-    """A tensor of the weight's shape as [m, n]; a view where strides allow."""
+    """Return a tensor of the weight's shape as [m, n]; it is a view where strides allow one."""
     n = num_features(tensor.shape, features)
     return tensor.permute(rows_first(tensor.dim(), features)).reshape(num_rows(tensor.shape, features), n)
 
 
 def from_rows(rows: torch.Tensor, shape: Sequence[int], features: Features) -> torch.Tensor:
-    """[m, n] as a tensor of the weight's shape."""
+    """Return a matrix [m, n] as a tensor of the weight's shape."""
     sizes = [shape[dim] for dim in rows_first(len(shape), features)]
     return rows.view(sizes).permute(stored_order(len(shape), features))
 
@@ -65,7 +65,7 @@ def from_rows(rows: torch.Tensor, shape: Sequence[int], features: Features) -> t
 def add_product_(
     weight: torch.Tensor, u: torch.Tensor, basis: torch.Tensor, features: Features, *, beta: float, alpha: float
 ) -> None:
-    """``weight = beta weight + alpha U Q^T`` in place, for U [m, r] and Q [n, r]."""
+    """Compute ``weight = beta weight + alpha U Q^T`` in place, for U [m, r] and Q [n, r]."""
     rows = rows_view(weight, features)
     if rows is not None:
         rows.addmm_(u, basis.T, beta=beta, alpha=alpha)
@@ -79,9 +79,9 @@ def add_product_(
 
 
 def rows_view(weight: torch.Tensor, features: Features) -> torch.Tensor | None:
-    """The weight as a view [m, n]; None where strides do not allow one.
+    """Return the weight as a view [m, n]; None where strides do not allow one.
 
-    So it is of experts stored [experts, n, m], and of convolutions with channels last.
+    They do not for experts stored [experts, n, m], nor for convolutions with channels last.
     """
     try:
         return weight.permute(rows_first(weight.dim(), features)).view(-1, num_features(weight.shape, features))

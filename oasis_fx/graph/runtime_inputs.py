@@ -32,28 +32,28 @@ class RuntimeInputs:
     has_control: bool
 
     def positions(self, kind: str) -> range:
-        """The positions of all inputs of one kind in `RUNTIME_INPUTS`: one a group, or one a weight for slots."""
+        """Return the positions of all inputs of one kind of `RUNTIME_INPUTS`: one a group; of slots one a weight."""
         earlier = RUNTIME_INPUTS[: RUNTIME_INPUTS.index(kind)]
         start = self.first + sum(map(self._count, earlier))
         return range(start, start + self._count(kind))
 
     def position(self, kind: str, index: int) -> int | None:
-        """The position of one input; None where the graph takes none of that kind."""
+        """Return the position of one input; None where the graph takes none of that kind."""
         positions = self.positions(kind)
         return positions[index] if positions else None
 
     def names(self) -> dict[int, str]:
-        """A name for each input, such as ``basis_0``, by position and in order."""
+        """Return a name for each input, such as ``basis_0``, by position and in order."""
         return {at: f"{kind}_{index}" for kind in RUNTIME_INPUTS for index, at in enumerate(self.positions(kind))}
 
     def kinds(self) -> dict[int, str]:
-        """The kind of each input, by position and in order."""
+        """Return the kind of each input, by position and in order."""
         return {at: kind for kind in RUNTIME_INPUTS for at in self.positions(kind)}
 
     def in_order(
         self, *, basis: Sequence[T], slot: Sequence[T], energy: Sequence[T] = (), control: Sequence[T] = ()
     ) -> tuple[T, ...]:
-        """Values for all of the inputs, in order. Energies that the graph does not take are left out."""
+        """Return the values of all inputs in order. Energies and controls that the graph does not take are left out."""
         return *basis, *(energy if self.has_energy else ()), *(control if self.has_control else ()), *slot
 
     def _count(self, kind: str) -> int:

@@ -1,4 +1,4 @@
-"""Verify a graph after a pass: each operator is run again on fake values."""
+"""Verify a graph after a pass: each operator is run once more, on fake values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PassError(Exception):
 def check_graph(pass_name: str, graph: fx.Graph, nodes: Iterable[fx.Node] | None = None) -> None:
     """Verify a graph, or some nodes of it, after a pass.
 
-    Each operator is run again on its inputs' fake values; shape, dtype and device must be those that
+    Each operator is run once more, on its inputs' fake values; shape, dtype and device must be those that
     the node claims. Operators without a schema (higher-order ones) are taken at their word.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def typical_block(weights: Sequence[str]) -> str | None:
-    """The module of a numbered list that holds the first weight and at least one other, such as ``model.layers.0``.
+    """Find the module of a numbered list that holds the first weight and at least one more, like ``model.layers.0``.
 
     None where there is no such module: the model is a block itself.
     """

@@ -47,7 +47,7 @@ class Decision:
 
 
 def decisions(trace: Trace) -> tuple[Decision, ...]:
-    """The decisions of one graph, in the order of its forward pass."""
+    """Return the decisions of one graph, in the order of its forward pass."""
     joint, forward, backward = trace.after.graph, trace.forward.graph, trace.backward.graph
     saved = saved_storages(forward, trace.num_forward_outputs)
     made_in_backward = {node.name for node in backward.nodes if node.op == "call_function"}

@@ -14,7 +14,7 @@ _MARKS = {"equal": " ", "delete": "<", "insert": ">", "replace": "|"}
 
 
 def wants_color(choice: str, stream: TextIO) -> bool:
-    """Whether to colour what goes to ``stream``: ``auto`` does on a terminal, unless NO_COLOR is set."""
+    """Tell whether to colour what goes to ``stream``: ``auto`` does on a terminal, unless NO_COLOR is set."""
     return choice == "always" or (choice == "auto" and stream.isatty() and not os.environ.get("NO_COLOR"))
 
 

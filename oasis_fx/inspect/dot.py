@@ -8,7 +8,7 @@ _FILL = {"+": "palegreen", "-": "lightsalmon", "": "white"}
 
 
 def format_dot(drawing: Drawing, title: str = "graph") -> str:
-    """The source of a drawing: halves as clusters, saved values in bold, what passes added or removed in colour."""
+    """Return a drawing in Graphviz' language: halves are clusters, saved values bold, what passes changed coloured."""
     saved = {box.name for box in drawing.boxes if box.saved}
     lines = [f"digraph {_quoted(title)} {{", '  node [shape=box, style=filled, fillcolor=white, fontname="Helvetica"];']
     for half in ("forward", "backward"):

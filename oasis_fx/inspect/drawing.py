@@ -16,7 +16,7 @@ from oasis_fx.memory.node_costs import is_matmul, readable_bytes, viewed
 
 @dataclass(frozen=True)
 class Box:
-    """One node.
+    """One node of a graph as a drawing shows it.
 
     Attributes:
         name: as printed; the key of the box.
@@ -44,7 +44,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Arrow:
-    """From a box to one that reads it; ``crossing``: from the forward to the backward half."""
+    """An arrow from a box to one that reads it; ``crossing`` if it goes from the forward to the backward half."""
 
     source: str
     target: str
@@ -60,7 +60,7 @@ class Drawing:
 
 
 def draw(shown: GraphSet, which: str, only: str | None = None) -> Drawing:
-    """A box for each node of a graph; with ``only``, for each that belongs to it and for what these read."""
+    """Draw a box for each node of a graph; with ``only``, for each that belongs to it and for what these read."""
     facts = shown.facts(which)
     body = shown.nodes(which, only)
     drawn = [node for node in body if node.op != "placeholder"]
@@ -113,5 +113,5 @@ def _role(node: fx.Node) -> str:
 
 
 def module_of(weight: str) -> str:
-    """The last step of the path to a weight's module: ``q_proj`` of ``layers.0.q_proj.weight``; may be empty."""
+    """Return the last step of the path to a weight's module: ``q_proj`` of ``layers.0.q_proj.weight``; may be empty."""
     return weight.rpartition(".")[0].rpartition(".")[2]

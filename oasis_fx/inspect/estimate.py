@@ -16,7 +16,7 @@ from oasis_fx.passes.find_weight_gradients import find_weight_gradients
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one weight by itself, in bytes. An activation that something else of the backward pass reads stays anyway.
+    """What one weight by itself would save, in bytes. An activation that the backward pass reads elsewhere stays.
 
     Attributes:
         activation: N n of what it reads, as far as that is kept for the backward pass now.
@@ -28,12 +28,12 @@ class Estimate:
 
     @property
     def saved(self) -> int:
-        """What would be kept no longer; never less than 0."""
+        """The bytes that would no longer be kept; never less than 0."""
         return max(0, self.activation - self.projection)
 
 
 def estimate_dense(shown: GraphSet, rank_of: Callable[[str, int], int | None]) -> dict[str, Estimate]:
-    """Estimates by weight name, for the weights whose dense gradient is a matmul of an activation; for no others.
+    """Estimate, by weight name, what the weights would save whose dense gradient is a matmul of an activation.
 
     Args:
         rank_of: the rank for a weight's name and in_features, as `Settings.rank_of`; None for it gives no estimate.

@@ -42,7 +42,7 @@ class GraphSet:
     trace: Trace = field(repr=False)
 
     def text(self, which: str, *, only: str | None = None, notes: bool = True) -> str:
-        """One of the graphs as Python.
+        """Print one of the graphs as Python.
 
         Args:
             only: show what belongs to a module or weight, given by its name, the end of its path or a glob.
@@ -62,17 +62,21 @@ class GraphSet:
         return text if only is None else head + text
 
     def module(self, which: str) -> fx.GraphModule:
-        """The graph module of that name; ValueError where there is none."""
+        """Return the graph module of that name.
+
+        Raises:
+            ValueError: there is none.
+        """
         if which not in GRAPHS:
             raise ValueError(f"graph is {which!r}: it must be one of {', '.join(map(repr, GRAPHS))}")
         return getattr(self, which)
 
     def nodes(self, which: str, only: str | None = None) -> list[fx.Node]:
-        """The nodes of a graph but its output; with ``only`` those that belong to that module or weight."""
+        """Return the nodes of a graph but its output; with ``only`` those that belong to that module or weight."""
         return select(self.module(which).graph.nodes, self.facts(which), only)
 
     def facts(self, which: str) -> dict[str, NodeFacts]:
-        """What is known of the nodes of a graph, by node name."""
+        """Return what is known of the nodes of a graph, by node name."""
         return self._facts_before if which == "before" else self._facts_after
 
     @cached_property
@@ -108,7 +112,7 @@ class GraphSet:
 
 
 def stock_halves(trace: Trace, share: float | None = None) -> tuple[fx.Graph, fx.Graph]:
-    """The forward and the backward graph that stock `torch.compile` would run.
+    """Return the forward and the backward graph that stock `torch.compile` would run.
 
     Args:
         share: of what torch's own partitioner would keep for the backward pass; None: torch's setting of now.
@@ -120,12 +124,12 @@ def stock_halves(trace: Trace, share: float | None = None) -> tuple[fx.Graph, fx
 
 
 def graphs(records: Sequence[CompiledGraph]) -> list[GraphSet]:
-    """The graphs of each record that has a weight in a subspace; the others went to the inner compiler as they were."""
+    """Return the graphs of each record that has a weight in a subspace; the passes saw no others."""
     return [_graph_set(record, trace) for record in records if (trace := trace_of(record)) is not None]
 
 
 def views(sets: Sequence[GraphSet], chosen: Sequence[str], only: str | None = None) -> list[tuple[str, GraphSet, str]]:
-    """What to show: a title, the set and the name of each chosen graph, less those without a node of ``only``.
+    """Choose what to show: a title, the set and the name of each graph in ``chosen`` that has a node of ``only``.
 
     Raises:
         ValueError: no graph has one.
@@ -142,7 +146,7 @@ def views(sets: Sequence[GraphSet], chosen: Sequence[str], only: str | None = No
 
 
 def trace_of(record: CompiledGraph) -> Trace | None:
-    """What the passes did to a graph. They run once more if a compile cache had the result; None without any group."""
+    """Return what the passes did to a graph; they run once more if a cache had the result. None without any group."""
     if record.trace is None and record.retrace is not None:
         record.trace = record.retrace()
     return record.trace

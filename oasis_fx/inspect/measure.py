@@ -11,9 +11,9 @@ from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 
 
 def saved_for_backward_bytes(output: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> int:
-    """Bytes that the autograd graph behind ``output`` keeps for the backward pass.
+    """Measure the bytes that the autograd graph behind ``output`` keeps for the backward pass.
 
-    Each storage counts once. Saved-tensor hooks would measure the same, but make `torch.compile` compile again.
+    Each storage counts once. Saved-tensor hooks would measure the same, but make `torch.compile` compile anew.
 
     Args:
         output: the loss, before `backward()`.
@@ -36,13 +36,13 @@ def saved_for_backward_bytes(output: torch.Tensor, known: Iterable[torch.Tensor]
 
 
 def gradient_bytes(parameters: Iterable[torch.Tensor]) -> int:
-    """Bytes of the gradients that are stored now; a low-rank gradient counts its factor."""
+    """Count the bytes of the gradients that are stored now; a low-rank gradient counts its factor."""
     gradients = (parameter.grad for parameter in parameters if parameter.grad is not None)
     return sum((g.factor if isinstance(g, LowRankGrad) else g).nbytes for g in gradients)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state, bases included; each storage counts once."""
+    """Count the bytes of an optimizer's state, bases included; each storage counts once."""
     tensors = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
     return sum({_storage(t).data_ptr(): _storage(t).nbytes() for t in tensors}.values())
 

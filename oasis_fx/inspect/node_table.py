@@ -19,7 +19,7 @@ _HEADERS = ("name", "operator", "shape", "dtype", "bytes", "part", "saved", "mar
 
 
 def node_table(shown: GraphSet, which: str, only: str | None = None) -> Table:
-    """The nodes of a graph, or those that belong to ``only``."""
+    """Make a table of the nodes of a graph, or of those that belong to ``only``."""
     facts = shown.facts(which)
     rows = [_row(shown.names[node.name], node, facts[node.name]) for node in shown.nodes(which, only)]
     return Table(_HEADERS, rows, (_HEADERS.index("bytes"),))

@@ -36,7 +36,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """One node of a graph.
+    """What a reader wants to know of one node of a graph.
 
     Attributes:
         part: ``"forward"``, ``"backward"``, or ``"both"`` where the backward pass recomputes it; of an input what it
@@ -60,12 +60,12 @@ class NodeFacts:
     line: str
 
     def belongs_to(self, pattern: str) -> bool:
-        """Whether its module, or one of its weights, is or lies in what ``pattern`` names, as in `within`."""
+        """Tell whether its module, or one of its weights, is or lies in what ``pattern`` names, as in `within`."""
         return any(within(name, pattern) for name in (self.module, *self.weights) if name)
 
 
 def within(name: str, pattern: str) -> bool:
-    """Whether a dotted name is, or lies in, what a glob names; the glob may leave out the front of the path.
+    """Tell whether a dotted name is, or lies in, what a glob names; the glob may leave out the front of the path.
 
     ``layers.3`` names ``model.layers.3.mlp``, and not ``model.layers.30``.
     """
@@ -73,7 +73,7 @@ def within(name: str, pattern: str) -> bool:
 
 
 def module_path(node: fx.Node) -> str:
-    """Dotted path of the innermost module that a node is from; empty where torch kept none."""
+    """Return the dotted path of the innermost module that a node is from; empty where torch kept none."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""
@@ -82,7 +82,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """``file.py:12 code`` of the innermost frame outside of torch that a node is from; empty where there is none."""
+    """Return the user's innermost line that a node is from, as ``file.py:12 code``; empty where there is none."""
     if node.meta.get("is_gradient_acc"):
         return ""  # autograd's own sum: it bears the trace of whatever ran last
     frames = [frame for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if not frame[0].startswith(_TORCH)]
@@ -115,7 +115,7 @@ def joint_facts(
     weights: Mapping[str, tuple[str, ...]],
     kinds: Mapping[str, str],
 ) -> dict[str, NodeFacts]:
-    """Facts by node name, for a joint graph and its two partitions.
+    """Collect facts by node name, for a joint graph and its two halves.
 
     Args:
         num_forward_outputs: how many of the joint graph's outputs the user's forward pass returns.
@@ -149,7 +149,7 @@ def joint_facts(
 def marks_and_weights(
     trace: Trace, names: Mapping[int, str], lifted: Sequence[LiftedWeight]
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """What the passes added and removed, and the weights that nodes are about, both by node name."""
+    """Find what the passes added and removed, and the weights that nodes are about, both by node name."""
     known = [{node.name for node in gm.graph.nodes} for gm in (trace.before, trace.after)]
     marks = dict.fromkeys(known[0] - known[1], "-") | dict.fromkeys(known[1] - known[0], "+")
     placeholders = {at: node.name for at, node in input_placeholders(trace.after.graph).items()}
@@ -174,7 +174,7 @@ def marks_and_weights(
 
 
 def input_kinds(trace: Trace, names: Mapping[int, str], layout: RuntimeInputs | None) -> dict[str, str]:
-    """What each input is, by node name, where it is more than an input."""
+    """Tell what each input is, by node name, where it is more than an input."""
     inputs = list(trace.after.graph.find_nodes(op="placeholder"))
     placeholders = input_placeholders(trace.after.graph)
     kinds = {inputs[position].name: "parameter or buffer" for position in trace.static_inputs}
@@ -209,7 +209,7 @@ def _is_basis(given: object, basis: str) -> bool:
 
 
 def first_backward_node(joint: fx.Graph) -> fx.Node | None:
-    """Where the backward half of a joint graph begins: the first node that reads an incoming gradient."""
+    """Find where the backward half of a joint graph begins: the first node that reads an incoming gradient."""
     reads = (node for node in joint.nodes if any(map(_from_outside, node.all_input_nodes)) and node.op != "output")
     return next(reads, None)
 
@@ -219,7 +219,7 @@ def _from_outside(node: fx.Node) -> bool:
 
 
 def select(nodes: Iterable[fx.Node], facts: Mapping[str, NodeFacts], pattern: str | None) -> list[fx.Node]:
-    """The nodes that belong to ``pattern``; all of them for None; the output node never."""
+    """Return the nodes that belong to ``pattern``; all of them for None; the output node never."""
     return [
         node
         for node in nodes

@@ -41,7 +41,7 @@ class Notes:
         self._place = ("", "")
 
     def behind(self, node: fx.Node) -> str:
-        """Behind an argument or a statement: its size, and what is not as usual with it."""
+        """Return the comment behind an argument or a statement: its size, and what is not as usual with it."""
         facts = self._facts.get(node.name)
         if facts is None:
             return ""
@@ -62,7 +62,7 @@ class Notes:
         return f"  # {', '.join(found)}" if found else ""
 
     def ahead(self, node: fx.Node) -> Iterator[str]:
-        """Lines ahead of a statement, where another part of the graph or another line of the user's begins."""
+        """Yield the comments ahead of a statement, where another part of the graph or line of the user's begins."""
         facts = self._facts.get(node.name)
         if facts is None:
             return
@@ -78,7 +78,7 @@ class Notes:
             yield f"# {', '.join(filter(None, (module, facts.line)))}"
 
     def saved(self) -> Iterator[str]:
-        """What is saved for the backward pass, once."""
+        """Yield what is saved for the backward pass, at the first call only."""
         if self._saved:
             owners = {storage_node(node): node for node in self._saved}
             total = sum(self._facts[node.name].num_bytes for node in owners if node.op != "placeholder")
@@ -92,6 +92,6 @@ class Notes:
 
 
 def returned(texts: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """A return statement with a comment behind each value."""
+    """Return the lines of a return statement with a comment behind each value."""
     lines = [f"    {text},  # {label}" if label else f"    {text}," for text, label in zip(texts, labels, strict=True)]
     return ["return (", *lines, ")"]

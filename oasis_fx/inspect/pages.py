@@ -47,7 +47,7 @@ class Bar:
 
 
 def report_page(records: Sequence[CompiledGraph], settings: Settings, *, title: str, only: str | None = None) -> str:
-    """The report as a page: tables, bars of saved bytes, a drawing of one block before and after.
+    """Return the report as a page: tables, bars of saved bytes, a drawing of one block before and after.
 
     Args:
         settings: those of the records, for the ranks of weights that were left alone.
@@ -68,7 +68,7 @@ def report_page(records: Sequence[CompiledGraph], settings: Settings, *, title: 
 def graphs_page(
     sets: Sequence[GraphSet], *, title: str, which: Sequence[str] = GRAPHS, only: str | None = None, note: str = ""
 ) -> str:
-    """Graphs as a page: a drawing and a table of the nodes of each.
+    """Return graphs as a page: a drawing and a table of the nodes of each.
 
     Raises:
         ValueError: nothing belongs to ``only``.
@@ -83,7 +83,7 @@ def graphs_page(
 
 
 def saved_by_operator(shown: GraphSet) -> list[Bar]:
-    """What is kept for the backward pass before and after, the longest bar first; P and C count apart."""
+    """Count what is kept for the backward pass before and after, the longest bar first; P and C count apart."""
     before, after = _saved(shown, "before"), _saved(shown, "after")
     longest = max([*before.values(), *after.values()], default=1)
     for name in {*before, *after}:

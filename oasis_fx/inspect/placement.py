@@ -16,7 +16,7 @@ _SWEEPS = 12
 
 @dataclass(frozen=True)
 class Placement:
-    """Places of a graph's nodes.
+    """The places of a graph's nodes.
 
     Attributes:
         column: the middle of each node from left to right, in node widths; the leftmost is at 0.

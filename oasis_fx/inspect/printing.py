@@ -91,7 +91,7 @@ def _boundary(graph: fx.Graph, body: Sequence[fx.Node]) -> tuple[list[fx.Node], 
 
 
 def number_nodes(graphs: Iterable[fx.Graph], labels: Mapping[str, str]) -> dict[str, str]:
-    """Names to print, by node name: an operator's nodes are numbered in the order of the first graph they are in.
+    """Choose names to print, by node name: nodes of an operator are numbered in the order of their first graph.
 
     A node that several graphs have keeps its name in all of them, so that a rewrite shows as what it changes.
 
@@ -130,13 +130,13 @@ def _attribute(path: str) -> str:
 
 
 def annotation(shown: Any) -> str:
-    """``: "f32[6, 2]"`` for a tensor, the same of each for several, nothing for what has no shape."""
+    """Return ``: "f32[6, 2]"`` for a tensor, the same of each for several, nothing for what has no shape."""
     text = describe(shown)
     return f': "{text}"' if text else ""
 
 
 def describe(shown: Any) -> str:
-    """``f32[6, 2]`` for a tensor, ``Sym(s0)`` for a size, the same of each for several, else empty."""
+    """Return ``f32[6, 2]`` for a tensor, ``Sym(s0)`` for a size, the same of each for several, else empty."""
     if isinstance(shown, torch.Tensor):
         sizes = ", ".join(str(size) for size in shown.shape)
         return f"{_DTYPES.get(shown.dtype, str(shown.dtype))}[{sizes}]"
@@ -148,7 +148,7 @@ def describe(shown: Any) -> str:
 
 
 def operator_name(node: fx.Node) -> str:
-    """The short name of what a node calls: ``mm``, ``getitem``."""
+    """Return the short name of what a node calls: ``mm``, ``getitem``."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target.overloadpacket.__name__)
     return str(getattr(node.target, "__name__", node.target)).replace(".", "_")

@@ -58,7 +58,7 @@ class SkippedRow:
 
 @dataclass(frozen=True)
 class Totals:
-    """Of one graph, before (the same graph by stock `torch.compile`) and after.
+    """Totals of one graph, before (the same graph by stock `torch.compile`) and after.
 
     Attributes:
         saved_bytes_before, saved_bytes_after: kept for the backward pass, each storage once, inputs aside. Before:
@@ -117,7 +117,7 @@ class GraphReport:
 
 
 def report(records: Sequence[CompiledGraph]) -> list[GraphReport]:
-    """One report for each compiled graph, in the order of their compilation.
+    """Return a report for each compiled graph, in the order of their compilation.
 
     Where a compile cache had the result, the passes run once more, on fake values.
     """

@@ -39,7 +39,7 @@ _NOTES = {
 
 @dataclass(frozen=True)
 class Table:
-    """Texts in rows; ``right`` are the columns of numbers."""
+    """A table of texts; ``right`` are the columns that are aligned to the right, those of numbers."""
 
     headers: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -52,7 +52,7 @@ class Table:
 
 
 def format_report(report: GraphReport) -> str:
-    """All tables of one graph, with a line for each note that occurs in them."""
+    """Return all tables of one graph as text, with a line for each note that occurs in them."""
     parts = [str(weight_table(report.rows)), legend(report.rows)] if report.rows else [NO_ROWS]
     if report.skipped:
         parts.append(str(skipped_table(report.skipped)))
@@ -65,7 +65,7 @@ def format_report(report: GraphReport) -> str:
 
 
 def weight_table(rows: Sequence[WeightRow]) -> Table:
-    """The weights with low-rank gradients."""
+    """Make the table of the weights with low-rank gradients."""
     lines = []
     for row in rows:
         saved = [_scaled(row.saved_bytes_before, _MIB), _scaled(row.saved_bytes_after, _MIB)]
@@ -77,7 +77,7 @@ def weight_table(rows: Sequence[WeightRow]) -> Table:
 
 
 def legend(rows: Sequence[WeightRow]) -> str:
-    """A line for each thing in the table of weights that needs one."""
+    """Explain what needs it in the table of weights, a line each."""
     present = [note for note in _NOTES if any(note in row.note.split(", ") for row in rows)]
     lines = [f"{note}: {_NOTES[note]}" for note in present]
     if any(row.shares_with for row in rows):
@@ -86,12 +86,12 @@ def legend(rows: Sequence[WeightRow]) -> str:
 
 
 def skipped_table(rows: Sequence[SkippedRow]) -> Table:
-    """The weights with dense gradients."""
+    """Make the table of the weights with dense gradients."""
     return Table(("dense gradient", "shape", "reason"), [(row.name, _shape(row.shape), row.reason) for row in rows])
 
 
 def decision_table(found: Sequence[Decision]) -> Table:
-    """Equal tensors of equal layers in one row, what matters least at the end."""
+    """Make the table of decisions: equal tensors of equal layers in one row, what matters least at the end."""
     kept_or_freed = sum(one.num_bytes for one in found if one.decision in (SAVED, PROJECTED))
     all_flops = sum(one.flops for one in found)
 
@@ -121,7 +121,7 @@ def _decision_line(key: tuple[str, ...], members: Sequence[Decision]) -> tuple[s
 
 
 def totals_table(totals: Totals) -> Table:
-    """The graph as a whole."""
+    """Make the table of totals."""
     quantities = [
         ("saved for backward, MiB", totals.saved_bytes_before, totals.saved_bytes_after, _MIB),
         ("matmuls forward and backward, GFLOP", totals.matmul_flops_before, totals.matmul_flops_after, _GIGA),

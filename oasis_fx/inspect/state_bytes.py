@@ -37,7 +37,7 @@ class StateBytes:
 
 
 def state_bytes(record: CompiledGraph, trace: Trace) -> StateBytes:
-    """Bytes of gradients, of Adam's moments and of bases for the weights that ``trace`` rewrites."""
+    """Count the bytes of gradients, of Adam's moments and of bases for the weights that ``trace`` rewrites."""
     placeholders = input_placeholders(trace.before.graph)
     dense = sum(_size(placeholders, site.inputs.weight) for site in trace.sites)
     rule = record.groups[0].spec.rule if record.groups else None
@@ -59,7 +59,7 @@ def state_bytes(record: CompiledGraph, trace: Trace) -> StateBytes:
 
 
 def sites_by_basis(trace: Trace) -> dict[int, list[WeightGradient]]:
-    """The rewritten weight gradients by the position of their basis."""
+    """Return the rewritten weight gradients by the position of their basis."""
     groups: dict[int, list[WeightGradient]] = {}
     for site in trace.sites:
         groups.setdefault(site.inputs.basis, []).append(site)

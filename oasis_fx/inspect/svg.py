@@ -15,7 +15,7 @@ _CLASSES = {"+": "added", "-": "removed"}
 
 
 def format_svg(drawing: Drawing) -> str:
-    """An ``<svg>`` element; the page colours its classes added, removed, saved, recomputed, input and outside."""
+    """Return an ``<svg>`` element; the page colours its classes added, removed, saved, recomputed, input, outside."""
     halves = {half: [box for box in drawing.boxes if box.half == half] for half in ("forward", "backward")}
     placements = {half: _place(boxes, drawing.arrows) for half, boxes in halves.items()}
     rows = max(1 + max(placed.layer.values(), default=0) for placed in placements.values())

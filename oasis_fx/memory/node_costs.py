@@ -1,4 +1,4 @@
-"""What a partitioned graph saves for the backward pass and computes in matmuls, counted on fake values."""
+"""What a graph saves for the backward pass and computes in matmuls, counted on fake values."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def hint(number: Any) -> int:
-    """An int, or the example value of a symbolic one; 0 where it depends on data and has none."""
+    """Return an int as it is, or the example value of a symbolic one; 0 where it depends on data and has none."""
     if isinstance(number, torch.SymInt):
         return int(number.node.hint) if number.node.has_hint() else 0
     return int(number)
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements, by the hints of symbolic sizes."""
+    """Count the bytes of a tensor's elements, by the hints of symbolic sizes."""
     return math.prod(hint(size) for size in tensor.shape) * tensor.dtype.itemsize
 
 
 def readable_bytes(count: int) -> str:
-    """``96 B``, ``1.5 KiB``, ``2.0 MiB``."""
+    """Write a number of bytes for a person: ``96 B``, ``1.5 KiB``, ``2.0 MiB``."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= unit:
             return f"{count / unit:,.1f} {name}"
@@ -40,14 +40,14 @@ def readable_bytes(count: int) -> str:
 
 
 def value_bytes(found: Any) -> int:
-    """Bytes of a node's value: of a tensor, of several together, 0 of a size or of None."""
+    """Count the bytes of a node's value: of a tensor, of several together, 0 of a size or of None."""
     if isinstance(found, tuple | list):
         return sum(value_bytes(item) for item in found)
     return num_bytes(found) if isinstance(found, torch.Tensor) else 0
 
 
 def viewed(node: fx.Node) -> fx.Node | None:
-    """What a node is a view of; None where it has memory of its own."""
+    """Return what a node is a view of; None where it has memory of its own."""
     if node.op != "call_function":
         return None
     # An item of split() is a view of what is split; an item of var_mean() owns its memory.
@@ -66,7 +66,7 @@ def _is_view(target: torch._ops.OpOverload) -> bool:
 
 
 def num_tokens(term: Contraction, n: int) -> int:
-    """N of a contraction over n features: tokens, those of all experts together, or patches."""
+    """Return N of a contraction over n features: tokens, those of all experts together, or patches."""
     if term.kind is Kind.CONVOLUTION:
         batch, _, *places = (hint(size) for size in shape(term.dy))
         return batch * math.prod(places)
@@ -74,14 +74,14 @@ def num_tokens(term: Contraction, n: int) -> int:
 
 
 def storage_node(node: fx.Node) -> fx.Node:
-    """The node that owns the memory of ``node``, behind views."""
+    """Return the node that owns the memory of ``node``, behind views."""
     while (behind := viewed(node)) is not None:
         node = behind
     return node
 
 
 def saved_storages(forward: fx.Graph, num_forward_outputs: int) -> dict[str, int]:
-    """Bytes that a forward graph keeps for the backward, by the name of the node that owns the memory.
+    """Count the bytes that a forward graph keeps for the backward, by the name of the node that owns the memory.
 
     Each storage counts once; inputs (weights and bases among them) exist anyway and do not count.
     """
@@ -92,12 +92,12 @@ def saved_storages(forward: fx.Graph, num_forward_outputs: int) -> dict[str, int
 
 
 def matmul_flops(graph: fx.Graph) -> int:
-    """Floating-point operations of matmuls, attention and convolutions, by torch's own counts."""
+    """Count the floating-point operations of matmuls, attention and convolutions, as torch does."""
     return sum(node_flops(node) for node in graph.nodes)
 
 
 def is_matmul(node: fx.Node) -> bool:
-    """Whether `matmul_flops` counts a node."""
+    """Tell whether `matmul_flops` counts a node."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     packet = node.target.overloadpacket
@@ -105,12 +105,12 @@ def is_matmul(node: fx.Node) -> bool:
 
 
 def is_attention(node: fx.Node) -> bool:
-    """Whether a node that `matmul_flops` counts is attention in one operator."""
+    """Tell whether a node that `matmul_flops` counts is attention in one operator."""
     return "attention" in str(node.target)
 
 
 def node_flops(node: fx.Node) -> int:
-    """What `matmul_flops` counts for a node; 0 for one that is none of those."""
+    """Return what `matmul_flops` counts for a node; 0 for one that is none of those."""
     if not is_matmul(node):
         return 0
     assert isinstance(node.target, torch._ops.OpOverload)  # for the type checker: is_matmul has looked

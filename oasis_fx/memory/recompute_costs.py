@@ -28,7 +28,7 @@ _UNPRICED = frozenset({"rnn", "lstm", "gru", "fft", "linalg", "svd", "qr", "chol
 
 
 def recompute_price(node: fx.Node) -> float:
-    """The price of recomputing ``node``; infinite where its result could differ, or where the price is not known.
+    """Return the price of recomputing ``node``; infinite where its result could differ or nobody knows the price.
 
     A matmul, a convolution or attention is priced by its FLOPs. What Inductor fuses is priced by the bytes it makes, a
     reduction by those it reads as well; a view has no price.

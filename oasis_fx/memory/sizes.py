@@ -9,7 +9,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
 
 def parse_bytes(text: str) -> int | None:
-    """``"1.5GiB"`` as a number of bytes; None where it is none."""
+    """Read a size such as ``"1.5GiB"`` as a number of bytes; None where the text is no size."""
     match = _SIZE.fullmatch(text)
     if match is None or match[2].upper() not in _UNITS:
         return None

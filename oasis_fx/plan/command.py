@@ -15,7 +15,7 @@ DTYPES = ("bfloat16", "float32", "float16")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Arguments of ``plan`` beside rank and budget."""
+    """Add the arguments of ``plan`` to a parser, but for rank and budget."""
     command.add_argument(
         "model", help="Llama-2-7B, Llama-3.1-8B, Qwen3-0.6B/4B/8B, SmolLM2-135M; a folder with config.json"
     )
@@ -31,7 +31,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, settings: Settings) -> str:
-    """The plan as text.
+    """Return the plan as text.
 
     Raises:
         ValueError: the model is not known, the size is none, the chart cannot be drawn.

@@ -21,7 +21,7 @@ BUILT_IN = (*_LLAMA, *_QWEN3)
 
 
 def load_config(name: str) -> Any:
-    """A configuration of transformers for a causal language model.
+    """Return a configuration of transformers for a causal language model.
 
     Args:
         name: of the built-in list, in any case; a folder with a ``config.json``; or a repository in the local cache.
@@ -64,12 +64,12 @@ def _settings(
 
 
 def blocks_of(config: Any) -> int:
-    """How many blocks a configuration has."""
+    """Return how many blocks a configuration has."""
     return int(config.num_hidden_layers)
 
 
 def with_blocks(config: Any, blocks: int) -> Any:
-    """The same with another number of blocks."""
+    """Return a configuration with another number of blocks."""
     changed = copy.deepcopy(config)
     changed.num_hidden_layers = blocks
     if getattr(changed, "layer_types", None):

@@ -2,7 +2,7 @@
 
 Inductor fuses: a value that only fusible operators read, before the next kernel of a library runs, never gets memory.
 So memory have: inputs and outputs; results of matmuls, attention and whatever is no element-wise operator; what one of
-these reads; and what is read once more after one of them ran. A value that has none makes what it is computed from live
+these reads; and what is also read after one of them ran. A value that has none makes what it is computed from live
 until it is read itself. An element-wise result takes the place of an input that it reads last. Views count as what they
 look at.
 """
@@ -23,7 +23,7 @@ _FUSED = ("sum", "mean", "amax", "amin", "var_mean", "var", "convert_element_typ
 
 @dataclass(frozen=True)
 class Moment:
-    """Memory just as one node runs, in bytes.
+    """What is in memory just as one node runs, in bytes.
 
     Attributes:
         node: its name.
@@ -45,7 +45,7 @@ class Moment:
 
 
 def moments(graph: fx.Graph, elsewhere: Collection[str] = (), wide: int = -1, chunks: int = 1) -> list[Moment]:
-    """One moment for each node that runs.
+    """Return a moment for each node that runs.
 
     Args:
         elsewhere: names of inputs that exist anyway and do not count, such as weights.

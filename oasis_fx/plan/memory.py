@@ -55,7 +55,7 @@ class Phases:
 
 
 def peak(states: States, phases: Phases) -> Memory:
-    """The highest of the three phases."""
+    """Return the highest of the three phases."""
     fixed = {"weights": states.weights, "optimizer": states.optimizer, "bases": states.bases}
     candidates = {
         "forward": phases.forward,
@@ -67,7 +67,7 @@ def peak(states: States, phases: Phases) -> Memory:
 
 
 def phases(three: Traced, graphs: Halves, block_gradients: int, blocks: int, vocabulary: int, chunked: bool) -> Phases:
-    """Phases of a model of ``blocks`` blocks.
+    """Extrapolate the phases of a model of ``blocks`` blocks.
 
     Args:
         graphs: of the model of three blocks.
@@ -103,7 +103,7 @@ def phases(three: Traced, graphs: Halves, block_gradients: int, blocks: int, voc
 
 
 def saved_bytes(forward: fx.Graph, num_forward_outputs: int) -> tuple[int, int]:
-    """Bytes that a forward graph of three blocks keeps: all, and those of a block in the mean.
+    """Count the bytes that a forward graph of three blocks keeps: all, and those of a block in the mean.
 
     Under a budget blocks change sides one after another, so that no single one stands for all.
     """
@@ -113,7 +113,7 @@ def saved_bytes(forward: fx.Graph, num_forward_outputs: int) -> tuple[int, int]:
 
 
 def trained_bytes(traced: Traced, rewritten: bool) -> int:
-    """Bytes of all gradients: dense ones, and G and C of what is rewritten."""
+    """Count the bytes of all gradients: dense ones, and G and C of what is rewritten."""
     total = sum(p.numel() * p.itemsize for p in trained(traced.model))
     if not rewritten:
         return total
@@ -146,22 +146,22 @@ def _with_logits(kinds: Mapping[str, int], logits: int) -> dict[str, int]:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters, tied ones once."""
+    """Count the bytes of all parameters, tied ones once."""
     return sum(p.numel() * p.itemsize for p in model.parameters())
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that get gradients."""
+    """Return the parameters that get gradients."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def adam_states(model: torch.nn.Module) -> States:
-    """Two moments of each trained parameter, in its own dtype."""
+    """Return the states of AdamW: two moments of each trained parameter, in its own dtype."""
     return States(weight_bytes(model), sum(2 * p.numel() * p.itemsize for p in trained(model)))
 
 
 def adam8bit_states(model: torch.nn.Module) -> States:
-    """torchao's: a byte a moment and a float32 for each 256 of them; plain below 4096 elements."""
+    """Return the states of torchao's 8-bit AdamW: a byte a moment, a float32 every 256; plain below 4096 elements."""
     total = 0
     for p in trained(model):
         blocked = p.numel() >= 4096 and p.numel() % 256 == 0
@@ -170,7 +170,10 @@ def adam8bit_states(model: torch.nn.Module) -> States:
 
 
 def galore_states(model: torch.nn.Module, names: Collection[str], rank: int) -> States:
-    """Moments of r rows on the longer side and a projector on the shorter, for the weights that we would rewrite."""
+    """Return the states of GaLore on the weights that we would rewrite.
+
+    Moments have r rows on the longer side, the projector is on the shorter.
+    """
     total = bases = 0
     for name, p in model.named_parameters():
         if name in names and p.dim() == 2:
@@ -183,13 +186,13 @@ def galore_states(model: torch.nn.Module, names: Collection[str], rank: int) -> 
 
 
 def oasis_states(traced: Traced) -> States:
-    """`OasisAdamW`: two moments of m x r and a basis of n x r in float32; others as AdamW has them."""
+    """Return the states of `OasisAdamW`: moments of m x r, bases of n x r in float32; of other weights AdamW's."""
     ours, stock = state_bytes(traced.record, traced.trace), adam_states(traced.model)
     return replace(stock, optimizer=stock.optimizer - ours.dense_moments + ours.moments, bases=ours.bases)
 
 
 def extrapolate(two: States, three: States, *, blocks: int) -> States:
-    """States of a model of ``blocks`` blocks."""
+    """Extrapolate the states of a model of ``blocks`` blocks."""
     more = blocks - 3
     return replace(
         three,

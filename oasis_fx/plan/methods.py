@@ -60,15 +60,15 @@ class Planner:
     _partitions: dict[tuple[bool, float, int], Halves] = field(default_factory=dict)
 
     def stock(self, share: float = 1.0) -> tuple[States, Phases]:
-        """Stock `torch.compile` and AdamW, under torch's own activation budget."""
+        """Return what stock `torch.compile` and AdamW need, under torch's own activation budget."""
         return self._measure(False, share, memory.adam_states)
 
     def adam8bit(self) -> tuple[States, Phases]:
-        """The same with torchao's 8-bit AdamW."""
+        """Return what stock `torch.compile` needs with torchao's 8-bit AdamW."""
         return self._measure(False, 1.0, memory.adam8bit_states)
 
     def galore(self) -> tuple[States, Phases]:
-        """The same with GaLore on the weights that we would rewrite."""
+        """Return what stock `torch.compile` needs with GaLore on the weights that we would rewrite."""
         traced = self._trace(3)
         rewritten = {traced.record.names[site.inputs.weight] for site in traced.trace.sites}
         rewritten |= {name.replace(".1.", ".0.") for name in rewritten}
@@ -79,16 +79,16 @@ class Planner:
         return self._measure(False, 1.0, states)
 
     def lora(self) -> tuple[States, Phases]:
-        """Adapters, as peft's, on all linear layers of the blocks, compiled, AdamW."""
+        """Return what adapters as peft's need, on all linear layers of the blocks, compiled, with AdamW."""
         return self._measure(False, 1.0, memory.adam_states, self.lora_rank)
 
     def oasis(self, budget: float | str | None = None) -> tuple[States, Phases]:
-        """This backend under a memory budget: a share, or bytes such as ``"12GiB"`` of the whole model."""
+        """Return what this backend needs under a memory budget: a share, or ``"12GiB"`` of the whole model."""
         limit = self.settings.budget if budget is None else replace(self.settings, memory_budget=budget).budget
         return self._measure(True, limit, None)
 
     def rows(self, limit: int | None = None) -> list[Row]:
-        """Every method; with a limit in bytes, the largest batch of each."""
+        """Return a row for each method; with a limit in bytes, the largest batch of each."""
         methods: dict[str, Callable[[], tuple[States, Phases]]] = {
             "stock compile, AdamW": self.stock,
             **{f"stock, budget {share}": partial(self.stock, share) for share in STOCK_BUDGETS},
@@ -109,7 +109,7 @@ class Planner:
         return found
 
     def largest_budget(self, limit: int) -> tuple[float, Memory] | None:
-        """The largest share of those tried under which the batch fits in ``limit`` bytes; None where none does."""
+        """Find the largest share of those tried under which the batch fits in ``limit`` bytes; None where none does."""
         for share in _SEARCHED:
             found = memory.peak(*self.oasis(share))
             if found.total <= limit:
@@ -181,7 +181,7 @@ class Planner:
 
 
 def largest_batch(states: States, phases: Phases, batch: int, limit: int) -> int:
-    """Samples that fit in ``limit`` bytes: what is neither state nor gradient grows with the batch."""
+    """Find how many samples fit in ``limit`` bytes: what is neither state nor gradient grows with the batch."""
     low, high = 0, 1
     while high <= _MOST_SAMPLES and memory.peak(states, scaled(phases, high / batch)).total <= limit:
         low, high = high, 2 * high
@@ -195,7 +195,7 @@ def largest_batch(states: States, phases: Phases, batch: int, limit: int) -> int
 
 
 def scaled(phases: Phases, factor: float) -> Phases:
-    """The same at another batch."""
+    """Return the phases at another batch, ``factor`` times as large."""
 
     def grow(kinds: Mapping[str, int]) -> dict[str, int]:
         return {kind: size if kind == "gradients" else int(size * factor) for kind, size in kinds.items()}

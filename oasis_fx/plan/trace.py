@@ -25,7 +25,7 @@ Halves = tuple[fx.Graph, fx.Graph]  # the forward and the backward graph
 
 @dataclass(frozen=True)
 class Traced:
-    """One model that was traced.
+    """One model with fake parameters, and what the backend made of it.
 
     Attributes:
         model: with fake parameters.
@@ -96,7 +96,7 @@ def add_adapters(model: torch.nn.Module, rank: int) -> None:
 
 
 def halves_under(traced: Traced, budget: int | float | None, *, rewritten: bool) -> Halves:
-    """The forward and the backward graph of a model under a budget.
+    """Return the forward and the backward graph of a model under a budget.
 
     Args:
         budget: a share of what would be kept, or bytes (int, of a rewritten graph only); None is no budget.

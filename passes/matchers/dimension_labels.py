@@ -43,17 +43,17 @@ TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
 def equal(one: object, other: object) -> bool:
-    """Whether two sizes are known to be equal."""
+    """Tell whether two sizes are known to be equal."""
     return statically_known_true(one == other)
 
 
 def first_labels(sizes: Sizes) -> Labels:
-    """The labels of the weight's gradient itself."""
+    """Return the labels of the weight's gradient itself."""
     return tuple(() if equal(size, 1) else (dim,) for dim, size in enumerate(sizes))
 
 
 def labels_behind(node: fx.Node, labels: Labels, sizes: Sizes) -> Labels | None:
-    """The labels of the input of a view, transpose or cast; None where dimensions mix.
+    """Return the labels of the input of a view, transpose or cast; None where dimensions mix.
 
     Args:
         sizes: of the weight's dimensions.
@@ -84,7 +84,7 @@ def _behind_reshape(dims: list[int], before: Sequence[Any], sizes: Sizes) -> Lab
 
 
 def permutation(node: fx.Node) -> Sequence[int]:
-    """The input dimension behind each dimension of a transpose."""
+    """Return the input dimension behind each dimension of a transpose."""
     rank = len(shape(node))
     if node.target is aten.permute.default:
         return [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]

@@ -57,7 +57,7 @@ def behind_reshapes(node: fx.Node) -> fx.Node:
 
 
 def operation(node: fx.Node) -> str:
-    """The bare name of what a node calls, be it a method, a function, an attribute or an operator of aten."""
+    """Return the bare name of what a node calls, be it a method, a function, an attribute or an operator of aten."""
     if node.target is getattr:
         return str(node.args[1])
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -65,7 +65,7 @@ def operation(node: fx.Node) -> str:
 
 
 def source_of(node: fx.Node) -> fx.Node | None:
-    """The tensor that a view or cast is of: its first argument, under whatever name."""
+    """Return the tensor that a view or cast is of: its first argument, under whatever name."""
     if node.op not in ("call_method", "call_function"):
         return None
     named = [node.kwargs[name] for name in ("input", "self", "tensor", "a") if name in node.kwargs]
@@ -94,7 +94,7 @@ def _step_back(node: fx.Node) -> tuple[fx.Node, Labels] | None:
 
 
 def view_labels(source: torch.Tensor, view: torch.Tensor) -> Labels | None:
-    """For each dimension of a view the dimensions of ``source`` that it runs over, slowest first.
+    """Return for each dimension of a view the dimensions of ``source`` that it runs over, slowest first.
 
     A dimension may run over a part of one of the source's. None where one runs over a fraction of several, as where a
     dimension was split.

@@ -33,14 +33,14 @@ class Part:
 
 
 def is_zero(node: fx.Node) -> bool:
-    """Whether a node is made of zeros."""
+    """Tell whether a node is made of zeros."""
     if node.target is aten.expand.default:
         return is_zero(node.args[0])  # type: ignore[arg-type]
     return node.target in _ZEROS or (node.target in _FULL and bool(node.args[1] == 0))
 
 
 def gradient_parts(node: fx.Node, labels: Labels, rows: Sequence[int], sizes: Sizes) -> list[Part] | None:
-    """The parts that ``node`` puts together, from the first row to the last.
+    """Return the parts that ``node`` puts together, from the first row to the last.
 
     Args:
         labels: of ``node``.

@@ -25,7 +25,7 @@ _PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, ate
 
 
 def decomposed_matmuls(node: fx.Node, weights: Collection[fx.Node]) -> list[Matmul]:
-    """The matmuls with one of ``weights`` (placeholders) within a call that reads an activation, too."""
+    """Find the matmuls with one of ``weights`` (placeholders) within a call that reads an activation, too."""
     inputs = [source for source in node.all_input_nodes if isinstance(value(source), torch.Tensor)]
     read = [stored_weight(source)[0] in weights for source in inputs]
     if not any(read) or all(read) or not isinstance(value(node), torch.Tensor) or len(inputs) < len(_inputs(node)):

@@ -34,7 +34,7 @@ class Matmul:
 
 
 def matmuls(node: fx.Node, weights: Collection[fx.Node]) -> list[Matmul]:
-    """The matmuls of a call that read one of ``weights`` (placeholders), be it behind transposes, casts and parts."""
+    """Find the matmuls of a call that read one of ``weights`` (placeholders), also behind transposes, casts, parts."""
     if node.op not in ("call_function", "call_method"):
         return []
     reader = _READERS.get(getattr(node.target, "overloadpacket", node.target))
