@@ -32,7 +32,9 @@ def inline_regions(gm: fx.GraphModule, facts: Facts) -> Facts:
         graph.output(_copy(gm, graph, {}, gm))
         copy_input_sources(gm.graph, graph)
         gm.graph = graph
-        gm.delete_all_unused_submodules()
+        read = {str(node.target).split(".")[0] for node in graph.find_nodes(op="get_attr")}
+        for name in [name for name, _ in gm.named_children() if name not in read]:
+            delattr(gm, name)  # the body of a region that is in the graph now
     return facts
 
 
