@@ -25,11 +25,7 @@ from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.strides import all_plain, is_packed, laid_out_as
 from oasis_fx.runtime.optim.updates import LowRankUpdate, State, real_view
 from oasis_fx.runtime.optim.weight_steps import step_weight, store_weight, zeros_like
-
-
-def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
-    """``1 - beta^step`` in float64: in float32, 1 - 0.999 is right to four digits only."""
-    return 1 - beta ** step.double()
+from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
 @dataclass(frozen=True)

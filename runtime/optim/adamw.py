@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from oasis_fx.graph.matricization import Features, as_rows
-from oasis_fx.runtime.optim.adam_updates import Hyper, bias_correction, step_dense_bfloat16, step_fused, step_low_rank
+from oasis_fx.runtime.optim.adam_updates import Hyper, step_dense_bfloat16, step_fused, step_low_rank
 from oasis_fx.runtime.optim.base import SubspaceOptimizer
 from oasis_fx.runtime.optim.eight_bit import in_float32, new_codes, quantizes, require_torchao
 from oasis_fx.runtime.optim.group_settings import (
@@ -26,6 +26,7 @@ from oasis_fx.runtime.optim.resizing import fit_columns
 from oasis_fx.runtime.optim.transport import transport_mean, transport_second_moment
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
 from oasis_fx.runtime.optim.weight_steps import store_weight
+from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
 class OasisAdamW(SubspaceOptimizer):

@@ -30,10 +30,11 @@ from oasis_fx.runtime.optim.states import (
     whole_states,
 )
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State, all_finite, is_low_rank
-from oasis_fx.runtime.subspaces.moving import count_steps, move_bases, note_idle
+from oasis_fx.runtime.subspaces.basis_updates import count_steps, move_bases, note_idle
+from oasis_fx.runtime.subspaces.momentum import Momentum
 from oasis_fx.runtime.subspaces.shards import agreed, is_sharded, local_gradient
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import Momentum, Subspace
+from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
 @dataclass(frozen=True)

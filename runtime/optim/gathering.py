@@ -14,6 +14,7 @@ from oasis_fx.runtime.optim.states import basis_before, note_basis
 from oasis_fx.runtime.optim.strides import state_layout
 from oasis_fx.runtime.optim.updates import State, is_low_rank
 from oasis_fx.runtime.subspaces.shards import local, local_gradient
+from oasis_fx.runtime.subspaces.state import basis_dtype
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
@@ -241,7 +242,7 @@ def _transport_to(optimizer: SubspaceOptimizer, weight: torch.Tensor, state: Sta
 
 def _follow(optimizer: SubspaceOptimizer, weight: torch.Tensor, state: State) -> None:
     """Take a state along where `model.to()` has moved or cast its weight since the last step."""
-    wide, low_rank, device = torch.promote_types(weight.dtype, torch.float32), is_low_rank(state), weight.device
+    wide, low_rank, device = basis_dtype(weight.dtype), is_low_rank(state), weight.device
     for key in (*optimizer.states_of(low_rank), "basis"):
         if key not in state:
             continue

@@ -14,6 +14,7 @@ import torch
 from oasis_fx.errors import OasisWarning
 from oasis_fx.graph.matricization import rows_view
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
+from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 if TYPE_CHECKING:
     from oasis_fx.runtime.optim.adam_updates import Hyper
@@ -95,8 +96,8 @@ def step_dense_bfloat16(
     if not suited:
         return list(updates)
     steps = [update.state["step"] for update in suited]
-    counts = torch.stack(steps).double() + 1
-    biases = torch.stack([1 - beta**counts for beta in (hyper.beta1, hyper.beta2)], dim=1).float()
+    counts = torch.stack(steps) + 1
+    biases = torch.stack([bias_correction(beta, counts) for beta in (hyper.beta1, hyper.beta2)], dim=1).float()
     for number, update in enumerate(suited):
         step = functools.partial(_step_one, update, biases[number], hyper, gate, _next_seed(generator))
         done = _launch(step, update.weight.device)
