@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import models
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime.optim.kernels import fused
+from oasis_fx.runtime.optim.kernels import dispatch
 
 
 class Count(TorchDispatchMode):
@@ -41,9 +41,9 @@ def count(dtype: str, kernels: bool) -> tuple[int, int]:
     made = SimpleNamespace(
         add_product_=lambda *_, **__: launches.append(1), step_adamw_=lambda *_, **__: launches.append(1)
     )
-    fused.DEVICES = ("cpu",) if kernels else ()
-    fused._kernels = lambda: made  # type: ignore[assignment]
-    fused._next_seed = lambda generator: 0
+    dispatch.DEVICES = ("cpu",) if kernels else ()
+    dispatch._kernels = lambda: made  # type: ignore[assignment]
+    dispatch._next_seed = lambda generator: 0
     args = argparse.Namespace(model="128x8", layers=None, vocabulary=1024, batch=2, seq=64, dtype=dtype, device="cpu")
     model, batch = models.build(args)
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad as Gradient
-from oasis_fx.runtime.optim.gathering import gather
+from oasis_fx.runtime.optim.items import find_items
 from oasis_fx.runtime.optim.sgd import OasisSGD
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
@@ -59,7 +59,7 @@ def test_two_graphs_read_a_weight_both_ways(function, shape, rank, rule) -> None
     for _ in range(2):
         optimizer.zero_grad()
         found = gradients(run, x, w)
-        (item,) = gather(optimizer)
+        (item,) = find_items(optimizer)
         assert item.low_rank and len(STORE.all_of(w)) == 1
         basis = item.subspace.basis
         factor = (

@@ -18,9 +18,9 @@ PROGRAM = """
 import os, sys, time, torch
 from oasis_fx import AutoRank, OasisAdamW, oasis_backend
 from oasis_fx.rules import Oja
-from oasis_fx.runtime.optim import base as subspace_optimizer
+from oasis_fx.runtime.optim import step as optimizer_step
 
-subspace_optimizer.RANK_STEPS = (20,)
+optimizer_step.RANK_STEPS = (20,)
 file, steps = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.Tanh(), torch.nn.Linear(32, 24)).bfloat16()

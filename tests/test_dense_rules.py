@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows, from_rows, smaller_side
-from oasis_fx.runtime.subspaces.basis_updates import update_bases
+from oasis_fx.runtime.subspaces.moving import update_bases
 from oasis_fx.runtime.subspaces.rules import (
     DCT,
     PCA,
@@ -328,12 +328,12 @@ def test_a_coded_basis_under_states_of_full_size_is_in_the_checkpoint(rule) -> N
     backend = oasis_backend(RANK, subspace=rule, inner="aot_eager")
     torch.manual_seed(1)
     model = Net()
-    optimizer = OasisAdamW(model.parameters(), lr=1e-2, full_rank=True)
+    optimizer = OasisAdamW(model.parameters(), lr=1e-2, full_size_states=True)
     torch.compile(model, backend=backend)(batch(0)).backward()
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
     again = Net()
-    other = OasisAdamW(again.parameters(), lr=1e-2, full_rank=True)
+    other = OasisAdamW(again.parameters(), lr=1e-2, full_size_states=True)
     other.load_state_dict(saved)
     torch.manual_seed(2)
     torch.compile(again, backend=backend)(batch(1).mul(0)).backward()  # of zeros: it moves none

@@ -87,7 +87,7 @@ class Net(torch.nn.Module):
 def test_a_rank_that_cannot_change_names_the_rule_of_a_checkpoint_too(rule, full_rank) -> None:
     """Before any graph has asked for the bases, and so without a rule at hand."""
     model = Net()
-    optimizer = OasisAdamW(model.parameters(), lr=1e-2, full_rank=full_rank)
+    optimizer = OasisAdamW(model.parameters(), lr=1e-2, full_size_states=full_rank)
     torch.compile(model, backend=oasis_backend(3, subspace=rule, **EAGER))(batch(0)).backward()
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
@@ -96,7 +96,7 @@ def test_a_rank_that_cannot_change_names_the_rule_of_a_checkpoint_too(rule, full
         with pytest.raises(ValueError, match=message):
             refuse()
     fresh = Net()
-    other = OasisAdamW(fresh.parameters(), lr=1e-2, full_rank=full_rank)
+    other = OasisAdamW(fresh.parameters(), lr=1e-2, full_size_states=full_rank)
     other.load_state_dict(saved)
     with pytest.raises(ValueError, match=message):
         other.resize_rank(4)

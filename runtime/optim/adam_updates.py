@@ -21,16 +21,17 @@ import torch
 from torch.optim.adamw import adamw
 
 from oasis_fx.graph.matricization import as_rows, from_rows
+from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.strides import all_plain, is_packed, laid_out_as
+from oasis_fx.runtime.optim.transport import bias_correction
 from oasis_fx.runtime.optim.updates import LowRankUpdate, State, real_view
 from oasis_fx.runtime.optim.weight_steps import step_weight, store_weight, zeros_like
-from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
 @dataclass(frozen=True)
-class Hyper:
-    """The settings of one parameter group at one step."""
+class AdamWSettings:
+    """The settings of one parameter group at one step, for weights of one dtype."""
 
     lr: float
     beta1: float
@@ -39,21 +40,16 @@ class Hyper:
     weight_decay: float
     stochastic_rounding: bool
     rank_scaling: bool = False
-    residual: bool = False
+    step_outside_subspace: bool = False
 
 
-def step_low_rank(
-    updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
-) -> None:
-    """Update moments and weights of one device.
+def step_low_rank(updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -> None:
+    """Update the moments [m, r] and the weights of one device, in place.
 
     Moments and directions of all of them are one call of torch's fused AdamW: on parameters of zero, at a learning
     rate of 1 and without decay, what it leaves in them is -U.
-
-    Args:
-        gate: bool scalar; where false, everything stays as it is. None for true.
-        generator: for stochastic rounding.
     """
+    settings = step.settings
     states = [update.state for update in updates]
     means = [state["exp_avg"] for state in states]
     directions = zeros_like(means)
@@ -61,17 +57,17 @@ def step_low_rank(
         directions,
         [update.factor.to(mean.dtype) for update, mean in zip(updates, means, strict=True)],
         states,
-        replace(hyper, lr=1.0, weight_decay=0.0),
-        gate,
+        replace(settings, lr=1.0, weight_decay=0.0),
+        step.gate,
     )
     for update, minus_u in zip(updates, directions, strict=True):
-        step_weight(update, minus_u, hyper, gate, generator, update.rank_scale if hyper.rank_scaling else 1.0)
-        if hyper.residual and update.dense is not None:
-            _step_outside(update, minus_u, hyper, generator)
+        step_weight(update, minus_u, step, update.rank_scale if settings.rank_scaling else 1.0)
+        if settings.step_outside_subspace and update.dense is not None:
+            _step_outside(update, minus_u, step)
 
 
-def _step_outside(update: LowRankUpdate, minus_u: torch.Tensor, hyper: Hyper, generator: torch.Generator) -> None:
-    """Step a weight by what a dense gradient has outside of the subspace, at the length that AdamW gave what is inside:
+def _step_outside(update: LowRankUpdate, minus_u: torch.Tensor, step: Step[AdamWSettings]) -> None:
+    """Step a weight by the part of a dense gradient outside of the subspace, scaled as AdamW scaled the part inside:
 
         W = W - lr phi (dW - G Q^T),   phi = ||U|| / ||G|| of each row
 
@@ -84,18 +80,18 @@ def _step_outside(update: LowRankUpdate, minus_u: torch.Tensor, hyper: Hyper, ge
     minus_phi = -torch.linalg.vector_norm(minus_u, dim=1, keepdim=True) / norms.clamp_min(tiny)
     outside = as_rows(update.dense, update.features).to(basis.dtype) - factor @ basis.mT
     full = weight if weight.dtype == basis.dtype else weight.to(basis.dtype)
-    full.add_(from_rows(minus_phi.to(outside) * outside, weight.shape, update.features), alpha=hyper.lr)
-    store_weight(weight, full, hyper, generator)
+    full.add_(from_rows(minus_phi.to(outside) * outside, weight.shape, update.features), alpha=step.settings.lr)
+    store_weight(weight, full, step)
 
 
 def step_fused(
     weights: list[torch.Tensor],
     gradients: list[torch.Tensor],
     states: Sequence[State],
-    hyper: Hyper,
+    settings: AdamWSettings,
     gate: torch.Tensor | None,
 ) -> None:
-    """torch's fused AdamW on tensors of one device, of any strides; with ``gate`` as in `step_low_rank`.
+    """Step tensors of one device, of any strides, by torch's fused AdamW; where ``gate`` is false nothing changes.
 
     The kernel pairs elements by their order in memory (`oasis_fx.runtime.optim.strides`): what is laid out otherwise
     than its weight goes in as a copy, and what the kernel has written to a copy comes back. Complex numbers are pairs
@@ -120,11 +116,11 @@ def step_fused(
         fused=True,
         found_inf=None if gate is None else (~gate).float(),  # type: ignore[arg-type]
         amsgrad=False,
-        beta1=hyper.beta1,
-        beta2=hyper.beta2,
-        lr=hyper.lr,
-        weight_decay=hyper.weight_decay,
-        eps=hyper.eps,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        eps=settings.eps,
         maximize=False,
     )
     for tensors, copies in zip(written, passed[:3], strict=True):
@@ -134,28 +130,21 @@ def step_fused(
     torch.autograd.graph.increment_version(weights)
 
 
-def step_dense_bfloat16(
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    state: State,
-    hyper: Hyper,
-    gate: torch.Tensor | None,
-    generator: torch.Generator,
-) -> None:
-    """AdamW on a bfloat16 weight with weight and moments rounded stochastically: computed in float32.
+def step_dense_bfloat16(weight: torch.Tensor, gradient: torch.Tensor, state: State, step: Step[AdamWSettings]) -> None:
+    """Step a bfloat16 weight by AdamW in float32, and round weight and moments stochastically.
 
     Moments stay in bfloat16 as in torch's AdamW. Rounded to nearest, the second moment could not move by
     less than its last digit, which `1 - beta2` = 0.001 of it is.
     """
-    step = state["step"] + 1
+    settings, count = step.settings, state["step"] + 1
     g = gradient.float()
-    mean = state["exp_avg"].float().lerp(g, 1 - hyper.beta1)
-    second = torch.addcmul(state["exp_avg_sq"].float() * hyper.beta2, g, g, value=1 - hyper.beta2)
-    bias1, bias2 = (bias_correction(beta, step).float() for beta in (hyper.beta1, hyper.beta2))
-    direction = (mean / bias1) / ((second / bias2).sqrt() + hyper.eps)
-    new = weight.float() * (1 - hyper.lr * hyper.weight_decay) - hyper.lr * direction
+    mean = state["exp_avg"].float().lerp(g, 1 - settings.beta1)
+    second = torch.addcmul(state["exp_avg_sq"].float() * settings.beta2, g, g, value=1 - settings.beta2)
+    bias1, bias2 = (bias_correction(beta, count).float() for beta in (settings.beta1, settings.beta2))
+    direction = (mean / bias1) / ((second / bias2).sqrt() + settings.eps)
+    new = weight.float() * (1 - settings.lr * settings.weight_decay) - settings.lr * direction
     for target, source in ((weight, new), (state["exp_avg"], mean), (state["exp_avg_sq"], second)):
-        if gate is not None:
-            source = torch.where(gate, source, target.float())
-        round_stochastically_(target, source, generator)
-    state["step"].copy_(step if gate is None else torch.where(gate, step, step - 1))
+        if step.gate is not None:
+            source = torch.where(step.gate, source, target.float())
+        round_stochastically_(target, source, step.generator)
+    step.count([state])

@@ -1,4 +1,4 @@
-"""OasisAdamW: AdamW whose moments live in the subspaces of the weights, and move with them."""
+"""OasisAdamW: AdamW whose moments are in the subspaces of the weights, and are transported when these move."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 
 from oasis_fx.graph.matricization import Features, as_rows
-from oasis_fx.runtime.optim.adam_updates import Hyper, step_dense_bfloat16, step_fused, step_low_rank
+from oasis_fx.runtime.optim.adam_updates import AdamWSettings, step_dense_bfloat16, step_fused, step_low_rank
 from oasis_fx.runtime.optim.base import SubspaceOptimizer
+from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.eight_bit import in_float32, new_codes, quantizes, require_torchao
 from oasis_fx.runtime.optim.group_settings import (
     check_bits,
@@ -19,55 +20,62 @@ from oasis_fx.runtime.optim.group_settings import (
     check_flags,
     check_numbers,
     check_rounding,
+    rename_settings,
     rounds_stochastically,
 )
-from oasis_fx.runtime.optim.kernels import fused
-from oasis_fx.runtime.optim.resizing import fit_columns
-from oasis_fx.runtime.optim.transport import transport_mean, transport_second_moment
+from oasis_fx.runtime.optim.kernels import dispatch
+from oasis_fx.runtime.optim.transport import bias_correction, fit_columns, transport_mean, transport_second_moment
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
 from oasis_fx.runtime.optim.weight_steps import store_weight
-from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
 class OasisAdamW(SubspaceOptimizer):
     """AdamW for models compiled with `oasis_backend`.
 
     A weight whose gradient is a `LowRankGrad` has moments of m x r, float32 (float64 for float64 weights),
-    which go over to the new basis whenever the basis moves; every other parameter is torch's fused AdamW. At
-    the end of a step each basis whose statistic has grown moves, with `every=k` at every k-th step.
-    A step in which any gradient is not finite is left out whole, as `GradScaler` would: weights, moments, step
-    counts and bases stay as they were.
+    which are transported to the new basis whenever the basis moves; every other parameter is stepped by torch's fused
+    AdamW. At the end of a step each basis that has a statistic moves; with `every=k`, every k steps. A step
+    in which any gradient is not finite is left out whole, as `GradScaler` would: weights, moments, step counts and
+    bases stay as they were.
 
     Args:
-        params: parameters, named parameters, or groups of either, as torch's optimizers take them. Weights
-            that share a basis must all be in one optimizer.
+        params: parameters, named parameters, or groups of either, as torch's optimizers accept them. Weights that
+            share a basis must all be in one optimizer.
         lr: learning rate, from 0; a float or a one-element tensor.
-        betas: decay of the moments a step, each in [0, 1); floats or one-element tensors.
+        betas: factors by which the two moments decay in a step, each in [0, 1); floats or one-element tensors.
         eps: added to the root of the second moment, from 0.
         weight_decay: decoupled: each step multiplies weights by ``1 - lr * weight_decay``; from 0.
-        stochastic_rounding: round bfloat16 weights at random, so that updates below half a step are not lost.
-            None: on for bfloat16. Rounding repeats itself: it is seeded by the number of steps.
+        stochastic_rounding: round bfloat16 weights at random, so that updates smaller than half their last digit are
+            not lost. None: on for bfloat16. Rounding is seeded by the number of steps, so that a run can be repeated.
         rank_scaling: multiply the learning rate of a weight in a subspace by ``sqrt(n / r)``, so that its step is as
             long as AdamW's and a learning rate for AdamW holds at every rank. A setting of a group.
-        residual: where a weight in a subspace has a dense gradient, step outside of its subspace as well (Fira's way);
-            False leaves that part out. For a full-rank step now and then, run some steps by a model compiled
-            otherwise: ``exact = torch.compile(model.forward)``. A setting of a group.
-        full_rank: keep moments of the weights' own shape, and make each low-rank gradient a full-size matrix, one at a
-            time, to update them: what PRAC does. A setting of a group; for weights whose moments have not begun.
-        state_bits: 32, or 8: all moments of 4096 numbers and more as eight-bit codes in blocks of 256, by torchao. A
-            setting of a group; for weights whose moments have not begun.
+        step_outside_subspace: where a weight in a subspace has a dense gradient, step along the part of it outside of
+            the subspace as well, at the length that AdamW gives the part inside (Fira's scaling). False drops that
+            part. For a full-rank step now and then, run some steps by a model that another backend has compiled:
+            ``exact = torch.compile(model.forward)``. A setting of a group.
+        full_size_states: keep moments of the weights' own shape, as PRAC does, and turn each low-rank gradient into a
+            full-size matrix, one at a time, to update them. A setting of a group; for weights whose moments have not
+            begun.
+        state_bits: 32, or 8 to keep all moments of 4096 numbers and more as eight-bit codes in blocks of 256, by
+            torchao. A setting of a group; for weights whose moments have not begun.
+        residual, full_rank: what `step_outside_subspace` and `full_size_states` were called until 0.2; they go with
+            the next release.
 
-    Settings of groups are read at each step: schedulers may set them, or change tensors in place.
+    Settings of groups are read at every step: schedulers may set them, or change tensors in place.
 
     Raises:
-        ValueError: naming the value and what is allowed, here, in `add_param_group`, and at the step that follows where
-            one was set in ``param_groups``; torchao is asked for and missing.
+        ValueError: a setting has a value that is not allowed, or torchao is asked for and missing. Raised here, in
+            `add_param_group`, and at the next step where it was set in ``param_groups``.
 
     Source: OASIS, arXiv 2604.09406; transport of moments: LDAdam, arXiv 2410.16103; eight bits: arXiv 2110.02861.
     """
 
     states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     mean_state: ClassVar[str | None] = "exp_avg"
+    renamed_settings: ClassVar[Mapping[str, str]] = {
+        "residual": "step_outside_subspace",
+        "full_rank": "full_size_states",
+    }
 
     def __init__(
         self,
@@ -79,9 +87,11 @@ class OasisAdamW(SubspaceOptimizer):
         *,
         stochastic_rounding: bool | None = None,
         rank_scaling: bool = True,
-        residual: bool = False,
-        full_rank: bool = False,
+        step_outside_subspace: bool = False,
+        full_size_states: bool = False,
         state_bits: int = 32,
+        residual: bool | None = None,
+        full_rank: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -90,17 +100,20 @@ class OasisAdamW(SubspaceOptimizer):
             "weight_decay": weight_decay,
             "stochastic_rounding": stochastic_rounding,
             "rank_scaling": rank_scaling,
-            "residual": residual,
-            "full_rank": full_rank,
+            "step_outside_subspace": step_outside_subspace,
+            "full_size_states": full_size_states,
             "state_bits": state_bits,
         }
+        old = {"residual": residual, "full_rank": full_rank}
+        defaults |= {name: value for name, value in old.items() if value is not None}
+        rename_settings(defaults, self.renamed_settings, "OasisAdamW")
         super().__init__(params, defaults)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         check_numbers(group, "lr", "eps", "weight_decay")
         check_decays(group)
         check_rounding(group)
-        check_flags(group, "rank_scaling", "residual", "full_rank")
+        check_flags(group, "rank_scaling", "step_outside_subspace", "full_size_states")
         check_bits(group)
         if group.get("state_bits", 32) == 8:
             require_torchao()
@@ -147,57 +160,51 @@ class OasisAdamW(SubspaceOptimizer):
             for name, value in fitted.items():
                 plain[name].copy_(value)
 
-    def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hyper:
+    def settings_of(self, group: Mapping[str, Any], dtype: torch.dtype) -> AdamWSettings:
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        return Hyper(
+        return AdamWSettings(
             float(group["lr"]),
             beta1,
             beta2,
             float(group["eps"]),
             float(group["weight_decay"]),
-            rounds_stochastically(group, weight),
+            rounds_stochastically(group, dtype),
             bool(group.get("rank_scaling", False)),
-            bool(group.get("residual", False)),
+            bool(group.get("step_outside_subspace", False)),
         )
 
     def mean_decay(self, group: Mapping[str, Any]) -> float:
         return float(group["betas"][0])
 
-    def step_low_rank(
-        self, updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
+    def step_low_rank(self, updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -> None:
         plain = [update for update in updates if not _in_codes(update.state)]
         if plain:
-            step_low_rank(plain, hyper, gate, generator)
+            step_low_rank(plain, step)
         for update in updates:
             if _in_codes(update.state):  # one at a time, or all would be in float32 at once
                 with in_float32(update.state, self.states) as state:
-                    step_low_rank([replace(update, state=state)], hyper, gate, generator)
+                    step_low_rank([replace(update, state=state)], step)
 
-    def step_dense(
-        self, updates: Sequence[DenseUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
+    def step_dense(self, updates: Sequence[DenseUpdate], step: Step[AdamWSettings]) -> None:
         coded = [update for update in updates if _in_codes(update.state)]
         for update in coded:
             with in_float32(update.state, self.states) as state:
-                self._step_in_float32(replace(update, state=state), hyper, gate, generator)
+                self._step_in_float32(replace(update, state=state), step)
         updates = [update for update in updates if not _in_codes(update.state)]
-        if hyper.stochastic_rounding:
-            for update in fused.step_dense_bfloat16(updates, hyper, gate, generator):
-                step_dense_bfloat16(update.weight, update.gradient, update.state, hyper, gate, generator)
+        if step.settings.stochastic_rounding:
+            for update in dispatch.step_dense_bfloat16(updates, step):
+                step_dense_bfloat16(update.weight, update.gradient, update.state, step)
             return
         if not updates:
             return
         weights, gradients = [update.weight for update in updates], [update.gradient for update in updates]
-        step_fused(weights, gradients, [update.state for update in updates], hyper, gate)
+        step_fused(weights, gradients, [update.state for update in updates], step.settings, step.gate)
 
-    def _step_in_float32(
-        self, update: DenseUpdate, hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
+    def _step_in_float32(self, update: DenseUpdate, step: Step[AdamWSettings]) -> None:
         weight = update.weight if update.weight.dtype == torch.float32 else update.weight.float()
-        step_fused([weight], [update.gradient.float()], [update.state], hyper, gate)
+        step_fused([weight], [update.gradient.float()], [update.state], step.settings, step.gate)
         if weight is not update.weight:
-            store_weight(update.weight, weight, hyper, generator)
+            store_weight(update.weight, weight, step)
 
     def transport(self, states: Sequence[State], overlap: torch.Tensor, group: Mapping[str, Any]) -> None:
         if _in_codes(states[0]):

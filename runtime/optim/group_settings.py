@@ -1,17 +1,22 @@
-"""Settings of a parameter group: checked when given, when loaded, and at each step, before any work."""
+"""Settings of a parameter group: checked when they are given, when they are loaded, and at the start of every step."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 
 
 def check_numbers(group: Mapping[str, Any], *names: str) -> None:
-    """Raise ValueError for a setting that is not a finite number from 0; ``lr`` may be a one-element tensor."""
+    """Check that settings are finite numbers from 0; ``lr`` may be a one-element tensor.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
     for name in names:
         value = as_number(group[name], tensors=name == "lr")
         if value is None or not 0 <= value < math.inf:  # false for NaN too
@@ -20,49 +25,106 @@ def check_numbers(group: Mapping[str, Any], *names: str) -> None:
 
 
 def check_decays(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where ``betas`` are not two numbers in [0, 1), or one-element tensors of such."""
+    """Check that ``betas`` is two numbers in [0, 1), or two one-element tensors of such numbers.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
     betas = group["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(_is_decay(b, tensors=True) for b in betas):
         raise ValueError(f"betas is {betas!r}: it must be two numbers in [0, 1)")
 
 
 def check_momentum(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where ``momentum`` is not a number in [0, 1)."""
+    """Check that ``momentum`` is a number in [0, 1).
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
     if not _is_decay(group["momentum"]):
         raise ValueError(f"momentum is {group['momentum']!r}: it must be a number in [0, 1)")
 
 
 def check_limit(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where ``limit`` is not a number over 1."""
+    """Check that ``limit`` is a number over 1.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
     limit = as_number(group["limit"])
     if limit is None or not limit > 1:
         raise ValueError(f"limit is {group['limit']!r}: it must be a number over 1 (inf: no limit)")
 
 
 def check_rounding(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where ``stochastic_rounding`` is neither None nor a bool."""
+    """Check that ``stochastic_rounding`` is None or a bool.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
     value = group["stochastic_rounding"]
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"stochastic_rounding is {value!r}: it must be None, True or False")
 
 
 def check_flags(group: Mapping[str, Any], *names: str) -> None:
-    """Raise ValueError for a setting that is given and no bool."""
+    """Check that settings are bools where they are given.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
     for name in names:
         if not isinstance(group.get(name, False), bool):
             raise ValueError(f"{name} is {group[name]!r}: it must be True or False")
 
 
 def check_bits(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where ``state_bits`` is given and neither 8 nor 32."""
+    """Check that ``state_bits`` is 8 or 32 where it is given.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
     bits = group.get("state_bits", 32)
     if not isinstance(bits, int) or bits not in (8, 32):
         raise ValueError(f"state_bits is {bits!r}: it must be 8 or 32")
 
 
-def rounds_stochastically(group: Mapping[str, Any], weight: torch.Tensor) -> bool:
-    """Whether a weight's updates are rounded at random: bfloat16 ones are, unless the group says no."""
-    return weight.dtype == torch.bfloat16 and group["stochastic_rounding"] is not False
+def rounds_stochastically(group: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    """Return whether weights of a dtype are rounded at random: bfloat16 is, unless the group turns it off."""
+    return dtype == torch.bfloat16 and group["stochastic_rounding"] is not False
+
+
+def parameter_name(group: Mapping[str, Any], index: int, number: int) -> str:
+    """Return what messages call a parameter: its name, if the optimizer was given one, or its place in the groups."""
+    return str(group["param_names"][number]) if "param_names" in group else f"{number} of group {index}"
+
+
+# Under this name groups had their count of steps until 0.2.
+_SILENT = {"rounding_seed": "step_count"}
+
+
+def rename_settings(group: MutableMapping[str, Any], renamed: Mapping[str, str], where: str) -> None:
+    """Give settings of a group that stand under an old name their present one, with a DeprecationWarning.
+
+    A value that a group has under its present name counts less than one under the old: somebody has just set that.
+
+    Args:
+        group: changed in place.
+        renamed: {old: new}.
+        where: what the settings are in, for the message.
+    """
+    for old, new in _SILENT.items():
+        if old in group:
+            group[new] = group.pop(old)
+    for old, new in renamed.items():
+        if old in group:
+            group[new] = group.pop(old)
+            warnings.warn(
+                f"{where} has the setting {old!r}, which is called {new!r} since 0.3: the old name goes with the next "
+                "release",
+                DeprecationWarning,
+                stacklevel=4,
+            )
 
 
 def _is_decay(value: object, *, tensors: bool = False) -> bool:
@@ -71,7 +133,7 @@ def _is_decay(value: object, *, tensors: bool = False) -> bool:
 
 
 def as_number(value: object, *, tensors: bool = False) -> float | None:
-    """A real number as a float; None for what is none, be it a text that Python would make a number of.
+    """Return a real number as a float; None for anything else, even a text that Python can read as a number.
 
     Args:
         tensors: whether a tensor of one element is a number.

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from oasis_fx.runtime.optim.base import SubspaceOptimizer
+from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.group_settings import (
     check_decays,
     check_flags,
@@ -24,12 +25,14 @@ from oasis_fx.runtime.optim.group_settings import (
     check_rounding,
     rounds_stochastically,
 )
-from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, real_update
-from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weight, where
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, in_wide_dtype, real_update
+from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weight
 
 
 @dataclass(frozen=True)
-class Hyper:
+class LionSettings:
+    """The settings of one parameter group at one step, for weights of one dtype."""
+
     lr: float
     beta1: float
     beta2: float
@@ -80,37 +83,33 @@ class OasisLion(SubspaceOptimizer):
         check_rounding(group)
         check_flags(group, "rank_scaling")
 
-    def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hyper:
+    def settings_of(self, group: Mapping[str, Any], dtype: torch.dtype) -> LionSettings:
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        rounding = rounds_stochastically(group, weight)
+        rounding = rounds_stochastically(group, dtype)
         decay, scaling = float(group["weight_decay"]), bool(group.get("rank_scaling", False))
-        return Hyper(float(group["lr"]), beta1, beta2, decay, rounding, scaling)
+        return LionSettings(float(group["lr"]), beta1, beta2, decay, rounding, scaling)
 
     def mean_decay(self, group: Mapping[str, Any]) -> float:
         return float(group["betas"][1])
 
-    def step_low_rank(
-        self, updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
+    def step_low_rank(self, updates: Sequence[LowRankUpdate], step: Step[LionSettings]) -> None:
         for update in updates:
-            minus_u = _advance(update.state["exp_avg"], update.factor, hyper, gate)
-            step_weight(update, minus_u, hyper, gate, generator, update.rank_scale if hyper.rank_scaling else 1.0)
-            update.state["step"] += where(gate, torch.ones_like(update.state["step"]))
+            minus_u = _direction(update.state["exp_avg"], update.factor, step)
+            step_weight(update, minus_u, step, update.rank_scale if step.settings.rank_scaling else 1.0)
+        step.count([update.state for update in updates])
 
-    def step_dense(
-        self, updates: Sequence[DenseUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
+    def step_dense(self, updates: Sequence[DenseUpdate], step: Step[LionSettings]) -> None:
         for update in map(real_update, updates):
-            minus_u = _advance(update.state["exp_avg"], update.gradient, hyper, gate)
-            step_dense_weight(update.weight, minus_u, hyper, gate, generator)
-            update.state["step"] += where(gate, torch.ones_like(update.state["step"]))
+            minus_u = _direction(update.state["exp_avg"], update.gradient, step)
+            step_dense_weight(update.weight, minus_u, step)
+        step.count([update.state for update in updates])
 
 
-def _advance(mean: torch.Tensor, gradient: torch.Tensor, hyper: Hyper, gate: torch.Tensor | None) -> torch.Tensor:
-    """Update the momentum in place; return -U."""
-    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+def _direction(mean: torch.Tensor, gradient: torch.Tensor, step: Step[LionSettings]) -> torch.Tensor:
+    """Update the momentum in place and return -U, float32 or float64; zeros where the gate is false."""
+    g, settings = in_wide_dtype(gradient), step.settings
     m = mean.to(g.dtype)
-    minus_u = -torch.sign(m.lerp(g, 1 - hyper.beta1))
-    new = m.lerp(g, 1 - hyper.beta2)
-    mean.copy_(new if gate is None else torch.where(gate, new, m))
-    return where(gate, minus_u)
+    minus_u = -torch.sign(m.lerp(g, 1 - settings.beta1))
+    new = m.lerp(g, 1 - settings.beta2)
+    mean.copy_(step.where(new, m))
+    return step.where(minus_u)

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oasis_fx.errors import OasisWarning
-from oasis_fx.runtime.optim.group_settings import as_number
+from oasis_fx.runtime.optim.group_settings import as_number, parameter_name, rename_settings
 
 if TYPE_CHECKING:
-    from oasis_fx.runtime.optim.base import SubspaceOptimizer
+    from oasis_fx.runtime.optim.algorithm import Algorithm
 
 # Settings of torch's optimizers that change what a step does, and that ours do not have: the value that is none.
 _WITHOUT = {"amsgrad": False, "maximize": False, "dampening": 0, "differentiable": False}
 
 
-def prepared(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def prepared(optimizer: Algorithm, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict with all settings and counts that ours have; the given one is not changed.
 
     Settings that are missing are those that the optimizer has now. States that have not begun (of SGD without
@@ -45,23 +45,23 @@ def prepared(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any]) -> dic
     for index, (group, packed) in enumerate(zip(present, groups, strict=True)):
         for number, (weight, key) in enumerate(zip(group["params"], packed["params"], strict=True)):
             if key in states:
-                name = group["param_names"][number] if "param_names" in group else f"{number} of group {index}"
+                name = parameter_name(group, index, number)
                 states[key] = _state(optimizer, weight, states[key], name)
                 if not states[key]:
                     del states[key]
     return {**state_dict, "state": states, "param_groups": groups}
 
 
-def _group(
-    optimizer: SubspaceOptimizer, index: int, present: Mapping[str, Any], saved: Mapping[str, Any]
-) -> dict[str, Any]:
+def _group(optimizer: Algorithm, index: int, present: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     for name, none in _WITHOUT.items():
         if saved.get(name, none) != none:
             raise ValueError(
                 f"{name} is {saved[name]!r} in group {index} of the state dict: {type(optimizer).__name__} has no such "
                 f"setting, it must be {none!r}"
             )
-    ours = "rounding_seed" in saved
+    saved = dict(saved)
+    rename_settings(saved, optimizer.renamed_settings, f"group {index} of the state dict")
+    ours = "step_count" in saved
     missing = {key: present[key] for key in optimizer.defaults if key in present and key not in saved}
     if ours and "rank_scaling" in missing:
         missing["rank_scaling"] = False  # a checkpoint from before there was any
@@ -78,7 +78,7 @@ def _group(
     return filled
 
 
-def _state(optimizer: SubspaceOptimizer, weight: torch.Tensor, saved: Any, name: str) -> dict[str, Any]:
+def _state(optimizer: Algorithm, weight: torch.Tensor, saved: Any, name: str) -> dict[str, Any]:
     if not isinstance(saved, Mapping):
         raise ValueError(f"parameter {name} has a saved state of type {type(saved).__name__}: it must be a dict")
     kinds = optimizer.states_of("features" in saved and not saved.get("full_rank"))
@@ -98,6 +98,5 @@ def _state(optimizer: SubspaceOptimizer, weight: torch.Tensor, saved: Any, name:
             raise ValueError(f"parameter {name} has saved states in a subspace, and no saved basis")
         # Numbers that are missing: the basis has moved, and no other weight shares it.
         state.setdefault("basis_updates", 1)
-        state.setdefault("basis_steps", 0)
         state.setdefault("subspace", f"alone {name}")
     return state

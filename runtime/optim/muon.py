@@ -4,7 +4,7 @@
     O = O min(1, gamma ||O_before|| / ||O||)                      the norm-growth limiter
     W = (1 - lr wd) W - lr scale sqrt(max(m, n)) f O Q^T,   f = sqrt(min(m, n) / r)
 
-One moment only, which goes over to a new basis as M R: no second moment has to be carried. An SVD and not
+One moment only, which is transported to a new basis as M R, and no second moment. An SVD and not
 Newton-Schulz's iteration, whose error is large for moments of low rank and bad condition. Other parameters (biases,
 norms, embeddings, heads) are AdamW's.
 
@@ -24,9 +24,9 @@ from typing import Any, ClassVar
 import torch
 
 from oasis_fx.graph.matricization import Features, as_rows
-from oasis_fx.runtime.optim.adam_updates import Hyper as AdamHyper
-from oasis_fx.runtime.optim.adam_updates import step_dense_bfloat16, step_fused
+from oasis_fx.runtime.optim.adam_updates import AdamWSettings, step_dense_bfloat16, step_fused
 from oasis_fx.runtime.optim.base import SubspaceOptimizer
+from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.group_settings import (
     check_decays,
     check_flags,
@@ -37,12 +37,14 @@ from oasis_fx.runtime.optim.group_settings import (
     rounds_stochastically,
 )
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
-from oasis_fx.runtime.optim.weight_steps import step_weight, where
+from oasis_fx.runtime.optim.weight_steps import step_weight
 
 
 @dataclass(frozen=True)
-class Hyper:
-    adam: AdamHyper
+class MuonSettings:
+    """The settings of one parameter group at one step, for weights of one dtype."""
+
+    adam: AdamWSettings
     momentum: float
     scale: float
     limit: float
@@ -107,12 +109,14 @@ class OasisMuon(SubspaceOptimizer):
         check_momentum(group)
         check_limit(group)
 
-    def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hyper:
+    def settings_of(self, group: Mapping[str, Any], dtype: torch.dtype) -> MuonSettings:
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        rounding = rounds_stochastically(group, weight)
-        adam = AdamHyper(float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), rounding)
+        rounding = rounds_stochastically(group, dtype)
+        adam = AdamWSettings(
+            float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), rounding
+        )
         scaling = bool(group.get("rank_scaling", False))
-        return Hyper(adam, float(group["momentum"]), float(group["scale"]), float(group["limit"]), scaling)
+        return MuonSettings(adam, float(group["momentum"]), float(group["scale"]), float(group["limit"]), scaling)
 
     def projected_states(
         self, state: State, basis: torch.Tensor, features: Features, group: Mapping[str, Any]
@@ -121,44 +125,46 @@ class OasisMuon(SubspaceOptimizer):
         mean = as_rows(state["exp_avg"], features).to(basis.dtype) @ basis
         return {"momentum_buffer": mean / (1 - float(group["momentum"]))}
 
-    def step_low_rank(
-        self, updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
+    def step_low_rank(self, updates: Sequence[LowRankUpdate], step: Step[MuonSettings]) -> None:
+        settings = step.settings
+        step_of_weight = Step(settings.adam, step.gate, step.generator)
         batches: dict[Any, list[LowRankUpdate]] = {}
         for update in updates:
             m = update.state["momentum_buffer"]
-            m.copy_(where(gate, hyper.momentum * m + update.factor, m))
+            m.copy_(step.where(settings.momentum * m + update.factor, m))
             batches.setdefault((m.shape, m.dtype), []).append(update)
         for batch in batches.values():
             directions = orthogonalize(torch.stack([update.state["momentum_buffer"] for update in batch]))
             for update, o in zip(batch, directions, strict=True):
-                factor = hyper.scale * math.sqrt(max(o.shape[0], update.basis.shape[0]))
-                if hyper.rank_scaling:
+                factor = settings.scale * math.sqrt(max(o.shape[0], update.basis.shape[0]))
+                if settings.rank_scaling:
                     factor *= _rank_scale(update, o.shape[0])
-                minus_o = where(gate, -self._limited(update.state, o, hyper, gate))
-                step_weight(update, minus_o, hyper.adam, gate, generator, factor)
-                update.state["step"] += where(gate, torch.ones_like(update.state["step"]))
+                minus_o = step.where(-_limited(update.state, o, step))
+                step_weight(update, minus_o, step_of_weight, factor)
+        step.count([update.state for update in updates])
 
-    def _limited(self, state: State, o: torch.Tensor, hyper: Hyper, gate: torch.Tensor | None) -> torch.Tensor:
-        norm, before = torch.linalg.vector_norm(o), state.setdefault("update_norm", o.new_zeros(()))
-        allowed = torch.where(before > 0, hyper.limit * before, torch.inf)
-        factor = (allowed / norm.clamp_min(torch.finfo(o.dtype).tiny)).clamp_max(1.0)
-        before.copy_(where(gate, norm * factor, before))
-        return o * factor
-
-    def step_dense(
-        self, updates: Sequence[DenseUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
-        if hyper.adam.stochastic_rounding:
+    def step_dense(self, updates: Sequence[DenseUpdate], step: Step[MuonSettings]) -> None:
+        adam = step.settings.adam
+        if adam.stochastic_rounding:
+            step_of_weight = Step(adam, step.gate, step.generator)
             for update in updates:
-                step_dense_bfloat16(update.weight, update.gradient, update.state, hyper.adam, gate, generator)
+                step_dense_bfloat16(update.weight, update.gradient, update.state, step_of_weight)
             return
         weights, gradients = [update.weight for update in updates], [update.gradient for update in updates]
-        step_fused(weights, gradients, [update.state for update in updates], hyper.adam, gate)
+        step_fused(weights, gradients, [update.state for update in updates], adam, step.gate)
+
+
+def _limited(state: State, o: torch.Tensor, step: Step[MuonSettings]) -> torch.Tensor:
+    """Return O [m, r] shortened to what the norm-growth limiter allows, and note its norm in the state."""
+    norm, before = torch.linalg.vector_norm(o), state.setdefault("update_norm", o.new_zeros(()))
+    allowed = torch.where(before > 0, step.settings.limit * before, torch.inf)
+    factor = (allowed / norm.clamp_min(torch.finfo(o.dtype).tiny)).clamp_max(1.0)
+    before.copy_(step.where(norm * factor, before))
+    return o * factor
 
 
 def orthogonalize(m: torch.Tensor) -> torch.Tensor:
-    """``U V^T`` of each ``M = U S V^T`` [L, m, r]; directions whose singular value is zero to rounding are left out."""
+    """Return ``U V^T`` of each ``M = U S V^T`` [L, m, r], without directions whose singular value rounding has made."""
     u, s, vh = torch.linalg.svd(m, full_matrices=False)
     kept = s > s[..., :1] * torch.finfo(m.dtype).eps * max(m.shape[-2:])
     return (u * kept.unsqueeze(-2)) @ vh

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from oasis_fx.runtime.optim.base import SubspaceOptimizer
+from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.group_settings import (
     check_flags,
     check_momentum,
@@ -22,12 +23,14 @@ from oasis_fx.runtime.optim.group_settings import (
     check_rounding,
     rounds_stochastically,
 )
-from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
-from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weight, where
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, in_wide_dtype
+from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weight
 
 
 @dataclass(frozen=True)
-class Hyper:
+class SGDSettings:
+    """The settings of one parameter group at one step, for weights of one dtype."""
+
     lr: float
     momentum: float
     weight_decay: float
@@ -78,36 +81,32 @@ class OasisSGD(SubspaceOptimizer):
         check_rounding(group)
         check_flags(group, "nesterov")
 
-    def hyper_of(self, group: Mapping[str, Any], weight: torch.Tensor) -> Hyper:
-        return Hyper(
+    def settings_of(self, group: Mapping[str, Any], dtype: torch.dtype) -> SGDSettings:
+        return SGDSettings(
             float(group["lr"]),
             float(group["momentum"]),
             float(group["weight_decay"]),
             bool(group["nesterov"]),
-            rounds_stochastically(group, weight),
+            rounds_stochastically(group, dtype),
         )
 
-    def step_low_rank(
-        self, updates: Sequence[LowRankUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
+    def step_low_rank(self, updates: Sequence[LowRankUpdate], step: Step[SGDSettings]) -> None:
         for update in updates:
-            minus_u = self._advance(update.state["momentum_buffer"], update.factor, hyper, gate)
-            step_weight(update, minus_u, hyper, gate, generator)
-            update.state["step"] += where(gate, torch.ones_like(update.state["step"]))
+            minus_u = _direction(update.state["momentum_buffer"], update.factor, step)
+            step_weight(update, minus_u, step)
+        step.count([update.state for update in updates])
 
-    def step_dense(
-        self, updates: Sequence[DenseUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
+    def step_dense(self, updates: Sequence[DenseUpdate], step: Step[SGDSettings]) -> None:
         for update in updates:
-            minus_u = self._advance(update.state["momentum_buffer"], update.gradient, hyper, gate)
-            step_dense_weight(update.weight, minus_u, hyper, gate, generator)
-            update.state["step"] += where(gate, torch.ones_like(update.state["step"]))
+            minus_u = _direction(update.state["momentum_buffer"], update.gradient, step)
+            step_dense_weight(update.weight, minus_u, step)
+        step.count([update.state for update in updates])
 
-    def _advance(
-        self, momentum: torch.Tensor, gradient: torch.Tensor, hyper: Hyper, gate: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Update the momentum in place; return -U, in float32 at least."""
-        g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        new = hyper.momentum * momentum.to(g.dtype) + g
-        momentum.copy_(new if gate is None else torch.where(gate, new, momentum.to(g.dtype)))
-        return where(gate, -(g + hyper.momentum * new) if hyper.nesterov else -new)
+
+def _direction(momentum: torch.Tensor, gradient: torch.Tensor, step: Step[SGDSettings]) -> torch.Tensor:
+    """Update the momentum in place and return -U, float32 or float64; zeros where the gate is false."""
+    g, settings = in_wide_dtype(gradient), step.settings
+    before = momentum.to(g.dtype)
+    new = settings.momentum * before + g
+    momentum.copy_(step.where(new, before))
+    return step.where(-(g + settings.momentum * new) if settings.nesterov else -new)

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from oasis_fx.runtime.subspaces.state import SAVED_FIELDS
-
 if TYPE_CHECKING:
-    from oasis_fx.runtime.optim.base import SubspaceOptimizer
+    from oasis_fx.runtime.optim.algorithm import Algorithm
 
-_KINDS = {f.metadata["key"]: f.metadata["kind"] for f in SAVED_FIELDS}
-_NUMBERS = ("subspace", "full_rank", "basis_rank", "basis_resizable", *(k for k in _KINDS if _KINDS[k] == "number"))
-_SCALARS = tuple(key for key, kind in _KINDS.items() if kind in ("count", "scalar"))
+_NUMBERS = ("subspace", "full_rank", "basis_seed", "basis_rank", "basis_resizable")
+_SCALARS = ("basis_updates", "basis_steps", "basis_log_rate")
 
 
 def pack_numbers(packed: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +24,7 @@ def pack_numbers(packed: dict[str, Any]) -> dict[str, Any]:
     return _map_entries(packed, _pack)
 
 
-def unpack_numbers(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def unpack_numbers(optimizer: Algorithm, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The other way; a state dict that was never packed, as those of earlier versions, stays as it is.
 
     What torch has flattened holds what the optimizer had states for, so that the number of the subspace may be missing:

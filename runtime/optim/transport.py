@@ -1,9 +1,9 @@
-"""Carry optimizer states from one basis to the next.
+"""Transport optimizer states from one basis to another: the formulas.
 
 With R = Q^T Q+ [r, r], Q the old and Q+ the new basis; a state A [m, r] stands for A Q^T [m, n].
 
 Source: LDAdam, arXiv 2410.16103, its projection-aware update, in right-projection form. Coordinates count as
-uncorrelated with variance v - m^2, which goes over by the squares of R's entries; means go over by R.
+uncorrelated with variance v - m^2, which is transported by the squares of R's entries; means are transported by R.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ from __future__ import annotations
 import torch
 
 
+def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
+    """Return ``1 - beta^step`` in float64: in float32, 1 - 0.999 is right to four digits only."""
+    return 1 - beta ** step.double()
+
+
 def transport_mean(mean: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
-    """``m+ = m R``: [L, m, r] and [L, r, r] to [L, m, r]."""
+    """Return ``m+ = m R``, of [L, m, r] and [L, r, r]: [L, m, r]."""
     return mean @ overlap
 
 
 def transport_second_moment(
     second: torch.Tensor, mean: torch.Tensor, overlap: torch.Tensor, bias1: torch.Tensor, bias2: torch.Tensor
 ) -> torch.Tensor:
-    """``v+ = bias2 * |(v^ - m^2)(R o R) + (m^ R)^2|`` with hats bias-corrected and R o R elementwise.
+    """Return ``v+ = bias2 * |(v^ - m^2)(R o R) + (m^ R)^2|`` [L, m, r]; hats are bias-corrected, R o R is elementwise.
 
     Args:
         second, mean: Adam's moments [L, m, r] in the old coordinates, not bias-corrected.
@@ -31,3 +36,12 @@ def transport_second_moment(
     variance = second_hat - mean_hat.square()
     # The absolute value guards against variances that rounding made negative.
     return bias2 * (variance @ overlap.square() + (mean_hat @ overlap).square()).abs()
+
+
+def fit_columns(state: torch.Tensor, columns: int, fill: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a state [m, r] as [m, columns]: cut, or extended by copies of ``fill`` [m, 1], by default zeros."""
+    missing = columns - state.shape[1]
+    if missing <= 0:
+        return state[:, :columns].contiguous()
+    new = (torch.zeros_like(state[:, :1]) if fill is None else fill).expand(-1, missing)
+    return torch.cat([state, new], dim=1)

@@ -81,6 +81,11 @@ def _are_finite(batch: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(torch._foreach_norm(batch, math.inf))).isfinite().all()
 
 
+def in_wide_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in the dtype that updates are computed in: float32 at least, float64 and complex as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def real_view(tensor: torch.Tensor) -> torch.Tensor:
     """A complex tensor as pairs of real numbers, which is how torch's optimizers take one; any other as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

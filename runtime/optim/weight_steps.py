@@ -1,4 +1,4 @@
-"""``W = (1 - lr wd) W - lr U Q^T`` for weights of any layout, in bfloat16 too."""
+"""Step weights by a direction, in any layout and in bfloat16 too: ``W = (1 - lr wd) W - lr U Q^T``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Protocol
 import torch
 
 from oasis_fx.graph.matricization import add_product_
-from oasis_fx.runtime.optim.kernels import fused
+from oasis_fx.runtime.optim.context import Step
+from oasis_fx.runtime.optim.kernels import dispatch
 from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.updates import LowRankUpdate
 
 
-class WeightHyper(Protocol):
-    """What the step of a weight needs of an optimizer's settings."""
+class WeightSettings(Protocol):
+    """The settings of an optimizer that the step of a weight reads."""
 
     @property
     def lr(self) -> float: ...
@@ -25,71 +26,59 @@ class WeightHyper(Protocol):
 
 
 def step_weight(
-    update: LowRankUpdate,
-    minus_u: torch.Tensor,
-    hyper: WeightHyper,
-    gate: torch.Tensor | None,
-    generator: torch.Generator,
-    lr_factor: float = 1.0,
+    update: LowRankUpdate, minus_u: torch.Tensor, step: Step[WeightSettings], lr_factor: float = 1.0
 ) -> None:
-    """Step one weight by -U [m, r], which is zero where ``gate`` is false; weight decay looks at ``gate`` itself.
+    """Step one weight by a direction in the coordinates of its basis.
 
-    ``lr_factor`` multiplies the learning rate, but not in weight decay.
+    Args:
+        minus_u: -U [m, r], in the dtype of the basis; zero where the gate of the step is false.
+        lr_factor: multiplies the learning rate, except in weight decay.
     """
-    weight, basis = update.weight, update.basis
-    rounding = generator if hyper.stochastic_rounding else None
-    if fused.add_product(update, minus_u, 1 - hyper.lr * hyper.weight_decay, hyper.lr * lr_factor, gate, rounding):
+    weight, basis, settings = update.weight, update.basis, step.settings
+    keep, alpha = 1 - settings.lr * settings.weight_decay, settings.lr * lr_factor
+    rounding = step.generator if settings.stochastic_rounding else None
+    if dispatch.add_product(update, minus_u, keep, alpha, step.gate, rounding):
         return
     full = weight if weight.dtype == basis.dtype else weight.to(basis.dtype)
-    keep = _decay(full, hyper, gate)
-    add_product_(full, minus_u, basis, update.features, beta=keep, alpha=hyper.lr * lr_factor)
-    store_weight(weight, full, hyper, generator)
+    add_product_(full, minus_u, basis, update.features, beta=_decay(full, step), alpha=alpha)
+    store_weight(weight, full, step)
 
 
-def step_dense_weight(
-    weight: torch.Tensor,
-    minus_u: torch.Tensor,
-    hyper: WeightHyper,
-    gate: torch.Tensor | None,
-    generator: torch.Generator,
-) -> None:
-    """The same for a direction of the weight's shape: ``W = (1 - lr wd) W + lr (-U)``."""
+def step_dense_weight(weight: torch.Tensor, minus_u: torch.Tensor, step: Step[WeightSettings]) -> None:
+    """Step one weight by a direction of its own shape: ``W = (1 - lr wd) W + lr (-U)``.
+
+    Args:
+        minus_u: -U, float32 or float64; zero where the gate of the step is false.
+    """
     full = weight if weight.dtype == minus_u.dtype else weight.to(minus_u.dtype)
-    keep = _decay(full, hyper, gate)
+    keep = _decay(full, step)
     if keep != 1:
         full.mul_(keep)
-    full.add_(minus_u, alpha=hyper.lr)
-    store_weight(weight, full, hyper, generator)
+    full.add_(minus_u, alpha=step.settings.lr)
+    store_weight(weight, full, step)
 
 
-def _decay(full: torch.Tensor, hyper: WeightHyper, gate: torch.Tensor | None) -> float:
-    """The factor that is left to do; under a gate it is done here."""
-    keep = 1 - hyper.lr * hyper.weight_decay
-    if gate is None or keep == 1:
+def _decay(full: torch.Tensor, step: Step[WeightSettings]) -> float:
+    """Apply weight decay where there is a gate; return the factor that the caller has to apply, 1 then."""
+    keep = 1 - step.settings.lr * step.settings.weight_decay
+    if step.gate is None or keep == 1:
         return keep
-    full.mul_(torch.where(gate, keep, 1.0))
+    full.mul_(torch.where(step.gate, keep, 1.0))
     return 1.0
 
 
-def store_weight(weight: torch.Tensor, full: torch.Tensor, hyper: WeightHyper, generator: torch.Generator) -> None:
-    """Round a float32 copy into its weight; nothing where it is the weight itself."""
+def store_weight(weight: torch.Tensor, full: torch.Tensor, step: Step[WeightSettings]) -> None:
+    """Round a float32 copy of a weight into the weight; do nothing where ``full`` is the weight itself."""
     if full is weight:
         return
-    if hyper.stochastic_rounding:
-        round_stochastically_(weight, full, generator)
+    if step.settings.stochastic_rounding:
+        round_stochastically_(weight, full, step.generator)
     else:
         weight.copy_(full)
 
 
-def where(gate: torch.Tensor | None, value: torch.Tensor, otherwise: torch.Tensor | None = None) -> torch.Tensor:
-    """``value``, or where ``gate`` is false ``otherwise``, zeros by default."""
-    if gate is None:
-        return value
-    return torch.where(gate, value, torch.zeros_like(value) if otherwise is None else otherwise)
-
-
 def zeros_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Zeros of equal shapes and dtypes, in one allocation for each dtype."""
+    """Return zeros of the shapes and dtypes of tensors of one device, in one allocation for each dtype."""
     zeros: dict[int, torch.Tensor] = {}
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         places = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]

@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard
 from oasis_fx import AutoRank, LowRankGrad, LowRankGradWarning, OasisAdamW, OasisLion, OasisMuon, oasis_backend
 from oasis_fx.distributed import prepare
 from oasis_fx.errors import OasisWarning
-from oasis_fx.runtime.optim import base as subspace_optimizer
+from oasis_fx.runtime.optim import step as optimizer_step
 from oasis_fx.runtime.subspaces.rules import Oja, Random
 from oasis_fx.runtime.subspaces.shards import local_gradient
 
@@ -138,7 +138,7 @@ def equal() -> dict:
         of_four = name in ("plain", "accumulated") or "hybrid" in name
         if not of_four if dist.get_world_size() > 2 else "hybrid" in name:
             continue
-        subspace_optimizer.RANK_STEPS = (3,) if name == "auto" else (100, 1000)
+        optimizer_step.RANK_STEPS = (3,) if name == "auto" else (100, 1000)
         backend = {"rank": 8, "inner": "aot_eager"} | settings.pop("backend", {})
         model, optimizer, _ = made(oasis_backend(**backend), False, optimizer=settings.get("optimizer", OasisAdamW))
         alone = train(model, optimizer, False, **options)

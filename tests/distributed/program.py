@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from oasis_fx import AutoRank, OasisAdamW, oasis_backend
 from oasis_fx.distributed import prepare
-from oasis_fx.runtime.optim import base as subspace_optimizer
+from oasis_fx.runtime.optim import step as optimizer_step
 from oasis_fx.runtime.subspaces.rules import Oja, rule_of
 
 WIDTH, VOCABULARY, BATCH, STEPS = 64, 96, 96, 8
@@ -105,7 +105,7 @@ def reported(backend, handle) -> bool:
 
 def ranks_change(rank: int, world: int) -> dict:
     """A budget shared out at the third step: in whole graphs, and in those that DDP splits."""
-    subspace_optimizer.RANK_STEPS = (3,)
+    optimizer_step.RANK_STEPS = (3,)
     made = lambda: oasis_backend(AutoRank(0.25), inner="aot_eager")  # noqa: E731
     alone, model, optimizer, _ = train(0, 1, parallel=False, backend=made())
     ranks = [s["exp_avg"].shape[1] for s in optimizer.state.values() if "basis" in s]

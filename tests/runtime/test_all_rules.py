@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.optim.gathering import gather, prepare_state
+from oasis_fx.runtime.optim.items import find_items
+from oasis_fx.runtime.optim.preparation import prepare_state
 from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, Rule, rule_of
 
 RANK, LR = 4, 0.02
@@ -198,7 +199,7 @@ def test_moments_go_over_from_one_rule_to_another_and_so_does_the_checkpoint(rul
         weight = model.up.weight
         if number == 1:
             old, mean = optimizer.bindings[weight].subspace.basis.detach(), optimizer.state[weight]["exp_avg"].clone()
-            prepare_state(optimizer, next(iter(gather(optimizer))), optimizer.param_groups[0])
+            prepare_state(optimizer, next(iter(find_items(optimizer))))
             found = optimizer.state[weight]["exp_avg"]
             torch.testing.assert_close(found, mean @ (old.mT @ weight.grad.basis.detach()))
         optimizer.step()

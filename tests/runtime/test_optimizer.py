@@ -11,7 +11,9 @@ import torch
 
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.adamw import OasisAdamW
-from oasis_fx.runtime.optim.gathering import gather, prepare_state
+from oasis_fx.runtime.optim.items import find_items
+from oasis_fx.runtime.optim.preparation import prepare_state
+from oasis_fx.runtime.optim.step import begin_step, move_all_bases, step_dense, step_low_rank
 from oasis_fx.runtime.subspaces.rules import Oja
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
@@ -259,13 +261,14 @@ def test_the_gate_for_devices_that_are_not_waited_for(products, make_weight, mon
             gated, plain = OasisAdamW([w, bias], lr=0.1), OasisAdamW([twin, twin_bias], lr=0.1)
             before = [w.detach().clone(), bias.detach().clone(), w.grad.basis.detach().clone()]
             gate = torch.tensor(finite)
-            items = list(gather(gated))
+            items = list(find_items(gated))
             with torch.no_grad():
                 for item in items:
-                    prepare_state(gated, item, gated.param_groups[0])
-                gated._step_low_rank([i for i in items if i.low_rank], gate, gated._generators())
-                gated._step_dense([i for i in items if not i.low_rank], gate, gated._generators())
-                gated._move_bases(gate)
+                    prepare_state(gated, item)
+                context = begin_step(gated, gate)
+                step_low_rank(gated, [i for i in items if i.low_rank], context)
+                step_dense(gated, [i for i in items if not i.low_rank], context)
+                move_all_bases(gated, context)
             if finite:
                 plain.step()
                 assert torch.equal(gated.state[w]["exp_avg"], plain.state[twin]["exp_avg"])

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from oasis_fx.runtime.optim.adamw import OasisAdamW
-from oasis_fx.runtime.optim.gathering import gather, prepare_state
+from oasis_fx.runtime.optim.items import find_items
+from oasis_fx.runtime.optim.preparation import prepare_state
+from oasis_fx.runtime.optim.step import begin_step, step_low_rank
 from oasis_fx.runtime.subspaces.rules import Oja
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
@@ -47,9 +49,9 @@ def test_moments_go_over_to_another_subspace(products, make_weight) -> None:
     y.sum().backward()
     g, new = w.grad.factor.clone(), w.grad.basis.detach().clone()
     with torch.no_grad():
-        prepare_state(optimizer, next(iter(gather(optimizer))), optimizer.param_groups[0])
+        prepare_state(optimizer, next(iter(find_items(optimizer))))
         torch.testing.assert_close(optimizer.state[w]["exp_avg"], old_mean @ (old_basis.T @ new))
-        optimizer._step_low_rank(list(gather(optimizer)), None, optimizer._generators())
+        step_low_rank(optimizer, list(find_items(optimizer)), begin_step(optimizer, None))
     expected = BETAS[0] * old_mean @ (old_basis.T @ new) + (1 - BETAS[0]) * g
     torch.testing.assert_close(optimizer.state[w]["exp_avg"], expected)
 

@@ -60,7 +60,7 @@ def test_a_run_of_stock_goes_on_under_ours(kind) -> None:
     # What comes of it is a checkpoint of ours as any other.
     resumed = make(again)
     resumed.load_state_dict(ours.state_dict())
-    assert resumed.param_groups[0]["rounding_seed"] == 3
+    assert resumed.param_groups[0]["step_count"] == 3
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,14 @@ def test_a_step_count_of_any_kind(make, count, products, make_weight) -> None:
     assert torch.equal(weight, again)
 
 
-OWN_SETTINGS = ["rounding_seed", "rank_plans", "rank_scaling", "stochastic_rounding", "residual", "full_rank"]
+OWN_SETTINGS = [
+    "step_count",
+    "rank_plans",
+    "rank_scaling",
+    "stochastic_rounding",
+    "step_outside_subspace",
+    "full_size_states",
+]
 
 
 @pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
@@ -149,7 +156,7 @@ def test_settings_that_a_checkpoint_lacks_are_those_of_the_optimizer(make, produ
     again = torch.nn.Parameter(weight.detach().clone())
     resumed = make([("w", again)])
     resumed.load_state_dict(saved)
-    assert {**resumed.param_groups[0], "params": [], "rounding_seed": 3} == {**optimizer.param_groups[0], "params": []}
+    assert {**resumed.param_groups[0], "params": [], "step_count": 3} == {**optimizer.param_groups[0], "params": []}
     low_rank_run(products, weight, optimizer, range(3, 5)), low_rank_run(products, again, resumed, range(3, 5))
     assert torch.equal(weight, again)
 

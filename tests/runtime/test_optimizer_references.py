@@ -10,6 +10,7 @@ import torch
 
 from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD
 from oasis_fx.runtime.optim.base import SubspaceOptimizer
+from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
 
 LR, DECAY, RANK, STEPS = 0.125, 0.25, 3, 3
@@ -166,13 +167,13 @@ def test_a_low_rank_update(kind, layout, dtype, gate) -> None:
     )
     state = begin(optimizer, torch.empty(m, RANK, dtype=wide), True)
     kept = weight.detach().clone()
-    hyper = optimizer.hyper_of(optimizer.param_groups[0], weight)
+    settings = optimizer.settings_of(optimizer.param_groups[0], weight.dtype)
     for step in range(STEPS):
         g = gradient(kind, (RANK, m), step, dtype).T  # as some graphs hand it over, rows side by side
         update = LowRankUpdate(weight, g, q, features, state)
         with torch.no_grad():
             given = None if GATES[gate] is None else torch.tensor(GATES[gate])
-            optimizer.step_low_rank([update], hyper, given, torch.Generator())
+            optimizer.step_low_rank([update], Step(settings, given, torch.Generator()))
         u = reference.direction(g.double())
         expected = (1 - LR * DECAY) * expected - LR * reference.factor(m, n) * u @ q.double().T
     if gate == "shut":
@@ -204,12 +205,12 @@ def test_a_dense_update(kind, layout, of_gradient, dtype, gate) -> None:
         make([weight]),
     )
     state = begin(optimizer, weight, False)
-    hyper = optimizer.hyper_of(optimizer.param_groups[0], weight)
+    settings = optimizer.settings_of(optimizer.param_groups[0], weight.dtype)
     for step in range(STEPS):
         g = laid_out(gradient(kind, shape, step, dtype), of_gradient)
         with torch.no_grad():
             given = None if GATES[gate] is None else torch.tensor(GATES[gate])
-            optimizer.step_dense([DenseUpdate(weight, g, state)], hyper, given, torch.Generator())
+            optimizer.step_dense([DenseUpdate(weight, g, state)], Step(settings, given, torch.Generator()))
         expected = (1 - LR * DECAY) * expected - LR * reference.direction(g.double())
     if gate == "shut":
         assert torch.equal(weight, kept) and float(state["step"]) == 0
@@ -228,14 +229,19 @@ def test_eight_bits(low_rank) -> None:
     q = torch.linalg.qr(torch.randn(80, 64, generator=torch.Generator().manual_seed(8))).Q
     state = begin(optimizer, torch.empty(64, 64) if low_rank else weight, low_rank)
     assert state["exp_avg"].dtype == torch.uint8
-    expected, hyper = weight.detach().clone().double(), optimizer.hyper_of(optimizer.param_groups[0], weight)
+    expected, settings = (
+        weight.detach().clone().double(),
+        optimizer.settings_of(optimizer.param_groups[0], weight.dtype),
+    )
     for step in range(4):
         g = gradient("adamw", (64, 64) if low_rank else (64, 80), step, torch.float32)
         with torch.no_grad():
             if low_rank:
-                optimizer.step_low_rank([LowRankUpdate(weight, g, q, (1, 2), state)], hyper, None, torch.Generator())
+                optimizer.step_low_rank(
+                    [LowRankUpdate(weight, g, q, (1, 2), state)], Step(settings, None, torch.Generator())
+                )
             else:
-                optimizer.step_dense([DenseUpdate(weight, g, state)], hyper, None, torch.Generator())
+                optimizer.step_dense([DenseUpdate(weight, g, state)], Step(settings, None, torch.Generator()))
         u = reference.direction(g.double())
         expected = (1 - LR * DECAY) * expected - LR * (u @ q.double().T if low_rank else u)
         error = (weight.detach().double() - expected).square().mean().sqrt() / LR

@@ -111,3 +111,47 @@ def test_schedulers_change_tensors_as_they_change_numbers(make) -> None:
         assert float(optimizer.param_groups[0]["lr"]) == 0.0625
         found.append(weight.detach())
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("old", "new"), [("residual", "step_outside_subspace"), ("full_rank", "full_size_states")])
+def test_settings_under_their_old_names_work_and_say_what_they_are_called_now(old, new) -> None:
+    weight, other = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    with pytest.warns(DeprecationWarning, match=f"'{old}', which is called '{new}' since 0.3"):
+        optimizer = OasisAdamW([weight], **{old: True})
+    assert optimizer.param_groups[0][new] is True and old not in optimizer.param_groups[0]
+    with pytest.warns(DeprecationWarning, match=f"'{old}', which is called '{new}' since 0.3"):
+        optimizer.add_param_group({"params": [other], old: False})
+    assert [group[new] for group in optimizer.param_groups] == [True, False]
+    optimizer.param_groups[1][old] = True  # as a scheduler may
+    weight.grad = torch.ones_like(weight)
+    with pytest.warns(DeprecationWarning, match=f"parameter group 1 has the setting '{old}'"):
+        optimizer.step()
+    assert optimizer.param_groups[1][new] is True and old not in optimizer.param_groups[1]
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group[old] = group.pop(new)
+    resumed = OasisAdamW([{"params": [weight]}, {"params": [other]}])
+    with pytest.warns(DeprecationWarning, match=f"group 0 of the state dict has the setting '{old}'"):
+        resumed.load_state_dict(saved)
+    assert all(group[new] is True and old not in group for group in resumed.param_groups)
+    assert all(old in group for group in saved["param_groups"])  # which is the caller's
+
+
+def test_the_step_count_of_a_checkpoint_may_have_its_old_name() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = OasisAdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    for _ in range(3):
+        optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["rounding_seed"] = saved["param_groups"][0].pop("step_count")
+    del saved["param_groups"][0]["rank_scaling"]  # a checkpoint of ours from before there was any
+    resumed = OasisAdamW([weight])
+    resumed.load_state_dict(saved)
+    group = resumed.param_groups[0]
+    assert group["step_count"] == 3 and "rounding_seed" not in group and group["rank_scaling"] is False
+    pickled = {**optimizer.__getstate__(), "param_groups": [dict(group) for group in optimizer.param_groups]}
+    pickled["param_groups"][0]["rounding_seed"] = pickled["param_groups"][0].pop("step_count")
+    restored = OasisAdamW.__new__(OasisAdamW)
+    restored.__setstate__(pickled)
+    assert restored.param_groups[0]["step_count"] == 3 and "rounding_seed" not in restored.param_groups[0]

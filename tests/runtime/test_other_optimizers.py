@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
-from oasis_fx.runtime.optim.gathering import gather, prepare_state
-from oasis_fx.runtime.optim.muon import orthogonalize
+from oasis_fx.runtime.optim.context import Step
+from oasis_fx.runtime.optim.coordinates import transport_pending
+from oasis_fx.runtime.optim.items import find_items
+from oasis_fx.runtime.optim.muon import _limited, orthogonalize
+from oasis_fx.runtime.optim.preparation import prepare_state
+from oasis_fx.runtime.optim.step import begin_step, step_dense, step_low_rank
 from oasis_fx.runtime.subspaces.rules import rule_of
 
 RANK, LR, STEPS = 3, 0.05, 7
@@ -131,11 +135,13 @@ def test_the_norm_of_muon_s_updates_grows_by_a_tenth_at_most() -> None:
     """One direction at first, then three: without a limit the norm would go from 1 to sqrt(3)."""
     weight = torch.nn.Parameter(torch.zeros(6, 8, dtype=torch.float64))
     optimizer = OasisMuon([weight])
-    state, gate = {}, None
-    hyper = optimizer.hyper_of(optimizer.param_groups[0], weight)
+    state = {}
+    settings = optimizer.settings_of(optimizer.param_groups[0], weight.dtype)
     one = orthogonalize(torch.diag(torch.tensor([1.0, 0, 0]).double()))
     three = orthogonalize(torch.eye(3).double())
-    norms = [float(optimizer._limited(state, o, hyper, gate).norm()) for o in (one, three, three, three)]
+    norms = [
+        float(_limited(state, o, Step(settings, None, torch.Generator())).norm()) for o in (one, three, three, three)
+    ]
     assert norms == pytest.approx([1.0, 1.1, 1.21, 1.331])
 
 
@@ -181,17 +187,17 @@ def test_a_gate_that_is_shut_leaves_everything_as_it_is(kind, dtype) -> None:
     model, optimizer = train(MAKERS[kind], range(2), dtype)
     compiled = torch.compile(model, backend=oasis_backend(RANK, subspace=rule_of("pca", every=2), inner="aot_eager"))
     loss_of(compiled, 2).backward()
-    optimizer._catch_up()
+    transport_pending(optimizer)
     before = [p.detach().clone() for p in model.parameters()]
     states = [{k: v.clone() for k, v in s.items() if isinstance(v, torch.Tensor)} for s in optimizer.state.values()]
-    items = list(gather(optimizer))
+    items = list(find_items(optimizer))
     for item in items:
-        prepare_state(optimizer, item, optimizer.param_groups[0])
+        prepare_state(optimizer, item)
     for flag, changes in ((False, False), (True, True)):
-        gate, generators = torch.tensor(flag), optimizer._generators()
+        context = begin_step(optimizer, torch.tensor(flag))
         with torch.no_grad():
-            optimizer._step_low_rank([i for i in items if i.low_rank], gate, generators)
-            optimizer._step_dense([i for i in items if not i.low_rank], gate, generators)
+            step_low_rank(optimizer, [i for i in items if i.low_rank], context)
+            step_dense(optimizer, [i for i in items if not i.low_rank], context)
         same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
         assert same != changes
         for state, old in zip(optimizer.state.values(), states, strict=True):
@@ -225,7 +231,7 @@ def test_bfloat16_weights_move_though_each_step_is_below_their_last_digit(kind) 
         (lambda p: OasisMuon(p, limit=1.0), r"limit is 1.0: it must be a number over 1"),
         (lambda p: OasisMuon(p, momentum=-0.1), r"momentum is -0.1"),
         (lambda p: OasisMuon(p, stochastic_rounding="no"), r"stochastic_rounding is 'no'"),
-        (lambda p: OasisAdamW(p, full_rank=1), r"full_rank is 1"),
+        (lambda p: OasisAdamW(p, full_size_states=1), r"full_size_states is 1"),
     ],
 )
 def test_bad_arguments(make, message) -> None:

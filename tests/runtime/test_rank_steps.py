@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oasis_fx import AutoRank, OasisAdamW, oasis_backend
-from oasis_fx.runtime.optim import base as subspace_optimizer
+from oasis_fx.runtime.optim import step as optimizer_step
 from oasis_fx.runtime.subspaces.rules import Oja
 
 
@@ -51,12 +51,12 @@ def test_ranks_are_shared_out_at_the_hundredth_step_and_the_thousandth() -> None
     group = optimizer.param_groups[0]
     shared_out = []
     for step in (1, 21, 98, 99, 100, 101, 998, 999, 1000, 1001, 5000):
-        group["rounding_seed"] = step - 1
+        group["step_count"] = step - 1
         before = group["rank_plans"]
         train(compiled, optimizer, [step])
         shared_out += [step] * (group["rank_plans"] - before)
     assert shared_out == [100, 1000]
-    assert tuple(shared_out) == subspace_optimizer.RANK_STEPS
+    assert tuple(shared_out) == optimizer_step.RANK_STEPS
 
 
 def test_another_rank_keeps_the_step_size_that_was_found() -> None:

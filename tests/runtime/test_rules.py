@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime.subspaces.basis_updates import POWER_STEP
+from oasis_fx.runtime.subspaces.moving import POWER_STEP
 from oasis_fx.runtime.subspaces.rules import DCT, GradientOja, GradientPower, PrincipalRandom, Rule, rule_of
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
@@ -158,7 +158,7 @@ def test_principal_random_is_the_paper_s_estimate(full_rank) -> None:
                 q = reference.q[name]
                 reference.add(weight, reference.direction(name, dy.T @ estimate @ q, step + 1) @ q.T)
         reference.t = step + 1 if not full_rank else 0
-    model, optimizer = train("principal_random", every=3, full_rank=full_rank)
+    model, optimizer = train("principal_random", every=3, full_size_states=full_rank)
     assert_same(model, reference.model)
     shapes = {tuple(state["exp_avg"].shape) for state in optimizer.state.values()}
     assert shapes == ({(16, 12), (10, 16)} if full_rank else {(16, RANK), (10, RANK)})

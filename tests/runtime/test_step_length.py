@@ -91,7 +91,12 @@ def test_a_checkpoint_from_before_it_goes_on_without_it() -> None:
 @pytest.mark.parametrize("value", [None, 1, "yes"])
 @pytest.mark.parametrize(
     ("optimizer", "name"),
-    [(OasisAdamW, "rank_scaling"), (OasisAdamW, "residual"), (OasisLion, "rank_scaling"), (OasisMuon, "rank_scaling")],
+    [
+        (OasisAdamW, "rank_scaling"),
+        (OasisAdamW, "step_outside_subspace"),
+        (OasisLion, "rank_scaling"),
+        (OasisMuon, "rank_scaling"),
+    ],
 )
 def test_flags_are_flags(optimizer, name, value) -> None:
     weight = torch.nn.Parameter(torch.zeros(2, 2))
@@ -102,15 +107,15 @@ def test_flags_are_flags(optimizer, name, value) -> None:
 
 def test_a_dense_gradient_moves_the_weight_outside_of_its_subspace_too() -> None:
     changes = {}
-    for residual in (True, False):
+    for outside in (True, False):
         model, _ = model_and_gradient(bias=True)
-        optimizer = OasisAdamW(model.parameters(), LR, weight_decay=0.1, residual=residual)
+        optimizer = OasisAdamW(model.parameters(), LR, weight_decay=0.1, step_outside_subspace=outside)
         optimizer.step()
         gradient = torch.randn(M, N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         model.weight.grad, model.bias.grad = gradient.clone(), None
         state = optimizer.state[model.weight]
         q, mean, second = (state[key].clone() for key in ("basis", "exp_avg", "exp_avg_sq"))
-        changes[residual] = moved(model, optimizer)
+        changes[outside] = moved(model, optimizer)
     g = gradient @ q
     mean, second = 0.9 * mean + 0.1 * g, 0.999 * second + 0.001 * g.square()
     u = mean / (1 - 0.9**2) / ((second / (1 - 0.999**2)).sqrt() + 1e-8)
@@ -126,7 +131,7 @@ def test_full_rank_steps_now_and_then() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(N, 32), torch.nn.Tanh(), torch.nn.Linear(32, N))
     compiled = torch.compile(model, backend=oasis_backend(2, inner="aot_eager"))
     exact = torch.compile(model, backend="aot_eager")
-    optimizer = OasisAdamW(model.parameters(), 3e-3, residual=True)
+    optimizer = OasisAdamW(model.parameters(), 3e-3, step_outside_subspace=True)
     x = torch.randn(64, N, generator=torch.Generator().manual_seed(1))
     losses = []
     for step in range(40):

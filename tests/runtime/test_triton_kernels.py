@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oasis_fx.runtime.optim.kernels.fused import device_guard
+from oasis_fx.runtime.optim.kernels.dispatch import device_guard
 
 BESIDE = Path(sys.prefix) / "triton"
 

@@ -10,8 +10,9 @@ import warnings
 import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, OasisLion, oasis_backend
-from oasis_fx.runtime.optim.adam_updates import Hyper, step_dense_bfloat16
-from oasis_fx.runtime.optim.kernels import fused, triton_kernels
+from oasis_fx.runtime.optim.adam_updates import AdamWSettings, step_dense_bfloat16
+from oasis_fx.runtime.optim.context import Step
+from oasis_fx.runtime.optim.kernels import dispatch, triton_kernels
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.005}
@@ -57,20 +58,20 @@ def rounding() -> None:
 
 def gates_and_seeds() -> None:
     """A closed gate leaves everything as it is; each weight of a step is rounded by noise of its own."""
-    fused.DEVICES = ("cpu",)
-    hyper, weight = Hyper(1e-2, 0.9, 0.999, 1e-8, 0.1, True), torch.randn(40, 30).bfloat16()
+    dispatch.DEVICES = ("cpu",)
+    settings, weight = AdamWSettings(1e-2, 0.9, 0.999, 1e-8, 0.1, True), torch.randn(40, 30).bfloat16()
     factor, basis = torch.randn(40, 4), torch.randn(30, 4)
 
     def low_rank(generator, gate) -> torch.Tensor:
         stepped = weight.clone()
         update = LowRankUpdate(stepped, factor, basis, (1, 2), {})
-        assert fused.add_product(update, factor, 0.9, 1e-3, gate, generator)
+        assert dispatch.add_product(update, factor, 0.9, 1e-3, gate, generator)
         return stepped
 
     def dense(generator, gate) -> list[torch.Tensor]:
         state = {"step": torch.tensor(3.0), "exp_avg": weight.clone(), "exp_avg_sq": weight.abs()}
         update = DenseUpdate(weight.clone(), weight / 10, state)
-        assert fused.step_dense_bfloat16([update], hyper, gate, generator) == []
+        assert dispatch.step_dense_bfloat16([update], Step(settings, gate, generator)) == []
         return [update.weight, *state.values()]
 
     shut, opened = torch.tensor(False), torch.tensor(True)
@@ -87,12 +88,12 @@ def gates_and_seeds() -> None:
 def adamw() -> None:
     """Against the same by torch's operators, which differ in their random numbers alone."""
     weight, gradient, mean, second = (torch.randn(33, 70).bfloat16() for _ in range(4))
-    gradient, second, hyper = gradient / 100, second.abs(), Hyper(1e-2, 0.9, 0.999, 1e-8, 0.1, True)
+    gradient, second, given = gradient / 100, second.abs(), AdamWSettings(1e-2, 0.9, 0.999, 1e-8, 0.1, True)
     biases, sums = torch.tensor([1 - 0.9**4, 1 - 0.999**4]), [torch.zeros(33, 70), torch.zeros(33, 70)]
     for seed in range(60):
         state = {"step": torch.tensor(3.0), "exp_avg": mean.clone(), "exp_avg_sq": second.clone()}
         plain = weight.clone()
-        step_dense_bfloat16(plain, gradient, state, hyper, None, torch.Generator().manual_seed(seed))
+        step_dense_bfloat16(plain, gradient, state, Step(given, None, torch.Generator().manual_seed(seed)))
         ours = [weight.clone(), mean.clone(), second.clone()]
         settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
         triton_kernels.step_adamw_(ours[0], gradient, *ours[1:], biases, **settings, gate=torch.tensor(True), seed=seed)
@@ -118,7 +119,7 @@ class Net(torch.nn.Module):
 
 def train(model, devices, optimizer, **options) -> tuple[list[float], torch.nn.Module, object]:
     torch._dynamo.reset()
-    fused.DEVICES = devices
+    dispatch.DEVICES = devices
     model = copy.deepcopy(model)
     compiled = torch.compile(model, backend=oasis_backend(8, inner="aot_eager"))
     made, losses = optimizer(model.parameters(), lr=3e-3, weight_decay=0.1, **options), []

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
-from oasis_fx.runtime.optim.gathering import gather, prepare_state
+from oasis_fx.runtime.optim.items import find_items
+from oasis_fx.runtime.optim.preparation import prepare_state
 
 
 def trained(kit, steps: int = 2):
@@ -34,7 +35,7 @@ def test_a_model_cast_after_the_first_step_takes_bases_and_moments_along(kit) ->
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.param_groups[0]["betas"] = (1 - 1e-7, 1 - 1e-7)  # moments hardly move: they must be the old ones
     versions = weight.grad.subspace.version
-    prepare_state(optimizer, next(iter(gather(optimizer))), optimizer.param_groups[0])
+    prepare_state(optimizer, next(iter(find_items(optimizer))))
     assert weight.grad.subspace.version == versions
     for key, value in before.items():
         torch.testing.assert_close(optimizer.state[weight][key], value.float(), rtol=0, atol=0)

@@ -135,7 +135,7 @@ def test_a_state_dict_from_before_our_settings(make, begun) -> None:
     """Settings that a checkpoint does not know have the values of a new optimizer, but for `rank_scaling`: off."""
     params, optimizer = begun(make)
     saved = copy.deepcopy(optimizer.state_dict())
-    for name in ("rank_plans", "residual", "full_rank", "state_bits", "rank_scaling"):
+    for name in ("rank_plans", "step_outside_subspace", "full_size_states", "state_bits", "rank_scaling"):
         saved["param_groups"][0].pop(name, None)
     others = copies(params)
     resumed = make(others)

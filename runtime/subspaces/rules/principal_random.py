@@ -4,7 +4,7 @@
     X~ = X Q1 Q1^T + k X Q2 Q2^T,   k = (n - r1) / r2,   E[X~] = X
 
 The basis is Q = [Q1, Q2], orthonormal; the projection is X Q diag(1, .., 1, k, .., k), so that G Q^T is the paper's
-weight gradient. The paper keeps optimizer states at full rank: `OasisAdamW(..., full_rank=True)`.
+weight gradient. The paper keeps optimizer states at full rank: `OasisAdamW(..., full_size_states=True)`.
 
 Source: PRAC, arXiv 2602.23111: r1 = r2, refreshed every 500 steps in pretraining and 200 in fine-tuning.
 """

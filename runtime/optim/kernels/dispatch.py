@@ -1,4 +1,4 @@
-"""Which steps of weights our Triton kernels take, and with what; all others go by torch's operators."""
+"""Choose the steps of weights that our Triton kernels compute; torch's operators compute all others."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 
 from oasis_fx.errors import OasisWarning
 from oasis_fx.graph.matricization import rows_view
+from oasis_fx.runtime.optim.context import Step
+from oasis_fx.runtime.optim.transport import bias_correction
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
-from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 if TYPE_CHECKING:
-    from oasis_fx.runtime.optim.adam_updates import Hyper
+    from oasis_fx.runtime.optim.adam_updates import AdamWSettings
 
 DEVICES = ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,12 +37,12 @@ _broken = False
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Triton launches on the present device, wherever the tensors are."""
+    """Return a context in which Triton launches on ``device``; it takes no account of where tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _launch(run: Callable[[], None], device: torch.device) -> bool:
-    """Whether it ran. A machine that cannot build kernels is told once."""
+    """Run a kernel and return whether it ran; warn once on a machine that cannot build kernels."""
     global _broken
     try:
         with device_guard(device):
@@ -49,7 +50,7 @@ def _launch(run: Callable[[], None], device: torch.device) -> bool:
     except Exception as error:
         _broken = True
         why = f"{type(error).__name__}: {error}"
-        message = f"Triton cannot build the kernels of optimizer steps, which are slower now ({why})"
+        message = f"Triton cannot build the kernels of optimizer steps; slower operators of torch's compute them: {why}"
         warnings.warn(message, OasisWarning, stacklevel=2)
         return False
     return True
@@ -67,10 +68,14 @@ def add_product(
     gate: torch.Tensor | None,
     generator: torch.Generator | None,
 ) -> bool:
-    """``W = keep W + alpha U Q^T`` by a kernel, rounded stochastically where there is a ``generator``.
+    """Compute ``W = keep W + alpha U Q^T`` in place by a kernel, rounded stochastically where there is a generator.
+
+    Args:
+        u: U [m, r], float32.
+        gate: bool scalar; where it is false, the weight stays as it is. None for true.
 
     Returns:
-        False where no kernel suits: nothing has changed then.
+        Whether a kernel did. Where none suits, nothing has changed.
     """
     weight, basis = update.weight, update.basis
     if not _usable(weight) or weight.dtype not in _DTYPES or basis.dtype != torch.float32:
@@ -88,34 +93,37 @@ def add_product(
     return done
 
 
-def step_dense_bfloat16(
-    updates: Sequence[DenseUpdate], hyper: Hyper, gate: torch.Tensor | None, generator: torch.Generator
-) -> list[DenseUpdate]:
-    """AdamW with stochastic rounding by a kernel a weight; returns the updates that no kernel suits."""
+def step_dense_bfloat16(updates: Sequence[DenseUpdate], step: Step[AdamWSettings]) -> list[DenseUpdate]:
+    """Step bfloat16 weights by AdamW with stochastic rounding, one kernel for each.
+
+    Returns:
+        The updates that no kernel suits. Their weights and states have not changed.
+    """
     suited = [update for update in updates if _usable(update.weight) and _is_plain_bfloat16(update)]
     if not suited:
         return list(updates)
     steps = [update.state["step"] for update in suited]
     counts = torch.stack(steps) + 1
-    biases = torch.stack([bias_correction(beta, counts) for beta in (hyper.beta1, hyper.beta2)], dim=1).float()
+    betas = step.settings.beta1, step.settings.beta2
+    biases = torch.stack([bias_correction(beta, counts) for beta in betas], dim=1).float()
     for number, update in enumerate(suited):
-        step = functools.partial(_step_one, update, biases[number], hyper, gate, _next_seed(generator))
-        done = _launch(step, update.weight.device)
+        run = functools.partial(_step_one, update, biases[number], step, _next_seed(step.generator))
+        done = _launch(run, update.weight.device)
         if not done:
             suited = suited[:number]
             break
-    stepped = [update.state["step"] for update in suited]
-    if stepped:
-        torch._foreach_add_(stepped, torch.ones_like(steps[0]) if gate is None else gate.to(steps[0].dtype))
+    if suited:
+        step.count([update.state for update in suited])
     done_with = {id(update) for update in suited}
     return [update for update in updates if id(update) not in done_with]
 
 
-def _step_one(update: DenseUpdate, biases: torch.Tensor, hyper: Hyper, gate: torch.Tensor | None, seed: int) -> None:
-    weight, state = update.weight, update.state
+def _step_one(update: DenseUpdate, biases: torch.Tensor, step: Step[AdamWSettings], seed: int) -> None:
+    weight, state, settings = update.weight, update.state, step.settings
     _kernels().step_adamw_(  # type: ignore[union-attr]
-        weight, update.gradient, state["exp_avg"], state["exp_avg_sq"], biases, lr=hyper.lr, beta1=hyper.beta1,
-        beta2=hyper.beta2, eps=hyper.eps, weight_decay=hyper.weight_decay, gate=gate, seed=seed,
+        weight, update.gradient, state["exp_avg"], state["exp_avg_sq"], biases, lr=settings.lr,
+        beta1=settings.beta1, beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay,
+        gate=step.gate, seed=seed,
     )  # fmt: skip
     for changed in (weight, state["exp_avg"], state["exp_avg_sq"]):
         torch.autograd.graph.increment_version(changed)
@@ -127,7 +135,10 @@ def _is_plain_bfloat16(update: DenseUpdate) -> bool:
 
 
 def _next_seed(generator: torch.Generator) -> int:
-    """A seed that no other kernel of this step has. Read from the host's side of a GPU's generator: nothing waits."""
+    """Return a seed that no other kernel of this step has.
+
+    A GPU's generator keeps its seed and offset on the host, so that nothing waits for the device.
+    """
     if generator.device.type == "cpu":
         return int(torch.randint(1 << 31, (), generator=generator))
     offset = int(generator.get_offset())

@@ -1,0 +1,110 @@
+"""Keep the states of weights in the present coordinates of their bases: transport them where a basis has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from oasis_fx.runtime.optim.algorithm import Algorithm, Binding
+from oasis_fx.runtime.optim.states import basis_before, note_basis
+from oasis_fx.runtime.optim.updates import State, is_low_rank
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import Momentum, Subspace
+
+
+def transport_states(optimizer: Algorithm, moves: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Transport the states of weights, batched over weights of one group with equal m and r.
+
+    Args:
+        moves: each weight with its R = Q^T Q+ [r, r]; weights without low-rank states are passed over.
+    """
+    if not moves or not optimizer.states:
+        return
+    groups = optimizer.groups_by_weight()
+    batches: dict[Any, list[tuple[State, torch.Tensor]]] = {}
+    for weight, overlap in moves:
+        state = optimizer.state[weight]
+        if is_low_rank(state):
+            shape = state[optimizer.states[0]].shape
+            key = id(groups[weight]), shape, overlap.dtype, overlap.device
+            batches.setdefault(key, []).append((state, overlap))
+    by_id = {id(group): group for group in groups.values()}
+    for (group, *_), batch in batches.items():
+        overlaps = torch.stack([overlap for _, overlap in batch])
+        optimizer.transport([state for state, _ in batch], overlaps, by_id[group])
+
+
+def transport_pending(optimizer: Algorithm) -> None:
+    """Transport states where a basis has moved within forward or backward passes since the last step."""
+    for subspace, weights in optimizer.subspaces().items():
+        if subspace.overlap is not None:
+            eye = torch.eye(subspace.shape[1], dtype=subspace.dtype, device=subspace.device)
+            if subspace.spec.rule.transports and not torch.equal(subspace.overlap, eye):
+                transport_states(optimizer, [(weight, subspace.overlap) for weight in weights])
+            subspace.overlap = None
+            for weight in weights:
+                optimizer.bind(weight, subspace)
+
+
+def transport_to_present(optimizer: Algorithm, weight: torch.Tensor, state: State, subspace: Subspace) -> None:
+    """Transport the states of a weight, from whatever basis they are in, to the present one of ``subspace``."""
+    if "features" not in state or not subspace.spec.rule.transports:
+        return
+    binding = optimizer.bindings.get(weight)
+    if binding is not None and binding.subspace is subspace:
+        if binding.version != subspace.version:  # another optimizer, whose weights share the basis, has moved it
+            overlap = subspace.overlap_since(binding.version)
+            assert overlap is not None  # `find_items` has seen to it
+            transport_states(optimizer, [(weight, overlap)])
+        return
+    # Loaded from a checkpoint, or taken from another graph or backend. Equal bases are not multiplied: a resumed run
+    # is bitwise the uninterrupted one.
+    held = None if binding is None else binding.subspace
+    old, basis = basis_before(state, held, subspace), subspace.basis.detach()
+    if old is not None and old.shape == basis.shape and not torch.equal(old, basis):
+        transport_states(optimizer, [(weight, old.mT @ basis)])
+
+
+def bind_resting(optimizer: Algorithm, active: Iterable[torch.Tensor]) -> None:
+    """Bind weights that were loaded in a subspace and take no part in this step, as frozen ones: it is to move now.
+
+    Args:
+        active: the weights that take part.
+    """
+    active = set(active)
+    for weight, state in optimizer.state.items():
+        if not isinstance(weight, torch.Tensor):  # foreign; torch.distributed.checkpoint leaves some with our entries
+            continue
+        if "features" not in state or weight in active or weight in optimizer.bindings:
+            continue
+        for subspace in STORE.all_of(weight):
+            if "basis" not in state or subspace.shape == state["basis"].shape:
+                if is_low_rank(state):
+                    transport_to_present(optimizer, weight, state, subspace)
+                note_basis(state, subspace)
+                optimizer.bind(weight, subspace)
+                break
+
+
+def bind_all(optimizer: Algorithm) -> None:
+    """Bind all states to the bases as they are now, and write into them what a checkpoint needs of these bases."""
+    for subspace, weights in optimizer.subspaces().items():
+        # What moved before the first step of its weights moved from a random start: there is nothing to transport.
+        subspace.overlap = None
+        binding = Binding(subspace, subspace.version)
+        for weight in weights:
+            optimizer.bindings[weight] = binding
+            note_basis(optimizer.state[weight], subspace)
+        if optimizer.mean_state is not None and getattr(subspace.spec.rule, "uses_momentum", False):
+            _lend_momentum(optimizer, subspace, weights, optimizer.mean_state)
+
+
+def _lend_momentum(optimizer: Algorithm, subspace: Subspace, weights: Iterable[torch.Tensor], mean: str) -> None:
+    """Give a subspace whose rule moves the basis by a momentum the first moment of its weight."""
+    groups = optimizer.groups_by_weight()
+    for weight in weights:
+        state = optimizer.state[weight]
+        if is_low_rank(state):
+            subspace.momentum = Momentum(state[mean], state["step"], optimizer.mean_decay(groups[weight]))

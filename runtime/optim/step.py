@@ -1,0 +1,183 @@
+"""One step of an optimizer, from top to bottom."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from oasis_fx.errors import warn_user
+from oasis_fx.graph.matricization import as_rows
+from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.optim.algorithm import Algorithm
+from oasis_fx.runtime.optim.context import StepContext
+from oasis_fx.runtime.optim.coordinates import bind_all, bind_resting, transport_pending, transport_states
+from oasis_fx.runtime.optim.items import Item
+from oasis_fx.runtime.optim.preparation import prepare_state
+from oasis_fx.runtime.optim.resizing import spend_budget
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, all_finite
+from oasis_fx.runtime.subspaces.moving import count_steps, move_bases, note_idle
+from oasis_fx.runtime.subspaces.shards import agreed
+from oasis_fx.runtime.subspaces.store import STORE
+from oasis_fx.runtime.subspaces.subspace import Subspace
+
+# Optimizer steps at which a budget of ranks is shared out, each time with graphs compiled anew. After 20 steps the
+# activations of a new network say little about what they will be (docs/results.md).
+RANK_STEPS = (100, 1000)
+
+
+def take_step(optimizer: Algorithm, items: Sequence[Item], finite: torch.Tensor) -> None:
+    """Step the parameters of ``items``, move the bases, and transport the states to them.
+
+    Args:
+        finite: bool scalar: whether every gradient is finite. On a CPU, where reading it costs nothing, a step is left
+            out where it is false; elsewhere the step is computed and its results are discarded on the device.
+    """
+    if finite.device.type == "cpu" and not bool(finite):
+        leave_out(optimizer, items)
+        return
+    transport_pending(optimizer)
+    bind_resting(optimizer, [item.weight for item in items])
+    for item in items:
+        prepare_state(optimizer, item)
+    note_idle({item.subspace: None for item in items if item.subspace is not None})
+    context = begin_step(optimizer, None if finite.device.type == "cpu" else finite)
+    step_low_rank(optimizer, [item for item in items if item.low_rank], context)
+    step_dense(optimizer, [item for item in items if not item.low_rank], context)
+    share_ranks_out(optimizer, context)
+    move_all_bases(optimizer, context)
+
+
+def are_finite(items: Sequence[Item]) -> torch.Tensor:
+    """Return whether every gradient is finite, on all ranks that share a weight: a bool scalar on a device."""
+    return agreed(all_finite([item.gradient for item in items]), [item.weight for item in items])
+
+
+def leave_out(optimizer: Algorithm, items: Iterable[Item]) -> None:
+    """Leave a step out: weights and step counts stay as they are, and moments change their coordinates at most.
+
+    A basis that is chosen from the batch has moved in the forward pass. States are transported to it here, since a
+    checkpoint may be made, and the next batch projected, before there is another step. The step counts under
+    `every`, and states begin, as they do on a GPU, whose host does not know that the step was left out.
+    """
+    warnings.warn("a gradient is not finite: this step is left out", RuntimeWarning, stacklevel=5)
+    transport_pending(optimizer)
+    subspaces: dict[Subspace, None] = {}
+    for item in items:
+        prepare_state(optimizer, item)
+        if item.subspace is not None:
+            subspaces[item.subspace] = None
+        stored = STORE.all_of(item.weight)
+        subspaces |= dict.fromkeys(subspace for subspace in stored if subspace.statistic is not None)
+    for subspace in count_steps(subspaces):
+        subspace.drop_statistic()
+    bind_all(optimizer)
+
+
+def begin_step(optimizer: Algorithm, gate: torch.Tensor | None) -> StepContext:
+    """Count a step, and make the random generators of its devices.
+
+    They are seeded by the number of steps, so that they are equal on all ranks and after a resume.
+    """
+    group = optimizer.param_groups[0]
+    seed = group["step_count"]
+    group["step_count"] = seed + 1
+    devices = {weight.device for weight in optimizer.weights()}
+    return StepContext(gate, {device: torch.Generator(device).manual_seed(seed) for device in devices})
+
+
+def step_low_rank(optimizer: Algorithm, items: Iterable[Item], context: StepContext) -> None:
+    """Step the weights whose states are in the coordinates of a basis."""
+    batches: dict[Any, list[LowRankUpdate]] = {}
+    bases: dict[Subspace, torch.Tensor] = {}  # a coded one is made once
+    for item in items:
+        update = _low_rank_update(optimizer, item, bases)
+        batches.setdefault((item.weight.device, item.settings), []).append(update)
+    for (device, settings), updates in batches.items():
+        optimizer.step_low_rank(updates, context.on(device, settings))
+
+
+def _low_rank_update(optimizer: Algorithm, item: Item, bases: dict[Subspace, torch.Tensor]) -> LowRankUpdate:
+    state, subspace = optimizer.state[item.weight], item.subspace
+    weights: torch.Tensor | None = None
+    if subspace is not None:
+        if subspace not in bases:
+            bases[subspace] = subspace.basis.detach().to(item.weight.device)
+        basis, orthonormal = bases[subspace], subspace.spec.rule.orthonormal
+    elif "basis" in state:  # loaded from a checkpoint, and not compiled since
+        basis, orthonormal = state["basis"], True  # others are coded
+    else:
+        raise RuntimeError(
+            f"parameter {item.name} has moments in a drawn basis from a checkpoint, and a dense gradient before any "
+            "low-rank one: take the first step after loading with the compiled model"
+        )
+    if isinstance(item.gradient, LowRankGrad):
+        return LowRankUpdate(item.data, item.gradient.factor, basis, state["features"], state, orthonormal)
+    # A dense gradient of a weight with low-rank states: what the pass would have computed.
+    factor = as_rows(item.gradient, state["features"]).to(basis.dtype) @ basis
+    if subspace is not None:
+        weights = subspace.projection_weights
+    if weights is not None:
+        factor = factor * weights.to(factor)
+    return LowRankUpdate(item.data, factor, basis, state["features"], state, orthonormal, item.gradient)
+
+
+def step_dense(optimizer: Algorithm, items: Iterable[Item], context: StepContext) -> None:
+    """Step the weights whose states have their own shape."""
+    batches: dict[Any, list[DenseUpdate]] = {}
+    for item in items:
+        device, state = item.weight.device, optimizer.state[item.weight]
+        if isinstance(item.gradient, LowRankGrad):  # one full-size gradient at a time
+            update = DenseUpdate(item.data, item.gradient.to_dense(), state)
+            optimizer.step_dense([update], context.on(device, item.settings))
+        else:
+            update = DenseUpdate(item.data, item.gradient, state)
+            batches.setdefault((device, item.settings), []).append(update)
+    for (device, settings), updates in batches.items():
+        optimizer.step_dense(updates, context.on(device, settings))
+
+
+def share_ranks_out(optimizer: Algorithm, context: StepContext) -> None:
+    """Share the columns of ``rank=AutoRank(...)`` out, at the first step from each of `RANK_STEPS` on that counts."""
+    group = optimizer.param_groups[0]
+    plans, steps = group.get("rank_plans", 0), group["step_count"]
+    if plans >= len(RANK_STEPS) or steps < RANK_STEPS[plans]:
+        return
+    if all(subspace.spec.budget is None for subspace in optimizer.subspaces()):
+        return
+    if context.gate is None or bool(context.gate):
+        group["rank_plans"] = plans + 1
+        spend_budget(optimizer)
+
+
+def move_all_bases(optimizer: Algorithm, context: StepContext) -> None:
+    """Move the bases, and transport the states of every weight in one, those without a gradient too."""
+    members = optimizer.subspaces()
+    # Those of weights that keep dense states, or that another graph has put into a second one, move as well.
+    matrices = [weight for weight in optimizer.weights() if weight.dim() >= 2]
+    stored = (s for weight in matrices for s in STORE.all_of(weight) if s.statistic is not None)
+    by_device: dict[torch.device, list[Subspace]] = {}
+    for subspace in dict.fromkeys([*members, *stored]):
+        by_device.setdefault(subspace.device, []).append(subspace)
+    for device, subspaces in by_device.items():
+        overlaps = move_bases(subspaces, context.gate_on(device))
+        overlaps = {s: overlap for s, overlap in overlaps.items() if s.spec.rule.transports}
+        moves = [(weight, overlap) for s, overlap in overlaps.items() for weight in members.get(s, ())]
+        transport_states(optimizer, moves)
+    bind_all(optimizer)
+
+
+def warn_of_dense_steps(optimizer: Algorithm, items: Sequence[Item]) -> None:
+    """Warn where none of the matrices that take part in a step was compiled by our backend."""
+    matrices = [item.weight for item in items if item.weight.dim() >= 2]
+    if not matrices or any(item.subspace is not None for item in items):
+        return
+    if any(STORE.all_of(weight) or "features" in optimizer.state.get(weight, {}) for weight in matrices):
+        return
+    warn_user(
+        f"{type(optimizer).__name__}: none of the {len(matrices)} matrices that take part in this step is in a "
+        "subspace, so the step is a dense one: train the model that torch.compile(model, "
+        "backend=oasis_backend(...)) returned, and see backend.report() for weights that were left dense"
+    )
