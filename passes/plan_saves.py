@@ -4,7 +4,7 @@
     after    the nodes to keep for the backward pass, and those that it recomputes
 
 The backward pass demands values of the forward pass. Each is kept, which costs its bytes, or recomputed, which
-costs a price (`oasis_fx.memory.recompute_costs`) and demands its inputs in turn. For one exchange rate between bytes
+costs a price (`oasis_fx.memory.recompute_prices`) and demands its inputs in turn. For one exchange rate between bytes
 and price the cheapest choice for the whole graph is a minimum cut, exactly: a value v is two nodes, and
 
     source -> v_in            price of v            cut where v is recomputed
@@ -40,7 +40,7 @@ from oasis_fx.graph.edits import ancestors, dependents, outputs, value
 from oasis_fx.graph.facts import JointFacts, SavePlan
 from oasis_fx.graph.verifier import PassError
 from oasis_fx.memory.node_costs import num_bytes, storage_node
-from oasis_fx.memory.recompute_costs import recompute_price
+from oasis_fx.memory.recompute_prices import recompute_price
 
 # Of two tensors of equal price a byte, the one that is made later is kept: it is let go sooner. Equal layers would
 # otherwise all change sides at one rate, and no budget between could be met.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from oasis_fx.memory.recompute_costs import recompute_price
+from oasis_fx.memory.recompute_prices import recompute_price
 
 N, D = 32, 16
 ROW = N * D * 4

@@ -28,7 +28,7 @@ from oasis_fx._torch.compiler import (
 from oasis_fx.graph.edits import ancestors, copy_graph, outputs, value
 from oasis_fx.graph.facts import JointFacts, SavePlan
 from oasis_fx.memory.node_costs import saved_storages
-from oasis_fx.memory.recompute_costs import recompute_price
+from oasis_fx.memory.recompute_prices import recompute_price
 from oasis_fx.passes.keep_changed_inputs import copies_not_made
 
 Halves = tuple[fx.GraphModule, fx.GraphModule]  # the forward and the backward graph

@@ -186,7 +186,7 @@ class SavePlan:
         kept: nodes whose storage is kept; none is a view or an input.
         recomputed: nodes of the forward pass, views among them, that the backward graph contains.
         num_bytes: size of the storages in ``kept``.
-        price: price of ``recomputed``, in the unit of `oasis_fx.memory.recompute_costs`.
+        price: price of ``recomputed``, in the unit of `oasis_fx.memory.recompute_prices`.
     """
 
     kept: tuple[fx.Node, ...]

@@ -14,7 +14,7 @@ from oasis_fx.graph.edits import ancestors, dependents, outputs, value
 from oasis_fx.inspect.nodes import module_path
 from oasis_fx.inspect.printing import operator_name
 from oasis_fx.memory.node_costs import node_flops, num_bytes, saved_storages, storage_node
-from oasis_fx.memory.recompute_costs import recompute_price
+from oasis_fx.memory.recompute_prices import recompute_price
 
 SAVED, PROJECTED, RECOMPUTED, BACKWARD = "saved", "projected", "recomputed", "computed in backward"
 
@@ -32,7 +32,7 @@ class Decision:
             ``"recomputed"``; or ``"computed in backward"``, of a P or C that the forward pass then need not make.
         num_bytes: of its storage: kept where it is saved, freed where it is not.
         flops: of recomputing it from the inputs of its operator; 0 where that is no matmul.
-        price: of the same, in bytes of memory traffic that take as long (`oasis_fx.memory.recompute_costs`); infinite
+        price: of the same, in bytes of memory traffic that take as long (`oasis_fx.memory.recompute_prices`); infinite
             where it may not be recomputed. Nothing for what is projected.
     """
 

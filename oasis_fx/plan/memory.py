@@ -18,7 +18,7 @@ from oasis_fx.inspect.nodes import module_path
 from oasis_fx.inspect.state_bytes import state_bytes
 from oasis_fx.memory.node_costs import saved_storages
 from oasis_fx.plan.liveness import Moment, moments
-from oasis_fx.plan.trace import Halves, Traced
+from oasis_fx.plan.trace import FakeModel, Halves
 
 KINDS = ("weights", "gradients", "optimizer", "bases", "activations", "logits", "temporaries")
 CHUNKS = 16  # of a cross-entropy that never makes all logits at once
@@ -66,7 +66,9 @@ def peak(states: States, phases: Phases) -> Memory:
     return Memory({kind: fixed.get(kind, 0) + candidates[phase].get(kind, 0) for kind in KINDS}, phase)
 
 
-def phases(three: Traced, graphs: Halves, block_gradients: int, blocks: int, vocabulary: int, chunked: bool) -> Phases:
+def phases(
+    three: FakeModel, graphs: Halves, block_gradients: int, blocks: int, vocabulary: int, chunked: bool
+) -> Phases:
     """Extrapolate the phases of a model of ``blocks`` blocks.
 
     Args:
@@ -112,7 +114,7 @@ def saved_bytes(forward: fx.Graph, num_forward_outputs: int) -> tuple[int, int]:
     return sum(saved.values()), blocks // 3
 
 
-def trained_bytes(traced: Traced, rewritten: bool) -> int:
+def trained_bytes(traced: FakeModel, rewritten: bool) -> int:
     """Count the bytes of all gradients: dense ones, and G and C of what is rewritten."""
     total = sum(p.numel() * p.itemsize for p in trained(traced.model))
     if not rewritten:
@@ -185,7 +187,7 @@ def galore_states(model: torch.nn.Module, names: Collection[str], rank: int) -> 
     return States(weight_bytes(model), total, bases)
 
 
-def oasis_states(traced: Traced) -> States:
+def oasis_states(traced: FakeModel) -> States:
     """Return the states of `OasisAdamW`: moments of m x r, bases of n x r in float32; of other weights AdamW's."""
     ours, stock = state_bytes(traced.record, traced.trace), adam_states(traced.model)
     return replace(stock, optimizer=stock.optimizer - ours.dense_moments + ours.moments, bases=ours.bases)

@@ -12,7 +12,7 @@ import torch
 from oasis_fx.plan import memory
 from oasis_fx.plan.configs import blocks_of, with_blocks
 from oasis_fx.plan.memory import Memory, Phases, States
-from oasis_fx.plan.trace import Halves, Traced, halves_under, trace_fake
+from oasis_fx.plan.trace import FakeModel, Halves, halves_under, trace_fake
 from oasis_fx.settings import Settings
 
 STOCK_BUDGETS = (0.5, 0.3, 0.1)
@@ -56,7 +56,7 @@ class Planner:
     lora_rank: int = 32
     galore_rank: int = 128
     chunked: bool = False
-    _traced: dict[tuple[int, int], Traced] = field(default_factory=dict)
+    _traced: dict[tuple[int, int], FakeModel] = field(default_factory=dict)
     _partitions: dict[tuple[bool, float, int], Halves] = field(default_factory=dict)
 
     def stock(self, share: float = 1.0) -> tuple[States, Phases]:
@@ -116,7 +116,7 @@ class Planner:
                 return share, found
         return None
 
-    def _trace(self, blocks: int, lora_rank: int = 0) -> Traced:
+    def _trace(self, blocks: int, lora_rank: int = 0) -> FakeModel:
         key = (blocks, lora_rank)
         if key not in self._traced:
             config = with_blocks(self.config, blocks)

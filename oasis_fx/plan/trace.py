@@ -24,8 +24,8 @@ Halves = tuple[fx.Graph, fx.Graph]  # the forward and the backward graph
 
 
 @dataclass(frozen=True)
-class Traced:
-    """One model with fake parameters, and what the backend made of it.
+class FakeModel:
+    """A model with fake parameters, and what the backend made of it.
 
     Attributes:
         model: with fake parameters.
@@ -37,7 +37,9 @@ class Traced:
     trace: Trace
 
 
-def trace_fake(config: Any, batch: int, seq: int, dtype: torch.dtype, settings: Settings, lora_rank: int = 0) -> Traced:
+def trace_fake(
+    config: Any, batch: int, seq: int, dtype: torch.dtype, settings: Settings, lora_rank: int = 0
+) -> FakeModel:
     """Trace a causal language model of transformers.
 
     Args:
@@ -66,7 +68,7 @@ def trace_fake(config: Any, batch: int, seq: int, dtype: torch.dtype, settings: 
         raise ValueError(
             f"the model compiles to {len(records)} graphs, {len(found)} of them in training: one is needed"
         )
-    return Traced(model, *found[0])
+    return FakeModel(model, *found[0])
 
 
 class Adapted(torch.nn.Module):
@@ -95,7 +97,7 @@ def add_adapters(model: torch.nn.Module, rank: int) -> None:
             setattr(model.get_submodule(path), last, Adapted(layer, rank))
 
 
-def halves_under(traced: Traced, budget: int | float | None, *, rewritten: bool) -> Halves:
+def halves_under(traced: FakeModel, budget: int | float | None, *, rewritten: bool) -> Halves:
     """Return the forward and the backward graph of a model under a budget.
 
     Args:
