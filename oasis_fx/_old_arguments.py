@@ -10,7 +10,7 @@ from oasis_fx.runtime.subspaces.rules import Rule, rule_of
 
 
 def rule_with(subspace: str | Rule, lr: float | str | None, every: int | None) -> str | Rule:
-    """The rule with the settings that ``subspace_lr`` and ``subspace_every`` give it; None leaves its own.
+    """Return the rule with the settings that ``subspace_lr`` and ``subspace_every`` give it; None leaves its own.
 
     Raises:
         ValueError: the rule has no use for a setting, or it is out of range.
@@ -26,7 +26,7 @@ def rule_with(subspace: str | Rule, lr: float | str | None, every: int | None) -
 
 
 def rank_without_text(rank: Any) -> Any:
-    """``AutoRank(0.25)`` for ``"auto:0.25"``, and anything else as it is."""
+    """Return ``AutoRank(0.25)`` for ``"auto:0.25"``, and anything else as it is."""
     found = parse_auto_rank(rank) if isinstance(rank, str) else None
     if found is None:
         return rank

@@ -30,7 +30,7 @@ _MODULES = {
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a module whose functions were renamed: ``names`` has the new name of each old one."""
+    """Make the ``__getattr__`` of a module whose functions were renamed; ``names`` has the new name of each old one."""
 
     def find(name: str) -> Any:
         if name not in names:
@@ -42,7 +42,7 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def find_old_modules() -> None:
-    """Let the old names of modules be imported."""
+    """Make modules importable by their old names."""
     sys.meta_path.insert(0, _OldModules())  # first: a package's own folder would be found under its old name as well
 
 

@@ -87,7 +87,7 @@ def oasis_backend(
 
 
 class OasisBackend:
-    """A backend of `torch.compile`. Made by `oasis_backend`; one object may compile any number of models."""
+    """A backend of `torch.compile`, made by `oasis_backend`. One object may compile any number of models."""
 
     __name__ = "oasis"  # what torch shows for this backend in its logs
 
@@ -120,7 +120,11 @@ class OasisBackend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Compiled:
-        """Compile one graph of Dynamo. `mode` and `options` are those of `torch.compile`."""
+        """Compile one graph of Dynamo; `mode` and `options` are those of `torch.compile`.
+
+        Raises:
+            ValueError: ``options`` names ``custom_partitioner_fn``.
+        """
         try:
             from oasis_fx._torch import compiler as torch_private
             from oasis_fx.compile import groups, lowering
@@ -146,42 +150,42 @@ class OasisBackend:
         return compiled
 
     def report(self) -> list[GraphReport]:
-        """One report for each graph compiled so far, in order; `str()` of one is a table."""
+        """Return one report for each graph compiled so far, in order; `str()` of one is a table."""
         from oasis_fx.inspect.report import report
 
         return report(self.compiled_graphs())
 
     def graphs(self) -> list[GraphSet]:
-        """For each graph with candidate weights: the joint graph before and after, and the two partitions."""
+        """Return the joint graph before and after, and the two partitions, of each graph with candidate weights."""
         from oasis_fx.inspect.graphs import graphs
 
         return graphs(self.compiled_graphs())
 
     def stats(self, model: torch.nn.Module | None = None) -> Stats:
-        """How each subspace does at present, in the order in which graphs first used them; `str()` is a table.
+        """Return how each subspace does at present, in the order in which graphs first used them.
 
-        Reading it waits for the device.
+        `str()` of it is a table. The call waits for the device.
 
         Args:
-            model: whose names of weights to use; else those that the compiled graphs know, which start at the
-                module that was compiled.
+            model: the model whose names of weights are used. None: the names that the compiled graphs know, which start
+                at the module that was compiled.
         """
         from oasis_fx.inspect.stats import collect_stats
 
         return collect_stats(self._subspaces, model)
 
     def unmatched_globs(self) -> tuple[str, ...]:
-        """Globs of the settings that have matched no weight of any graph yet."""
+        """Return the globs of the settings that have matched no weight of any graph yet."""
         with self._lock:
             return tuple(sorted(self._unmatched))
 
     def compiled_graphs(self) -> list[CompiledGraph]:
-        """What is known of each training graph compiled so far, in order."""
+        """Return what is known of each training graph compiled so far, in order."""
         with self._lock:
             return list(self._records)
 
     def reset(self) -> None:
-        """Forget the compiled graphs; `torch._dynamo.reset()` calls this. Bases belong to their weights and stay."""
+        """Forget the compiled graphs. Bases belong to their weights and stay. `torch._dynamo.reset()` calls this."""
         with self._lock:
             self._records.clear()
 
@@ -223,7 +227,10 @@ _default_lock = threading.Lock()
 
 
 def oasis(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
-    """`torch.compile(model, backend="oasis")`: the backend with its defaults; `options` are Inductor's."""
+    """Compile one graph with the default settings, for `torch.compile(model, backend="oasis")`.
+
+    `options` of `torch.compile` are Inductor's.
+    """
     global _default_backend
     with _default_lock:
         if _default_backend is None:

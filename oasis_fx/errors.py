@@ -17,11 +17,11 @@ RAISE_VARIABLE = "OASIS_FX_RAISE"
 
 
 class OasisWarning(UserWarning):
-    """Something was left undone; training goes on, and is right, without it."""
+    """A warning that something was left undone. Training goes on without it, and is right."""
 
 
 class Refused(RuntimeError):
-    """A way to use a compiled graph that cannot work; the message names it and the cure."""
+    """The error of a way to use a compiled graph that cannot work; the message names the way and the cure."""
 
 
 def survive(error: Exception, consequence: str, *, stacklevel: int = 2) -> None:
@@ -53,7 +53,7 @@ def _place(error: Exception) -> str:
 
 
 def warn_user(message: str, category: type[Warning] = OasisWarning) -> None:
-    """Warn, and name as the place the innermost line that is neither torch's nor ours."""
+    """Warn, and name as the place of the warning the innermost line that is neither torch's nor ours."""
     frame, depth = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "oasis_fx"):
         frame, depth = frame.f_back, depth + 1

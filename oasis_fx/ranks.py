@@ -51,12 +51,12 @@ def check_rank(rank: object, name: str, otherwise: str = "") -> None:
 
 
 def columns_of(rank: int | float, n: int) -> int:
-    """The number of columns of a basis [n, r] that ``rank`` stands for, at most n."""
+    """Return the number of columns of a basis [n, r] that ``rank`` stands for, at most n."""
     return min(rank if isinstance(rank, int) else max(1, round(rank * n)), n)
 
 
 def parse_auto_rank(text: str) -> AutoRank | None:
-    """What ``auto:0.25`` stands for on a command line, or None where the text is not of that form."""
+    """Return what ``auto:0.25`` stands for on a command line, or None where the text is not of that form."""
     match = _AUTO.fullmatch(text)
     share = float(match[1]) if match else 0.0
     return AutoRank(share) if 0 < share < 1 else None

@@ -78,7 +78,7 @@ class Settings:
 
     @property
     def rule(self) -> Rule:
-        """How the bases are chosen and move."""
+        """The rule by which bases are chosen and move."""
         return rule_of(self.subspace)
 
     @property
@@ -94,9 +94,9 @@ class Settings:
         return None if self.memory_budget == 1.0 else float(self.memory_budget)
 
     def rank_of(self, name: str, in_features: int) -> int | None:
-        """The number of columns that a weight's basis begins with, or None where no glob of ``rank`` matches ``name``.
+        """Return the number of columns, at most ``in_features``, that the basis of the weight ``name`` begins with.
 
-        It is at most ``in_features``.
+        It is None where ``rank`` is a dict of globs and none of them matches.
         """
         rank: Any = self.rank if self.share is None else self.share
         if isinstance(rank, Mapping):
@@ -104,7 +104,7 @@ class Settings:
         return None if rank is None else columns_of(rank, in_features)
 
     def reason_to_skip(self, name: str) -> str | None:
-        """Why the settings leave the weight ``name`` alone, or None where they do not."""
+        """Return why the settings leave the weight ``name`` alone, or None where they do not."""
         if self.include is not None and not any(fnmatchcase(name, glob) for glob in self.include):
             return "not in include"
         globs, origin = (
@@ -118,7 +118,7 @@ class Settings:
         return None
 
     def globs(self) -> tuple[str, ...]:
-        """All globs that the user gave, those of ``include``, ``exclude`` and ``rank``."""
+        """Return all globs that the user gave, those of ``include``, ``exclude`` and ``rank``."""
         ranks = tuple(self.rank) if isinstance(self.rank, Mapping) else ()
         return (*(self.include or ()), *(self.exclude or ()), *ranks)
 

@@ -1,6 +1,6 @@
 """Data parallel training: low-rank gradients and the statistics of bases are what travels between ranks.
 
-    sync = oasis_fx.distributed.prepare(model)      # before it is wrapped
+    sync = oasis_fx.distributed.prepare(model)          # before it is wrapped
     model = DistributedDataParallel(model)              # keeps all other parameters; its no_sync() holds for ours too
 
 Weights of two dimensions and more are taken out of DDP's buckets: their gradients, m x r where DDP would send m x n,
@@ -34,16 +34,17 @@ BUCKET_BYTES = 25 * 2**20  # DDP's default
 def prepare(
     model: torch.nn.Module, group: dist.ProcessGroup | None = None, *, bucket_bytes: int = BUCKET_BYTES
 ) -> GradientSync:
-    """Take the weights of ``model`` over from `DistributedDataParallel`, which has to wrap it afterwards.
+    """Take over the averaging of a model's weights from `DistributedDataParallel`, which has to wrap it afterwards.
 
-    They are made equal to rank 0's. Weights that are frozen now are averaged once they are thawed, the model may be
-    wrapped anew, and a second call takes the place of the first. Of a model under FSDP2 (`fully_shard`), take over what
-    low-rank gradients it has.
+    The weights are made equal to those of rank 0. Weights that are frozen now are averaged once they are thawed, the
+    model may be wrapped anew, and a second call takes the place of the first. For a model that is already under FSDP2
+    (`fully_shard`), low-rank gradients are taken over from FSDP2.
 
     Args:
-        model: not yet wrapped by DistributedDataParallel, or already under `fully_shard`; compiled or not.
-        group: of processes; None: all. FSDP2 has its own.
-        bucket_bytes: gradients are sent when so many bytes are complete, from 1.
+        model: a model that is not yet wrapped by DistributedDataParallel, or already under `fully_shard`; compiled or
+            not.
+        group: the group of processes, or None for all. A model under FSDP2 has its own.
+        bucket_bytes: gradients are sent as soon as so many bytes of them are complete, from 1.
 
     Raises:
         ValueError: ``model`` is a DistributedDataParallel already, ``bucket_bytes`` is no such number, or `fully_shard`

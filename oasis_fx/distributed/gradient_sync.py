@@ -25,7 +25,7 @@ _syncs = ByTensor()  # weak references, by weight
 
 
 def sync_of(weight: torch.Tensor) -> GradientSync | None:
-    """What averages the gradient of a parameter, as compiled graphs see it; None for nothing."""
+    """Return what averages the gradient of a parameter, as compiled graphs see it, or None where nothing does."""
     found = _syncs.get(weight) if _syncs else None
     return None if found is None else found()
 
@@ -49,14 +49,14 @@ class _Bucket:
 
 
 class GradientSync:
-    """Averages the gradients of some weights over ranks. Made by `prepare`.
+    """What `oasis_fx.distributed.prepare` returns: it averages the gradients of the model's weights over ranks.
 
     Attributes:
-        sent: bytes that this rank has given to collectives so far.
-        ranks: gradients are averaged over so many.
-        replicas: which these are, where they are more than one.
-        early: those of them that it gave while a backward pass went on.
-        dense: bytes that DDP would have given for the same gradients.
+        ranks: the number of ranks over which gradients are averaged.
+        replicas: these ranks, where they are more than one; else empty.
+        sent: the bytes that this rank has given to collectives so far.
+        early: the part of them that it gave while a backward pass was going on.
+        dense: the bytes that DDP would have given for the same gradients.
     """
 
     peer = "DDP"  # what would have sent gradients at full size
@@ -97,7 +97,7 @@ class GradientSync:
             self._ddp = weakref.ref(ddp)
 
     def remove(self) -> None:
-        """Average no more; DDP is then refused again."""
+        """Stop averaging. A compiled graph under DistributedDataParallel is refused from then on."""
         for weight in list(self._hooks):
             self._let_go(weight)
             _syncs.pop(weight, None)

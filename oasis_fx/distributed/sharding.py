@@ -25,7 +25,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 def prepare_shards(model: torch.nn.Module, bucket_bytes: int) -> ShardedSync | None:
-    """None where nothing of the model is under FSDP2.
+    """Take over the low-rank gradients of a model under FSDP2; return None where no part of it is.
 
     Raises:
         ValueError: its weights are sharded by another dimension than their first, or over a mesh of other dimensions
@@ -53,7 +53,7 @@ def _ranks(parameter: FsdpParameter) -> tuple[tuple[int, ...], ...]:
 
 
 class ShardedSync(GradientSync):
-    """Scatters low-rank gradients by rows, and averages statistics. Made by `oasis_fx.distributed.prepare`."""
+    """What `oasis_fx.distributed.prepare` returns for FSDP2: it scatters gradients by rows, and averages statistics."""
 
     peer = "FSDP2"
 
@@ -69,6 +69,7 @@ class ShardedSync(GradientSync):
             STORE.note_shard(parameter.sharded, parameter.whole)
 
     def remove(self) -> None:
+        """Stop averaging, and forget which weights the shards belong to."""
         for weight in self._hooks:
             STORE.forget_shard(self._parameters[weight].sharded)
         super().remove()

@@ -21,9 +21,12 @@ from oasis_fx._old_names import renamed
 
 
 def to_tensors(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
-    """Tensors by names such as ``state/3/exp_avg``, and JSON with everything else.
+    """Take a state dict apart into tensors by names such as ``state/3/exp_avg``, and JSON with everything else.
 
     A tensor that several entries share, as weights share a basis, is there once. All are contiguous.
+
+    Raises:
+        ValueError: the state dict holds something else than tensors, numbers, texts, None, and collections of them.
     """
     tensors: dict[str, torch.Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
@@ -58,10 +61,14 @@ def to_tensors(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str
 
 
 def from_tensors(tensors: dict[str, torch.Tensor], text: str) -> dict[str, Any]:
-    """What `to_tensors` was given.
+    """Put a state dict together again from what `to_tensors` returned.
+
+    Args:
+        tensors: by the names that `to_tensors` gave them.
+        text: the JSON of the same call.
 
     Raises:
-        KeyError: a tensor is missing.
+        KeyError: ``tensors`` lacks one that the text names.
     """
 
     def restored(node: Any) -> Any:

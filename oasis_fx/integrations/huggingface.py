@@ -33,17 +33,18 @@ def oasis_trainer(
 
     Args:
         model: of any kind that `Trainer` takes; its `forward` is compiled, also for evaluation.
-        args: learning rate, betas, epsilon and weight decay are taken from here; ``optim`` is not looked at.
-        rank: and ``settings``: those of `oasis_backend`.
-        optimizer: one of our optimizers.
-        optimizer_options: further arguments of it, such as ``{"state_bits": 8}``; they go before those of ``args``.
+        args: where learning rate, betas, epsilon and weight decay are taken from; ``optim`` is ignored.
+        rank: as in `oasis_backend`.
+        optimizer: the class of one of our optimizers.
+        optimizer_options: further arguments of it, such as ``{"state_bits": 8}``, which override those of ``args``.
+        settings: further arguments of `oasis_backend`.
 
     Returns:
         ``optimizer_cls_and_kwargs``, and ``callbacks`` with an `OasisCallback`.
 
     Raises:
         ValueError: ``args`` asks for what does not go together with this: ``torch_compile``, DeepSpeed, FSDP, several
-            GPUs in one process.
+            GPUs in one process; or a setting has a value that `oasis_backend` refuses.
     """
     if args.torch_compile:
         raise ValueError("torch_compile is True: leave it False, the model is compiled by oasis_trainer")
@@ -70,16 +71,17 @@ def oasis_trainer(
 
 
 class OasisCallback(TrainerCallback):
-    """Adds the means of `OasisBackend.stats` to `trainer.state.log_history`, as ``oasis/mean/...``.
+    """A callback that adds the means of `OasisBackend.stats` to `trainer.state.log_history`, as ``oasis/mean/...``.
 
     Attributes:
-        backend: for `report()` and the whole of `stats()`.
+        backend: the backend of the model, for its `report()` and the whole of its `stats()`.
     """
 
     def __init__(self, backend: OasisBackend) -> None:
         self.backend = backend
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the means to the latest entry of the log, where that has a loss."""
         if state.log_history and "loss" in state.log_history[-1]:
             found = self.backend.stats().flat()
             state.log_history[-1].update({k: v for k, v in found.items() if k.startswith("oasis/mean/")})

@@ -75,20 +75,35 @@ class Rule:
 
     @property
     def resizable(self) -> bool:
-        """Whether any orthonormal basis of any rank will do to go on with."""
+        """Whether the subspace can go on from any orthonormal basis of any rank, so that its rank may change."""
         return self.orthonormal and not self.coded
 
     @property
     def on(self) -> Side:
-        """What the projection sits on."""
+        """What the rule projects: ``"activation"`` for X [N, n], ``"gradient"`` for dW [m, n]."""
         return "activation"
 
     def expand(self, code: torch.Tensor, n: int, r: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The basis [n, r] of a ``coded`` rule, from its code: int64 on the CPU."""
+        """Make the basis [n, r] of a ``coded`` rule from its code.
+
+        Args:
+            code: int64 on the CPU, as `first_code` and later moves made it.
+            n: rows of the basis.
+            r: columns of the basis.
+            dtype: of the result.
+            device: of the result.
+
+        Raises:
+            NotImplementedError: the class is ``coded`` and does not define this.
+        """
         raise NotImplementedError
 
     def first_code(self, r: int, seed: int) -> torch.Tensor:
-        """The code that a subspace starts with; ``seed`` is 0 for one that does not draw."""
+        """Make the code that a subspace starts with, int64 on the CPU; ``seed`` is 0 for a rule that does not draw.
+
+        Raises:
+            NotImplementedError: the class is ``coded`` and does not define this.
+        """
         raise NotImplementedError
 
 
@@ -111,7 +126,7 @@ class StatisticRule(Rule):
     def step(
         self, basis: torch.Tensor, statistic: torch.Tensor, energy: torch.Tensor, rate: torch.Tensor
     ) -> torch.Tensor:
-        """What the new bases are the orthonormal part of.
+        """Compute the matrices of which the new bases are the orthonormal parts.
 
         Args:
             basis: Q [L, n, r].
@@ -121,6 +136,9 @@ class StatisticRule(Rule):
 
         Returns:
             [L, n, r]; it is orthonormalised with a positive diagonal.
+
+        Raises:
+            NotImplementedError: the class does not define this.
         """
         raise NotImplementedError
 
@@ -139,22 +157,28 @@ class BatchRule(Rule):
     each_batch: ClassVar[bool] = False
 
     def choose(self, batch: torch.Tensor, subspace: Subspace, generator: torch.Generator) -> torch.Tensor:
-        """The new basis [n, r], or its code where the rule is ``coded``.
+        """Choose the new basis [n, r], or its code where the rule is ``coded``.
 
         Args:
             batch: A [N or m, n], finite and not all zeros, in the dtype of the basis; not to be changed. N may be
                 smaller than r. Where the rule is ``each_batch`` it may be anything, without rows too.
             subspace: with its present basis, ``num_updates``, and ``momentum`` where the rule ``uses_momentum``.
             generator: on the CPU, for whatever is random; a function of the subspace and its ``num_updates``.
+
+        Raises:
+            NotImplementedError: the class does not define this.
         """
         raise NotImplementedError
 
     def weights(self, n: int, r: int) -> torch.Tensor | None:
-        """Factors [r] of the columns in the projection ``A Q diag(weights)``; None for ones. From 0 where ``dense``."""
+        """The factors [r] of the columns in the projection ``A Q diag(weights)``, or None where all are 1.
+
+        They may be 0 and more where the rule is ``dense``, and must be over 0 elsewhere.
+        """
         return None
 
     def project_gradient(self, gradient: torch.Tensor, subspace: Subspace, old: torch.Tensor | None) -> torch.Tensor:
-        """The factor [m, r] of a gradient dW [m, n]; ``old`` is the basis before, where it moved just now."""
+        """Project a gradient dW [m, n] on the basis: the factor [m, r]. ``old`` is the basis before a move just now."""
         return gradient @ subspace.basis.detach()
 
 
@@ -165,7 +189,11 @@ class DrawnRule(Rule):
     coded: ClassVar[bool] = True
 
     def next_code(self, code: torch.Tensor) -> torch.Tensor:
-        """The code of the next basis, from that of the present one: int64 on the CPU."""
+        """Make the code of the next basis from that of the present one, int64 on the CPU.
+
+        Raises:
+            NotImplementedError: the class does not define this.
+        """
         raise NotImplementedError
 
 
@@ -173,7 +201,7 @@ RULES: dict[str, Rule] = {}
 
 
 def register(rule: Rule) -> Rule:
-    """Make a rule known by its name.
+    """Make a rule known by its name, so that ``subspace="name"`` finds it, and return it.
 
     Raises:
         ValueError: another rule has the name, it derives from none of the three classes, or its class attributes
@@ -187,7 +215,7 @@ def register(rule: Rule) -> Rule:
 
 
 def rule_of(given: str | Rule, **settings: Any) -> Rule:
-    """The rule that a name or an instance stands for.
+    """Return the rule that a name or an instance stands for.
 
     Args:
         given: the name of a rule, which stands for the rule with its defaults, or a rule.
@@ -230,7 +258,7 @@ def _check(rule: object) -> None:
 
 
 def top_right_singular_vectors(a: torch.Tensor, r: int) -> torch.Tensor:
-    """Orthonormal [n, r] that spans the rows of ``a`` [k, n] best; columns by falling singular value.
+    """Compute the orthonormal [n, r] that spans the rows of ``a`` [k, n] best; columns by falling singular value.
 
     The sign of each column is that of its largest entry. Where k < r the rest is completed to an orthonormal basis.
     """

@@ -63,7 +63,7 @@ class DCT(BatchRule):
 
 
 def dct(a: torch.Tensor) -> torch.Tensor:
-    """``a @ D`` for the orthonormal DCT-II, [k, n] to [k, n], by a Fourier transform of length n (Makhoul 1980)."""
+    """Compute ``a @ D`` [k, n] for the orthonormal DCT-II, by a Fourier transform of length n (Makhoul 1980)."""
     n = a.shape[-1]
     folded = torch.cat([a[..., ::2], a[..., 1::2].flip(-1)], dim=-1)
     turn = torch.exp(-1j * math.pi / (2 * n) * torch.arange(n, dtype=torch.float64, device=a.device))

@@ -50,7 +50,10 @@ class PrincipalRandom(BatchRule):
         return False  # its columns are of two kinds
 
     def parts(self, n: int, r: int) -> tuple[int, int]:
-        """r1 and r2. A rank of n is all principal, since nothing is left to draw from; a rank of 1 all random."""
+        """Return r1 and r2, the numbers of principal and of random columns.
+
+        A rank of n is all principal, since nothing is left to draw from, and a rank of 1 is all random.
+        """
         r1 = r if r == n else min(max(round(self.principal * r), 1), r - 1)
         return r1, r - r1
 
