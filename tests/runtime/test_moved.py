@@ -16,7 +16,7 @@ OWN = {"handle", "dtype", "device", "_stored", "_num_recoded", "energy", "latest
 
 def full_subspace(weight: torch.nn.Parameter, rule: str) -> Subspace:
     """One in which no attribute has its first value."""
-    spec = SubspaceSpec(3, rule_of(rule, lr="auto"))
+    spec = SubspaceSpec(3, rule_of(rule, lr="auto" if rule.endswith("oja") else None))
     subspace = STORE.resolve([weight], spec, [(1, 2)])
     made = iter(torch.randn(40, generator=torch.Generator().manual_seed(1)))
     for name, value in vars(subspace).items():
