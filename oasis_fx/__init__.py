@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from oasis_fx.runtime.optim.lion import OasisLion
     from oasis_fx.runtime.optim.muon import OasisMuon
     from oasis_fx.runtime.optim.sgd import OasisSGD
-    from oasis_fx.runtime.subspaces.moving import update_bases
+    from oasis_fx.runtime.subspaces.basis_updates import update_bases
 
 find_old_modules()
 
@@ -47,7 +47,7 @@ _LATER = {
     "OasisLion": "oasis_fx.runtime.optim.lion",
     "OasisMuon": "oasis_fx.runtime.optim.muon",
     "OasisSGD": "oasis_fx.runtime.optim.sgd",
-    "update_bases": "oasis_fx.runtime.subspaces.moving",
+    "update_bases": "oasis_fx.runtime.subspaces.basis_updates",
 }
 
 

@@ -18,7 +18,7 @@ _MODULES = {
     "oasis_fx.huggingface": "oasis_fx.integrations.huggingface",
     "oasis_fx.runtime.lion": "oasis_fx.runtime.optim.lion",
     "oasis_fx.runtime.low_rank_grad": "oasis_fx.runtime.gradients.low_rank_grad",
-    "oasis_fx.runtime.moving": "oasis_fx.runtime.subspaces.moving",
+    "oasis_fx.runtime.moving": "oasis_fx.runtime.subspaces.basis_updates",
     "oasis_fx.runtime.muon": "oasis_fx.runtime.optim.muon",
     "oasis_fx.runtime.optimizer": "oasis_fx.runtime.optim.adamw",
     "oasis_fx.runtime.rules": "oasis_fx.runtime.subspaces.rules",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows, from_rows, smaller_side
-from oasis_fx.runtime.subspaces.moving import update_bases
+from oasis_fx.runtime.subspaces.basis_updates import update_bases
 from oasis_fx.runtime.subspaces.rules import (
     DCT,
     PCA,

@@ -32,7 +32,7 @@ def test_a_module_within_an_old_package_is_not_loaded_twice() -> None:
     ("module", "old", "new"),
     [
         ("oasis_fx.distributed", "synchronize", "prepare"),
-        ("oasis_fx.runtime.subspaces.moving", "advance_subspaces", "update_bases"),
+        ("oasis_fx.runtime.subspaces.basis_updates", "advance_subspaces", "update_bases"),
         ("oasis_fx.integrations.checkpoint", "flatten", "to_tensors"),
         ("oasis_fx.integrations.checkpoint", "unflatten", "from_tensors"),
     ],
@@ -48,7 +48,7 @@ def test_an_old_function_is_the_new_one(module: str, old: str, new: str) -> None
 def test_what_is_public_at_the_top_is_what_its_module_has() -> None:
     for name in oasis_fx.__all__:
         assert getattr(oasis_fx, name) is not None
-    assert oasis_fx.update_bases is import_module("oasis_fx.runtime.subspaces.moving").update_bases
+    assert oasis_fx.update_bases is import_module("oasis_fx.runtime.subspaces.basis_updates").update_bases
     assert (
         import_module("oasis_fx.rules").GradientPower is import_module("oasis_fx.runtime.subspaces.rules").GradientPower
     )

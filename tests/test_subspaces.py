@@ -237,7 +237,7 @@ def test_a_backward_pass_after_its_basis_has_moved_is_refused() -> None:
     compiled(inputs(1, torch.float64)).square().sum().backward()
     subspace = model.q.weight.grad.subspace
     model.zero_grad()
-    subspace.num_steps.fill_(1)  # its turn comes again, as after a step of an optimizer
+    subspace.steps_since_due.fill_(1)  # its turn comes again, as after a step of an optimizer
     compiled(inputs(2, torch.float64)).square().sum().backward()
     with pytest.raises(RuntimeError, match="moved between the forward and the backward pass"):
         late.backward()
@@ -254,7 +254,7 @@ def test_a_batch_that_is_not_finite_moves_no_basis() -> None:
     subspace = model.q.weight.grad.subspace
     updates = int(subspace.num_updates)
     optimizer.step()
-    subspace.num_steps.fill_(subspace.spec.rule.every)
+    subspace.steps_since_due.fill_(subspace.spec.rule.every)
     (compiled(inputs(1) * torch.inf)).sum().backward()
     with pytest.warns(RuntimeWarning, match="not finite"):
         optimizer.step()

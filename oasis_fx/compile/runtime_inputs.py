@@ -19,8 +19,10 @@ from oasis_fx.graph.runtime_inputs import RuntimeInputs
 from oasis_fx.runtime.gradients.in_graph import control_of, stand_in
 from oasis_fx.runtime.gradients.slots import Group, lend
 from oasis_fx.runtime.subspaces.rules import BatchRule, StatisticRule
+from oasis_fx.runtime.subspaces.state import Family, basis_dtype
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import Family, Subspace, SubspaceSpec, Versions
+from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec
+from oasis_fx.runtime.subspaces.versions import Versions
 
 Compiled = Callable[..., Any]
 OnUse = Callable[[Subspace, tuple[str, ...]], Any]
@@ -87,7 +89,7 @@ def fake_runtime_inputs(
                 w = known_fake(example_inputs[weight])
                 slot = torch.zeros(1, dtype=w.dtype, device=w.device)
                 slots.append(slot.expand(num_rows(w.shape, features), group.spec.rank).detach().requires_grad_())
-            dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+            dtype = basis_dtype(w.dtype)
             shape = num_features(w.shape, features), group.spec.rank
             # One of a batch rule is laid out as what will come: generated code looks at the strides.
             make = stand_in if layout.has_control else torch.empty

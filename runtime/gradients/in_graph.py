@@ -15,7 +15,9 @@ from __future__ import annotations
 import torch
 
 from oasis_fx.runtime.subspaces.rules import BatchRule
-from oasis_fx.runtime.subspaces.subspace import BY_CALL, BY_HANDLE, Subspace, Versions
+from oasis_fx.runtime.subspaces.seeds import generator_of
+from oasis_fx.runtime.subspaces.subspace import BY_HANDLE, Subspace
+from oasis_fx.runtime.subspaces.versions import BY_CALL, Versions
 
 
 def control_of(subspace: Subspace, versions: Versions) -> torch.Tensor:
@@ -38,7 +40,7 @@ def batch_basis(x: torch.Tensor, stand_in: torch.Tensor, control: torch.Tensor) 
     rule = _rule(subspace)
     with torch.autocast(x.device.type, enabled=False):
         if rule.each_batch:
-            basis = _chosen_basis(subspace, x.to(subspace.dtype), torch.Generator("cpu").manual_seed(seed))
+            basis = _chosen_basis(subspace, x.to(subspace.dtype), generator_of(seed))
         else:
             _move_if_due(subspace, x)
             if versions is not None:  # else nobody will ask
@@ -87,7 +89,7 @@ def _projected(gradient: torch.Tensor, control: torch.Tensor) -> tuple[torch.Ten
     subspace = BY_HANDLE[handle]
     wide = gradient.to(subspace.dtype)
     if _rule(subspace).each_batch:
-        basis = _chosen_basis(subspace, wide, torch.Generator("cpu").manual_seed(seed))
+        basis = _chosen_basis(subspace, wide, generator_of(seed))
         return wide @ basis, basis
     old = _move_if_due(subspace, gradient)
     return _rule(subspace).project_gradient(wide, subspace, old), subspace.basis.detach()
@@ -110,12 +112,11 @@ def _move_if_due(subspace: Subspace, batch: torch.Tensor) -> torch.Tensor | None
     wide = batch.to(subspace.dtype)
     peak = wide.abs().amax() if wide.numel() else wide.new_zeros(())  # a batch without rows says as little as zeros
     if not (bool(peak.isfinite()) and bool(peak > 0)):
-        subspace.num_steps.fill_(subspace.spec.rule.every - 1)
+        subspace.steps_since_due.fill_(subspace.spec.rule.every - 1)
         return None
     old = subspace.basis.detach().clone()
-    seed = subspace.seed * 1_000_003 + int(subspace.num_updates)
-    subspace.replace(_choose(subspace, wide, torch.Generator("cpu").manual_seed(seed)))
-    subspace.num_steps.zero_()
+    subspace.replace(_choose(subspace, wide, generator_of(subspace.seed, int(subspace.num_updates))))
+    subspace.steps_since_due.zero_()
     unit = wide / peak  # squares could leave the exponent range
     subspace.captured_energy = ((unit @ subspace.basis.detach()).norm() / unit.norm()).square()
     return old

@@ -9,7 +9,8 @@ import torch
 
 from oasis_fx.graph.matricization import LINEAR, Features
 from oasis_fx.runtime.gradients.cell import Cell
-from oasis_fx.runtime.subspaces.subspace import Subspace
+from oasis_fx.runtime.subspaces.state import SubspaceState
+from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec
 
 
 class LowRankGradWarning(UserWarning):
@@ -74,11 +75,6 @@ class LowRankGrad(torch.Tensor):
         return self.cell.version
 
     @property
-    def transposed(self) -> bool:
-        """True where the weight is stored n x m, as in Hugging Face's Conv1D."""
-        return self.features[1] != self.dim()
-
-    @property
     def basis(self) -> torch.Tensor | None:
         """Q [n, r], or None once the gradient has turned dense."""
         return None if self.cell.is_dense else self.subspace.basis
@@ -126,8 +122,9 @@ class LowRankGrad(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         subspace = self.subspace
         self.cell.check()
-        state = (self.factor, subspace.basis.detach(), subspace.code, subspace.spec, self.shape, self.stride())
-        return _rebuild, (*state, self.features, self.cell.is_dense)
+        entries = {key: value for key, value in subspace.entries().items() if value is not None}
+        known = (subspace.spec, entries, subspace.shape, subspace.dtype)
+        return _unpickled, (self.factor, *known, self.shape, self.stride(), self.features, self.cell.is_dense)
 
     def with_values(self, values: torch.Tensor) -> LowRankGrad:
         """A gradient in the same coordinates with other values, of its own cell."""
@@ -229,17 +226,27 @@ def _wrap(cell: Cell, like: torch.Tensor) -> LowRankGrad:
     return gradient
 
 
-def _rebuild(
+def _unpickled(
     factor: torch.Tensor,
-    basis: torch.Tensor,
-    code: torch.Tensor | None,
-    spec: Any,
+    spec: SubspaceSpec,
+    entries: dict[str, Any],
+    basis_shape: tuple[int, int],
+    basis_dtype: torch.dtype,
     shape: Any,
     stride: Any,
     features: Features,
     dense: bool,
 ) -> LowRankGrad:
+    subspace = Subspace(spec, SubspaceState.from_entries(entries, basis_shape, basis_dtype, factor.device))
     like = torch.empty_strided(shape, stride, device="meta")
-    gradient = LowRankGrad(factor, Subspace(basis, spec, code=code), like, features=features)
+    gradient = LowRankGrad(factor, subspace, like, features=features)
     gradient.cell.is_dense = dense
     return gradient
+
+
+def _rebuild(
+    factor: torch.Tensor, basis: torch.Tensor, code: torch.Tensor | None, spec: SubspaceSpec, *rest: Any
+) -> LowRankGrad:
+    """What pickles of 0.2 name; it goes with the old names of modules."""
+    entries = {"basis": basis} if code is None else {"basis_code": code}
+    return _unpickled(factor, spec, entries, (basis.shape[0], basis.shape[1]), basis.dtype, *rest)

@@ -19,7 +19,8 @@ import torch
 from oasis_fx.graph.matricization import Features, num_rows
 from oasis_fx.runtime.gradients import foreign
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
-from oasis_fx.runtime.subspaces.subspace import Subspace, Versions
+from oasis_fx.runtime.subspaces.subspace import Subspace
+from oasis_fx.runtime.subspaces.versions import Versions
 
 # The storage behind every slot of one dtype and device. It never moves: CUDA graphs may keep its address.
 _zeros: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}

@@ -24,9 +24,9 @@ from oasis_fx.graph.matricization import as_rows, from_rows
 from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.strides import all_plain, is_packed, laid_out_as
-from oasis_fx.runtime.optim.transport import bias_correction
 from oasis_fx.runtime.optim.updates import LowRankUpdate, State, real_view
 from oasis_fx.runtime.optim.weight_steps import step_weight, store_weight, zeros_like
+from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
 @dataclass(frozen=True)

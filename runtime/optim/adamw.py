@@ -24,9 +24,10 @@ from oasis_fx.runtime.optim.group_settings import (
     rounds_stochastically,
 )
 from oasis_fx.runtime.optim.kernels import dispatch
-from oasis_fx.runtime.optim.transport import bias_correction, fit_columns, transport_mean, transport_second_moment
+from oasis_fx.runtime.optim.transport import fit_columns, transport_mean, transport_second_moment
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
 from oasis_fx.runtime.optim.weight_steps import store_weight
+from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
 class OasisAdamW(SubspaceOptimizer):

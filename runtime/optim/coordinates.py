@@ -10,8 +10,9 @@ import torch
 from oasis_fx.runtime.optim.algorithm import Algorithm, Binding
 from oasis_fx.runtime.optim.states import basis_before, note_basis
 from oasis_fx.runtime.optim.updates import State, is_low_rank
+from oasis_fx.runtime.subspaces.momentum import Momentum
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import Momentum, Subspace
+from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
 def transport_states(optimizer: Algorithm, moves: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -98,5 +98,6 @@ def _state(optimizer: Algorithm, weight: torch.Tensor, saved: Any, name: str) ->
             raise ValueError(f"parameter {name} has saved states in a subspace, and no saved basis")
         # Numbers that are missing: the basis has moved, and no other weight shares it.
         state.setdefault("basis_updates", 1)
+        state.setdefault("basis_steps", 0)
         state.setdefault("subspace", f"alone {name}")
     return state

@@ -15,6 +15,7 @@ from oasis_fx.runtime.optim.states import note_basis
 from oasis_fx.runtime.optim.strides import state_layout
 from oasis_fx.runtime.optim.updates import State, is_low_rank
 from oasis_fx.runtime.subspaces.shards import local
+from oasis_fx.runtime.subspaces.state import basis_dtype
 
 
 def prepare_state(optimizer: Algorithm, item: Item) -> None:
@@ -74,7 +75,7 @@ def _project(
 def _match_weight(optimizer: Algorithm, weight: torch.Tensor, state: State) -> None:
     """Move and cast a state to the device and dtype of its weight, which `model.to()` may have changed."""
     low_rank, device = is_low_rank(state), weight.device
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = basis_dtype(weight.dtype)
     for key in (*optimizer.states_of(low_rank), "basis"):
         if key not in state:
             continue

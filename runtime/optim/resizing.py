@@ -22,8 +22,9 @@ from oasis_fx.runtime.optim.states import note_basis, saved_states
 from oasis_fx.runtime.optim.updates import State
 from oasis_fx.runtime.subspaces.rank_allocation import Spectrum, joined, share_out
 from oasis_fx.runtime.subspaces.rules import RULES
-from oasis_fx.runtime.subspaces.store import STORE, Preloaded
-from oasis_fx.runtime.subspaces.subspace import Family, Subspace, initial_basis
+from oasis_fx.runtime.subspaces.state import Family, SubspaceState
+from oasis_fx.runtime.subspaces.store import STORE, SavedSubspace
+from oasis_fx.runtime.subspaces.subspace import Subspace, initial_basis
 
 if TYPE_CHECKING:
     from oasis_fx.runtime.optim.algorithm import Algorithm as SubspaceOptimizer
@@ -40,22 +41,22 @@ def resize_live(optimizer: SubspaceOptimizer, rank: int | float) -> None:
             raise _refusal(rank, repr(subspace.spec.rule.name))
     for saved in families:
         if not saved.resizable:
-            raise _refusal(rank, _rules_behind(saved.basis, saved.coded, saved.shape[1]))
+            raise _refusal(rank, _rules_behind(saved.state.code, saved.state.shape[1]))
     _resize_all(optimizer, ranks)
     groups = optimizer.groups_by_weight()
     for saved, weights in families.items():
-        columns = columns_of(rank, saved.shape[0])
+        n, r = saved.state.shape
+        before = saved.state.stored_basis
+        assert before is not None  # coded bases were refused
         states = [(optimizer.state[weight], groups[weight]) for weight in weights]
         low_rank = [(state, group) for state, group in states if not state.get("full_rank")]
-        gram = _gram(optimizer, low_rank, saved.shape[1])
-        basis = _resize(optimizer, low_rank, saved.basis, gram, None, columns)
+        gram = _gram(optimizer, low_rank, r)
+        basis = _resize(optimizer, low_rank, before, gram, None, columns_of(rank, n))
         for weight, (state, _) in zip(weights, states, strict=True):
             state["basis"] = basis
             state.pop("basis_move", None)
-            momentum = saved.momentum and replace(saved.momentum, mean=state[optimizer.states[0]])
-            shape = (basis.shape[0], columns)
-            changed = replace(saved, basis=basis, shape=shape, last_move=None, momentum=momentum, overrides=True)
-            STORE.preload(weight, changed)
+            resized = _resized(optimizer, saved.state, basis, state)
+            STORE.load(weight, replace(saved, state=resized, overrides=True))
 
 
 def spend_budget(optimizer: SubspaceOptimizer) -> None:
@@ -87,9 +88,8 @@ def resize_checkpoint(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any
     for members in families.values():
         first = members[0][0]
         if "basis" not in first or first.get("basis_resizable") is False:
-            coded = "basis_code" in first
             r = first.get("basis_rank", first[optimizer.states[0]].shape[1])
-            raise _refusal(rank, _rules_behind(first["basis_code" if coded else "basis"], coded, int(r)))
+            raise _refusal(rank, _rules_behind(first.get("basis_code"), int(r)))
         n, r = first["basis"].shape
         if columns_of(rank, n) == r:
             continue
@@ -109,17 +109,17 @@ def _refusal(rank: int | float, rules: str) -> ValueError:
     return ValueError(f"rank is {rank!r}: bases of subspace={rules} cannot change their rank")
 
 
-def _rules_behind(basis_or_code: torch.Tensor, coded: bool, r: int) -> str:
+def _rules_behind(code: torch.Tensor | None, r: int) -> str:
     """The rules that may have made a basis of rank r in a checkpoint, which does not name its own, as text."""
-    fixed = [rule for rule in RULES.values() if not rule.resizable and rule.coded == coded]
-    if coded:
-        fixed = [rule for rule in fixed if rule.first_code(r, 0).shape == basis_or_code.shape]
+    fixed = [rule for rule in RULES.values() if not rule.resizable and rule.coded == (code is not None)]
+    if code is not None:
+        fixed = [rule for rule in fixed if rule.first_code(r, 0).shape == code.shape]
     return " or ".join(repr(rule.name) for rule in fixed) or "a rule of your own"
 
 
-def _waiting(optimizer: SubspaceOptimizer) -> dict[Preloaded, list[torch.Tensor]]:
+def _waiting(optimizer: SubspaceOptimizer) -> dict[SavedSubspace, list[torch.Tensor]]:
     """Bases from a checkpoint that no graph has asked for yet, with their weights; binds those that one has."""
-    families: dict[object, tuple[Preloaded, list[torch.Tensor]]] = {}
+    families: dict[object, tuple[SavedSubspace, list[torch.Tensor]]] = {}
     bound = {weight for weights in optimizer.subspaces().values() for weight in weights}
     for weight in optimizer.groups_by_weight():
         state = optimizer.state.get(weight, {})
@@ -146,14 +146,11 @@ def _resize_all(optimizer: SubspaceOptimizer, ranks: Mapping[Subspace, int]) -> 
         if statistic is not None and not bool(statistic.isfinite().all()):
             statistic = None
         gram = _gram(optimizer, low_rank, old.shape[1]) if statistic is None else old.mT @ statistic
-        new = Subspace(
-            _resize(optimizer, low_rank, old, gram, statistic, rank),
-            replace(subspace.spec, rank=rank),
-            num_steps=0 if statistic is not None else int(subspace.num_steps),
-            seed=subspace.seed,
-        )
-        new.num_updates = subspace.num_updates + 1
-        new.error, new.log_rate = subspace.error, subspace.log_rate
+        basis = _resize(optimizer, low_rank, old, gram, statistic, rank)
+        new = Subspace(replace(subspace.spec, rank=rank), _resized(optimizer, subspace, basis, states[0][0]))
+        new.num_updates += 1
+        if statistic is not None:
+            new.steps_since_due.zero_()
         STORE.exchange(subspace, new)
         for weight in weights:
             optimizer.bind(weight, new)
@@ -161,6 +158,15 @@ def _resize_all(optimizer: SubspaceOptimizer, ranks: Mapping[Subspace, int]) -> 
     if changed:
         # Their graphs have ranks written into them.
         torch.compiler.reset()
+
+
+def _resized(optimizer: SubspaceOptimizer, before: SubspaceState, basis: torch.Tensor, state: State) -> SubspaceState:
+    """The state of a subspace under its new basis, with the momentum of its weight, which has been resized."""
+    after = before.resized(basis)
+    if before.momentum is not None:
+        assert optimizer.mean_state is not None
+        after.momentum = replace(before.momentum, mean=state[optimizer.mean_state])
+    return after
 
 
 def _resize(

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oasis_fx.runtime.subspaces.state import SAVED_FIELDS
+
 if TYPE_CHECKING:
     from oasis_fx.runtime.optim.algorithm import Algorithm
 
-_NUMBERS = ("subspace", "full_rank", "basis_seed", "basis_rank", "basis_resizable")
-_SCALARS = ("basis_updates", "basis_steps", "basis_log_rate")
+_KINDS = {f.metadata["key"]: f.metadata["kind"] for f in SAVED_FIELDS}
+_NUMBERS = ("subspace", "full_rank", "basis_rank", "basis_resizable", *(k for k in _KINDS if _KINDS[k] == "number"))
+_SCALARS = tuple(key for key, kind in _KINDS.items() if kind in ("count", "scalar"))
 
 
 def pack_numbers(packed: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ All plain tensors and numbers: `torch.load(weights_only=True)` reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
@@ -27,28 +27,19 @@ import torch
 from oasis_fx.graph.matricization import num_features, num_rows
 from oasis_fx.runtime.optim.eight_bit import BLOCK
 from oasis_fx.runtime.optim.strides import state_layout
+from oasis_fx.runtime.subspaces.momentum import Momentum
 from oasis_fx.runtime.subspaces.shards import from_checkpoint, full, is_sharded, local, to_checkpoint
-from oasis_fx.runtime.subspaces.store import STORE, Preloaded
-from oasis_fx.runtime.subspaces.subspace import Momentum, Subspace
+from oasis_fx.runtime.subspaces.state import SAVED_KEYS, SubspaceState, basis_dtype
+from oasis_fx.runtime.subspaces.store import STORE, SavedSubspace
+from oasis_fx.runtime.subspaces.subspace import Subspace
 
 if TYPE_CHECKING:
     from oasis_fx.runtime.optim.algorithm import Algorithm as SubspaceOptimizer
 
 
 def note_basis(state: dict[str, Any], subspace: Subspace) -> None:
-    """Show in a state what a checkpoint needs of the subspace: shared, and changing with it."""
-    state["basis_updates"], state["basis_steps"] = subspace.num_updates, subspace.num_steps
-    kept = {
-        "basis": None if subspace.spec.rule.coded else subspace.basis.detach(),
-        "basis_code": subspace.code,
-        "basis_seed": subspace.seed if subspace.spec.rule.draws else None,
-        "basis_error": subspace.error,
-        "basis_move": subspace.last_move,
-        "basis_log_rate": subspace.log_rate if subspace.finds_step_size else None,
-        "basis_rank": subspace.shape[1] if subspace.spec.rule.coded else None,
-        "basis_resizable": None if subspace.spec.rule.resizable else False,
-    }
-    for key, value in kept.items():
+    """Put what a checkpoint needs of the subspace into the state of a weight: shared, and changing with it."""
+    for key, value in subspace.entries().items():
         if value is not None:
             state[key] = value
         else:
@@ -196,7 +187,7 @@ def restore_state(
     Args:
         resized: weights for which the saved rank counts, and not the one that a backend asks for.
     """
-    outgrown = _part(optimizer, state_dict)
+    recompile = _part(optimizer, state_dict)
     load = object()  # one load's subspace numbers mean nothing to another
     groups = {weight: group for group in optimizer.param_groups for weight in group["params"]}
     for _, weight, saved, _ in saved_states(optimizer, state_dict):
@@ -209,45 +200,32 @@ def restore_state(
                 state[key] = _own_copy(state[key], value, local(weight))
             elif isinstance(value, str):  # torch takes it for a sequence of values
                 state[key] = value
-        if "features" not in saved:
-            continue
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        low_rank = not saved.get("full_rank")
-        for key, value in saved.items():
-            of_ours = low_rank or key.startswith("basis")
-            if key.endswith("_scale"):
-                continue
-            if of_ours and key != "step" and isinstance(value, torch.Tensor) and value.is_floating_point():
-                state[key] = value.detach().to(device=weight.device, dtype=wide, copy=True)
-        momentum = None
-        if low_rank and optimizer.mean_state is not None:
-            momentum = Momentum(state[optimizer.mean_state], state["step"], optimizer.mean_decay(groups[weight]))
-        coded = "basis_code" in saved
-        if coded:  # torch's loading makes floating point numbers of it
-            state["basis_code"] = saved["basis_code"].to("cpu", copy=True)
-        preloaded = Preloaded(
-            state["basis_code"] if coded else state["basis"],
-            _basis_shape(weight, saved, optimizer.states),
-            (load, saved["subspace"]),
-            tuple(saved["features"]),
-            int(saved["basis_updates"]),
-            int(saved.get("basis_steps", 0)),  # checkpoints from before `every` have none
-            int(saved.get("basis_seed", 0)),
-            coded,
-            momentum,
-            state.get("basis_error"),
-            state.get("basis_log_rate"),
-            state.get("basis_move"),
-            overrides=weight in resized,
-            resizable=bool(saved.get("basis_resizable", not coded)),
-        )
-        outgrown |= STORE.preload(weight, preloaded)
-        state["basis_steps"] = torch.tensor(preloaded.num_steps)
-        state["basis_updates"] = torch.tensor(preloaded.num_updates, device=weight.device)
-        state["features"] = tuple(saved["features"])  # a list, where the checkpoint went through JSON
-        state.pop("subspace", None)
-    if outgrown:
+        if "features" in saved:
+            found = _load_subspace(optimizer, groups[weight], weight, saved)
+            resizable = bool(saved.get("basis_resizable", found.code is None))
+            group = load, saved["subspace"]
+            known = SavedSubspace(found, tuple(saved["features"]), group, weight in resized, resizable)
+            recompile |= STORE.load(weight, known)
+    if recompile:
         torch.compiler.reset()
+
+
+def _load_subspace(
+    optimizer: SubspaceOptimizer, group: Mapping[str, Any], weight: torch.Tensor, saved: dict[str, Any]
+) -> SubspaceState:
+    """Return the saved state of a subspace; give the state of its weight the dtypes that it trains with."""
+    state, wide, low_rank = optimizer.state[weight], basis_dtype(weight.dtype), not saved.get("full_rank")
+    found = SubspaceState.from_entries(saved, _basis_shape(weight, saved, optimizer.states), wide, weight.device)
+    state.update((key, getattr(found, name)) for name, key in SAVED_KEYS.items() if key in saved)
+    for key, value in saved.items():
+        own = low_rank and not key.startswith("basis") and key != "step" and not key.endswith("_scale")
+        if own and isinstance(value, torch.Tensor) and value.is_floating_point():
+            state[key] = value.detach().to(device=weight.device, dtype=wide, copy=True)
+    state["features"] = tuple(saved["features"])  # a list, where the checkpoint went through JSON
+    state.pop("subspace", None)
+    if low_rank and optimizer.mean_state is not None:
+        found.momentum = Momentum(state[optimizer.mean_state], state["step"], optimizer.mean_decay(group))
+    return found
 
 
 def _part(optimizer: SubspaceOptimizer, state_dict: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from oasis_fx.runtime.optim.items import Item
 from oasis_fx.runtime.optim.preparation import prepare_state
 from oasis_fx.runtime.optim.resizing import spend_budget
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, all_finite
-from oasis_fx.runtime.subspaces.moving import count_steps, move_bases, note_idle
+from oasis_fx.runtime.subspaces.basis_updates import count_steps, move_bases, note_idle
 from oasis_fx.runtime.subspaces.shards import agreed
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace

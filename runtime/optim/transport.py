@@ -11,11 +11,6 @@ from __future__ import annotations
 import torch
 
 
-def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
-    """Return ``1 - beta^step`` in float64: in float32, 1 - 0.999 is right to four digits only."""
-    return 1 - beta ** step.double()
-
-
 def transport_mean(mean: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
     """Return ``m+ = m R``, of [L, m, r] and [L, r, r]: [L, m, r]."""
     return mean @ overlap

@@ -20,6 +20,8 @@ import math
 
 import torch
 
+from oasis_fx.runtime.subspaces.seeds import generator_of
+
 SKETCH_ROWS = 16
 GAIN = 0.3
 LOWEST, HIGHEST = 1e-3, 100.0
@@ -28,8 +30,7 @@ LOWEST, HIGHEST = 1e-3, 100.0
 def sketch(move: torch.Tensor) -> torch.Tensor:
     """[L, n, r] to [L, SKETCH_ROWS, r]: signs drawn once for each n, the same on every device and rank."""
     n = move.shape[-2]
-    generator = torch.Generator("cpu").manual_seed(n)
-    signs = torch.randint(0, 2, (SKETCH_ROWS, n), generator=generator, device="cpu") * 2 - 1
+    signs = torch.randint(0, 2, (SKETCH_ROWS, n), generator=generator_of(n), device="cpu") * 2 - 1
     return signs.to(move) @ move / math.sqrt(SKETCH_ROWS)
 
 

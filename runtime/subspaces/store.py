@@ -10,57 +10,40 @@ import torch
 
 from oasis_fx.graph.matricization import Features, num_features
 from oasis_fx.runtime.subspaces.by_tensor import ByTensor
-from oasis_fx.runtime.subspaces.subspace import Momentum, Subspace, SubspaceSpec, initial_basis
+from oasis_fx.runtime.subspaces.state import SubspaceState, basis_dtype
+from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis, new_subspace
 
 
 @dataclass(frozen=True, eq=False)
-class Preloaded:
+class SavedSubspace:
     """A subspace from a checkpoint; weights with an equal ``group`` share it.
 
     Attributes:
-        basis: [n, r], or the code of a coded rule.
-        shape: (n, r).
+        state: what the checkpoint holds of it.
         features: which dimensions of the weight are n.
-        coded: whether ``basis`` is a code.
-        momentum, error, log_rate, last_move: as of `Subspace`.
+        group: any hashable object.
         overrides: whether its rank counts, and not what the settings ask for.
         resizable: whether its rule lets the rank change.
     """
 
-    basis: torch.Tensor
-    shape: tuple[int, int]
-    group: object
+    state: SubspaceState
     features: Features
-    num_updates: int
-    num_steps: int = 0
-    seed: int = 0
-    coded: bool = False
-    momentum: Momentum | None = None
-    error: torch.Tensor | None = None
-    log_rate: torch.Tensor | None = None
-    last_move: torch.Tensor | None = None
+    group: object
     overrides: bool = False
     resizable: bool = True
 
     def suits(self, shape: tuple[int, int], spec: SubspaceSpec) -> bool:
-        """Whether it can become a subspace of that shape.
+        """Return whether it can become a subspace of a shape (n, r).
 
         Raises:
             ValueError: the rule cannot go on with it.
         """
-        if self.shape != shape:
+        if self.state.shape != shape:
             return False
-        rule = spec.rule
-        if self.coded != rule.coded or (rule.coded and self.basis.shape != rule.first_code(spec.rank, 0).shape):
+        rule, code = spec.rule, self.state.code
+        if rule.coded != (code is not None) or (code is not None and code.shape != rule.first_code(shape[1], 0).shape):
             raise ValueError(f"the checkpoint has a basis of another rule than the backend's, {rule.name!r}")
         return True
-
-    def pour_into(self, subspace: Subspace) -> None:
-        subspace.load(self.basis, self.num_updates, self.num_steps)
-        subspace.seed, subspace.momentum, subspace.error = self.seed, self.momentum, self.error
-        subspace.last_move = self.last_move
-        if self.log_rate is not None:
-            subspace.log_rate = self.log_rate
 
 
 _Key = tuple[SubspaceSpec, Features]
@@ -76,7 +59,7 @@ class SubspaceStore:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._subspaces = ByTensor()
-        self._preloaded = ByTensor()
+        self._waiting = ByTensor()
         self._resized = ByTensor()
         self._wholes = ByTensor()
 
@@ -101,18 +84,18 @@ class SubspaceStore:
     def _entry(self, weight: torch.Tensor) -> dict[_Key, Subspace]:
         return self._subspaces.get(self.whole(weight)) or {}
 
-    def waiting(self, weight: torch.Tensor) -> Preloaded | None:
+    def waiting(self, weight: torch.Tensor) -> SavedSubspace | None:
         """A basis from a checkpoint that no graph has asked for yet."""
-        saved: Preloaded | None = self._preloaded.get(self.whole(weight))
+        saved: SavedSubspace | None = self._waiting.get(self.whole(weight))
         return saved
 
     def current_spec(self, weight: torch.Tensor, asked: SubspaceSpec) -> SubspaceSpec:
         """What the weight is in by now, where the settings ask for ``asked``: its rank may have changed since."""
         with self._lock:
             entry: dict[SubspaceSpec, SubspaceSpec] = self._resized.setdefault(weight, {})
-            saved: Preloaded | None = self._preloaded.get(weight)
+            saved: SavedSubspace | None = self._waiting.get(weight)
             if saved is not None and (asked.budget is not None or saved.overrides):
-                entry[asked] = replace(asked, rank=saved.shape[1])
+                entry[asked] = replace(asked, rank=saved.state.shape[1])
             return entry.get(asked, asked)
 
     def is_resized(self, weight: torch.Tensor) -> bool:
@@ -165,10 +148,6 @@ class SubspaceStore:
         ]
         return next((entry for entry in found if entry[0].statistic is not None), found[-1] if found else None)
 
-    def ranks(self, weight: torch.Tensor) -> tuple[int, ...]:
-        """Ranks of the subspaces that a weight has."""
-        return tuple(subspace.spec.rank for subspace in self.all_of(weight))
-
     def resolve(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, features: Sequence[Features]) -> Subspace:
         """The subspace that all of ``weights`` share from now on; made at first use.
 
@@ -188,12 +167,12 @@ class SubspaceStore:
             known = [s for weight, dims in pairs if (s := self.existing(weight, spec, dims)) is not None]
             subspace = known[0] if known else self._make(weights, spec, features)
             if not _fits(subspace, weights[0]):
-                subspace = _moved(subspace, weights[0])
+                subspace = Subspace(spec, subspace.to(weights[0].device, basis_dtype(weights[0].dtype)))
             for weight, dims in pairs:
                 self._subspaces.setdefault(weight, {})[spec, dims] = subspace
             return subspace
 
-    def preload(self, weight: torch.Tensor, saved: Preloaded) -> bool:
+    def load(self, weight: torch.Tensor, saved: SavedSubspace) -> bool:
         """Give a weight a basis from a checkpoint.
 
         Its subspaces of that rank take it over in place; without one, it waits for the first graph that asks.
@@ -203,83 +182,43 @@ class SubspaceStore:
         """
         weight = self.whole(weight)
         with self._lock:
-            rank, entry = saved.shape[1], self._entry(weight)
-            outgrown = [key for key in entry if key[0].budget is not None and key[0].rank != rank]
-            for key in outgrown:
+            rank, entry = saved.state.shape[1], self._entry(weight)
+            of_other_rank = [key for key in entry if key[0].budget is not None and key[0].rank != rank]
+            for key in of_other_rank:
                 del entry[key]
             of_rank = [s for (_, dims), s in entry.items() if s.spec.rank == rank and dims == saved.features]
             live = [s for s in of_rank if saved.suits(s.shape, s.spec)]
             for subspace in live:
-                saved.pour_into(subspace)
+                subspace.load(saved.state)
             if not live:
-                self._preloaded[weight] = replace(saved, basis=saved.basis.detach().clone())
-            return bool(outgrown)
+                basis = saved.state.stored_basis
+                own = replace(saved.state, stored_basis=None if basis is None else basis.detach().clone())
+                self._waiting[weight] = replace(saved, state=own)
+            return bool(of_other_rank)
 
     def _make(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, features: Sequence[Features]) -> Subspace:
         weight = weights[0]
         shape = num_features(weight.shape, features[0]), spec.rank
         # From torch's generator, as parameters draw their first values.
         seed = int(torch.randint(1 << 31, (), device="cpu")) if spec.rule.draws else 0
-        subspace = Subspace(initial_basis(*shape, _basis_dtype(weight), weight.device), spec, seed=seed)
+        subspace = new_subspace(initial_basis(*shape, basis_dtype(weight.dtype), weight.device), spec, seed)
         pairs = zip(weights, features, strict=True)
-        waiting: list[Preloaded] = [
-            p for w, dims in pairs if (p := self._preloaded.get(w)) is not None and p.features == dims
+        waiting: list[SavedSubspace] = [
+            p for w, dims in pairs if (p := self._waiting.get(w)) is not None and p.features == dims
         ]
         for saved in waiting:
             if not saved.suits(shape, spec):
                 continue
-            saved.pour_into(subspace)
-            for other, preloaded in [(w, p) for w, p in self._preloaded.items() if p.group == saved.group]:
-                self._preloaded.pop(other)
-                self._subspaces.setdefault(other, {})[spec, preloaded.features] = subspace
+            subspace.load(saved.state)
+            for other, its in [(w, p) for w, p in self._waiting.items() if p.group == saved.group]:
+                self._waiting.pop(other)
+                self._subspaces.setdefault(other, {})[spec, its.features] = subspace
             break
         return subspace
 
 
-# What a subspace has of floating point numbers, beside its basis; each may be None.
-_TENSORS = (
-    "statistic",
-    "energy_sum",
-    "overlap",
-    "error",
-    "log_rate",
-    "last_move",
-    "captured_energy",
-    "drift",
-    "condition",
-)
-
-
-def _moved(subspace: Subspace, weight: torch.Tensor) -> Subspace:
-    """The subspace for a model that was moved or cast since."""
-    device, dtype = weight.device, _basis_dtype(weight)
-    moved = Subspace(
-        subspace.basis.detach().to(device, dtype),
-        subspace.spec,
-        int(subspace.num_updates),
-        int(subspace.num_steps),
-        seed=subspace.seed,
-        code=subspace.code,
-    )
-    moved.names, moved.replicas, moved.family = subspace.names, subspace.replicas, subspace.family
-    moved.statistic_is_local = subspace.statistic_is_local
-    moved.num_idle_steps, moved.num_missed = subspace.num_idle_steps, subspace.num_missed
-    for name in _TENSORS:
-        value = getattr(subspace, name)
-        setattr(moved, name, None if value is None else value.to(device, dtype, copy=True))
-    momentum = subspace.momentum
-    if momentum is not None:  # the optimizer lends its own again at its next step
-        mean, step = momentum.mean.to(device, dtype), momentum.step.to(device)
-        moved.momentum = replace(momentum, mean=mean, step=step)
-    return moved
-
-
-def _basis_dtype(weight: torch.Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def _fits(subspace: Subspace, weight: torch.Tensor) -> bool:
-    return subspace.device == weight.device and subspace.dtype == _basis_dtype(weight)
+    return subspace.device == weight.device and subspace.dtype == basis_dtype(weight.dtype)
 
 
 STORE = SubspaceStore()

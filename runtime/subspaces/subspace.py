@@ -1,43 +1,24 @@
-"""The subspace of one activation or gradient: its basis, and what its rule goes by."""
+"""The subspace of one activation or gradient: its basis, and the data from which its rule moves it."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
 
 from oasis_fx._torch.tensors import version_of
+from oasis_fx.runtime.subspaces.seeds import generator_of
+from oasis_fx.runtime.subspaces.state import SAVED_FIELDS, SAVED_KEYS, SubspaceState
 
 if TYPE_CHECKING:
     from oasis_fx.runtime.subspaces.rules import Rule
 
-# By number, since a compiled graph takes tensors alone: how an operator within one finds its subspace and its call.
+# By number, since a compiled graph takes tensors alone: how an operator within one finds its subspace.
 BY_HANDLE: WeakValueDictionary[int, Subspace] = WeakValueDictionary()
-BY_CALL: WeakValueDictionary[int, Versions] = WeakValueDictionary()
-_handles, _calls = itertools.count(1), itertools.count(1)
-
-
-class Versions:
-    """The versions of bases that one call of a compiled graph has used.
-
-    A basis that goes by the batch may move in the forward pass or, where the partitioner computes P there, in the
-    backward pass: its operator notes what it gave out.
-    """
-
-    def __init__(self) -> None:
-        self.call = next(_calls)
-        self._used: dict[Subspace, set[int]] = {}
-        BY_CALL[self.call] = self
-
-    def note(self, subspace: Subspace) -> None:
-        self._used.setdefault(subspace, set()).add(subspace.version)
-
-    def hold(self, subspace: Subspace) -> bool:
-        """Whether what was computed in its basis is still in its basis."""
-        return self._used.get(subspace, set()) <= {subspace.version}
+_handles = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -67,45 +48,6 @@ class SubspaceSpec:
 
 
 @dataclass(frozen=True)
-class Momentum:
-    """The first moment of the one weight of a subspace, as its optimizer keeps it.
-
-    Attributes:
-        mean: m [rows, r], in the basis' present coordinates, not bias-corrected; changes with the optimizer's.
-        step: the optimizer's count of steps.
-        beta: its decay a step.
-    """
-
-    mean: torch.Tensor
-    step: torch.Tensor
-    beta: float
-
-    def corrected(self) -> torch.Tensor:
-        """m^, or zeros before the first step."""
-        bias = 1 - self.beta ** self.step.double()
-        return self.mean / torch.where(bias > 0, bias, 1.0).to(self.mean)
-
-
-class Family:
-    """Subspaces that one compiled graph serves in turn, as those of equal layers: so they have one rank."""
-
-    def __init__(self) -> None:
-        self._parent: Family | None = None
-
-    def root(self) -> Family:
-        """The same object for all that were joined."""
-        found = self
-        while found._parent is not None:
-            found = found._parent
-        return found
-
-    def join(self, other: Family) -> None:
-        one, another = self.root(), other.root()
-        if one is not another:
-            another._parent = one
-
-
-@dataclass(frozen=True)
 class Move:
     """One move of a basis, between two versions of it, with R = Q^T Q+ [r, r]."""
 
@@ -114,78 +56,25 @@ class Move:
     overlap: torch.Tensor
 
 
-class Subspace:
+class Subspace(SubspaceState):
     """The basis Q [n, r] that the weights which read one activation share, or the one of a weight's gradient.
+
+    Its attributes are those of `SubspaceState`, and what belongs to this object:
 
     Attributes:
         spec: what was asked for; its rank is the basis' number of columns.
-        shape: (n, r).
-        code: where the rule is coded: int64 on the CPU, what the basis is made from at each use; else None.
-        names: of its weights, as the first graph that used it knows them; empty before.
-        statistic: C [n, r] = A^T A Q, summed over the backward passes of this step; None before the first.
-        energy_sum: scalar ||A||^2, summed likewise; None where graphs do not compute it.
         energy: scalar that graphs take and do not read, so that there is something for ||A||^2 to be the gradient of.
-        num_updates: int64 scalar on the basis' device: how often the basis has moved.
-        num_steps: int64 scalar on the CPU: optimizer steps since the basis last had its turn to move (`Rule.every`).
-        overlap: R = Q^T Q+ [r, r] of the moves within backward passes since the last optimizer step; None for none.
-        num_idle_steps: optimizer steps in a row in which its weights took part and the basis did not move for want of
-            a statistic.
-        num_missed: all of those, and the turns at which the statistic was zero or not finite where that is known.
-        replicas: the ranks over which gradients and statistics are averaged, so that all of them have the same basis;
-            empty where none are.
-        statistic_is_local: whether the statistic, which is to be averaged over ranks, has something that was not.
-        momentum: for rules that use it: set by the optimizer.
-        error: for rules with error feedback: E [rows, n].
-        family: the subspaces whose rank is also that of this one.
-        log_rate: scalar: the logarithm of the step size under ``lr="auto"``; 0 at first.
-        last_move: what is remembered of the last move, for that.
-        captured_energy, drift, condition: scalars of the last move, on the basis' device; NaN before. What they are:
-            `oasis_fx.inspect.stats.SubspaceStats`.
-
-    A stored basis is a tensor [n, r], float32 (float64 for float64 weights), allocated once and changed in place
-    only, so that CUDA graphs may keep its address.
+        latest_move: from which version of the basis to which, where the last one is known.
+        handle: number by which an operator in a compiled graph finds the subspace.
     """
 
-    def __init__(
-        self,
-        basis: torch.Tensor,
-        spec: SubspaceSpec,
-        num_updates: int = 0,
-        num_steps: int | None = None,
-        *,
-        seed: int = 0,
-        code: torch.Tensor | None = None,
-    ) -> None:
-        """Args:
-        basis: the basis to start from; of a coded rule, for its shape, dtype and device.
-        seed: tells subspaces of one shape apart where a rule draws at random.
-        """
-        rule = spec.rule
-        self.spec, self.seed = spec, seed
-        self.shape = (basis.shape[0], basis.shape[1])
-        self.dtype, self.device = basis.dtype, basis.device
-        self.code = code if code is not None or not rule.coded else rule.first_code(basis.shape[1], seed)
-        self._stored = None if rule.coded else basis.detach().contiguous()
-        self._num_recoded = 0
-        self.names: tuple[str, ...] = ()
-        self.statistic: torch.Tensor | None = None
-        self.energy_sum: torch.Tensor | None = None
-        self.energy = torch.zeros((), dtype=basis.dtype, device=basis.device)
-        self.num_updates = torch.tensor(num_updates, device=basis.device)
-        # A basis that waits for data is random: its turn is the first step, not the k-th.
-        self.num_steps = torch.tensor(_first_count(spec) if num_steps is None else num_steps, device="cpu")
-        self.family = Family()
-        self.overlap: torch.Tensor | None = None
+    def __init__(self, spec: SubspaceSpec, state: SubspaceState) -> None:
+        """Make a subspace that goes on from a state, whose tensors it takes over without a copy."""
+        vars(self).update(vars(state))
+        self.spec = spec
+        self.energy = torch.zeros((), dtype=self.dtype, device=self.device)
         self.latest_move: Move | None = None
-        self.num_idle_steps = self.num_missed = 0
-        self.replicas: frozenset[int] = frozenset()
-        self.statistic_is_local = False
-        self.momentum: Momentum | None = None
-        self.error: torch.Tensor | None = None
-        self.log_rate = torch.zeros((), dtype=basis.dtype, device=basis.device)
-        self.last_move: torch.Tensor | None = None
-        unknown = torch.full((), torch.nan, dtype=basis.dtype, device=basis.device)
-        self.captured_energy = self.drift = self.condition = unknown
+        self._num_recoded = 0
         self.handle = next(_handles)
         BY_HANDLE[self.handle] = self
 
@@ -196,8 +85,8 @@ class Subspace:
     @property
     def basis(self) -> torch.Tensor:
         """Q [n, r]; of a coded rule, made anew."""
-        if self._stored is not None:
-            return self._stored
+        if self.stored_basis is not None:
+            return self.stored_basis
         assert self.code is not None
         return self.spec.rule.expand(self.code, *self.shape, self.dtype, self.device)
 
@@ -261,27 +150,28 @@ class Subspace:
 
     def count_step(self) -> bool:
         """Count an optimizer step; return whether the basis' turn has come, and begin to count anew."""
-        self.num_steps += 1
+        self.steps_since_due += 1
         due = self.is_due
         if due:
-            self.num_steps.zero_()
+            self.steps_since_due.zero_()
         return due
 
     @property
     def is_due(self) -> bool:
-        return int(self.num_steps) >= self.spec.rule.every  # over it, where a checkpoint was made under a longer period
+        """Whether the basis is to move. The count may be over ``every``: that of a checkpoint's run may be longer."""
+        return int(self.steps_since_due) >= self.spec.rule.every
 
     @property
     def version(self) -> int:
         """Changes whenever the basis does."""
-        return self._num_recoded + (0 if self._stored is None else version_of(self._stored))
+        return self._num_recoded + (0 if self.stored_basis is None else version_of(self.stored_basis))
 
     @torch.no_grad()
     def replace(self, new: torch.Tensor) -> None:
         """Take over a basis [n, r] (or a code) that lies in the middle of a step, and note the overlap."""
         old, before = self.basis.detach().clone(), self.version
-        if self._stored is not None:
-            self._stored.copy_(new)
+        if self.stored_basis is not None:
+            self.stored_basis.copy_(new)
         else:
             self.code, self._num_recoded = new, self._num_recoded + 1
         present = self.basis.detach()
@@ -289,7 +179,7 @@ class Subspace:
         if torch.equal(old, present):  # exactly I, which states are not multiplied by: as in a resumed run
             overlap = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
         self.note_move(before, overlap)
-        self.drift = (1 - overlap.square().sum() / self.shape[1]).clamp_min(0).sqrt()
+        self.drift = drift_of(overlap)
         self.overlap = overlap if self.overlap is None else self.overlap @ overlap
         self.num_updates += 1
 
@@ -301,17 +191,61 @@ class Subspace:
         self.note_move(before, old.mT @ self.basis)
         self.num_updates += 1
 
+    def entries(self) -> dict[str, Any]:
+        """Return what the optimizer state of a weight in the subspace has of it, so that checkpoints do.
+
+        Tensors are not copied: the entries change with the subspace. An entry of None is to be left out.
+        """
+        rule = self.spec.rule
+        found = {key: getattr(self, name) for name, key in SAVED_KEYS.items()}
+        if not rule.draws:
+            found["basis_seed"] = None
+        if not self.finds_step_size:
+            found["basis_log_rate"] = None
+        found["basis_rank"] = self.shape[1] if rule.coded else None
+        found["basis_resizable"] = None if rule.resizable else False
+        return found
+
     @torch.no_grad()
-    def load(self, basis_or_code: torch.Tensor, num_updates: int, num_steps: int = 0) -> None:
-        """Take over a basis, or a coded rule's code, from a checkpoint, in place."""
-        if self._stored is not None:
-            self._stored.copy_(basis_or_code)
-        else:
-            self.code, self._num_recoded = basis_or_code.to("cpu", copy=True), self._num_recoded + 1
-        self.num_updates.fill_(num_updates)
-        self.num_steps.fill_(num_steps)
+    def load(self, saved: SubspaceState) -> None:
+        """Take over all that a checkpoint holds; the basis stays where it is in memory.
+
+        What the basis was to move by, and what states were to follow, is dropped.
+        """
+        for field in SAVED_FIELDS:
+            present, value = getattr(self, field.name), getattr(saved, field.name)
+            if field.name == "stored_basis" or field.metadata["kind"] == "count":
+                if present is not None:
+                    present.copy_(value)
+            else:
+                setattr(self, field.name, value)
+        self.momentum = saved.momentum
+        self._num_recoded += self.code is not None
         self.overlap = None
         self.drop_statistic()
+
+
+def new_subspace(basis: torch.Tensor, spec: SubspaceSpec, seed: int = 0) -> Subspace:
+    """Return a subspace that has not moved yet.
+
+    Args:
+        basis: Q [n, r] to start from, taken over without a copy; of a coded rule, for its shape, dtype and device.
+        spec: what is asked for.
+        seed: tells subspaces of one shape apart where the rule draws at random.
+    """
+    n, r = basis.shape
+    coded, dtype, device = spec.rule.coded, basis.dtype, basis.device
+    state = SubspaceState(
+        (n, r),
+        dtype,
+        device,
+        # A basis that waits for data is random: it is due at the first step, not at the k-th.
+        steps_since_due=torch.tensor(_first_count(spec), device="cpu"),
+        stored_basis=None if coded else basis.detach().contiguous(),
+        code=spec.rule.first_code(r, seed) if coded else None,
+        seed=seed,
+    )
+    return Subspace(spec, state)
 
 
 def _first_count(spec: SubspaceSpec) -> int:
@@ -323,7 +257,11 @@ def _first_count(spec: SubspaceSpec) -> int:
 
 
 def initial_basis(n: int, r: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """A random orthonormal n x r matrix: a function of its arguments only, so the same on every run and rank."""
-    generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + n) * 1_000_003 + r)
-    gaussian = torch.randn(n, r, dtype=torch.float64, generator=generator, device="cpu")
+    """Return a random orthonormal n x r matrix: a function of the arguments only, so the same on every run and rank."""
+    gaussian = torch.randn(n, r, dtype=torch.float64, generator=generator_of(seed, n, r), device="cpu")
     return torch.linalg.qr(gaussian).Q.to(device=device, dtype=dtype).contiguous()
+
+
+def drift_of(overlap: torch.Tensor) -> torch.Tensor:
+    """Return how far bases have moved, ``sqrt(1 - ||R||^2 / r)``, from R = Q^T Q+ [..., r, r]: 0 to 1."""
+    return (1 - overlap.square().sum(dim=(-2, -1)) / overlap.shape[-1]).clamp_min(0).sqrt()

@@ -19,7 +19,7 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed import distributed_c10d as c10d
 
 from oasis_fx import LowRankGrad
-from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec, initial_basis, new_subspace
 
 ROWS, WIDTH, RANK = 6, 8, 3
 
@@ -27,7 +27,7 @@ ROWS, WIDTH, RANK = 6, 8, 3
 def gradient(shared: bool, number: int = 0) -> LowRankGrad:
     rank = dist.get_rank()
     basis = initial_basis(WIDTH, RANK, torch.float64, torch.device("cpu"), seed=7 if shared else rank)
-    subspace = Subspace(basis, SubspaceSpec(RANK))
+    subspace = new_subspace(basis, SubspaceSpec(RANK))
     subspace.replicas = frozenset(range(dist.get_world_size()) if shared else ())
     subspace.names = ("w",)
     generator = torch.Generator().manual_seed(10 * number + rank)

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from oasis_fx import OasisAdamW, oasis_backend
 from oasis_fx.distributed import prepare
-from oasis_fx.runtime.subspaces.moving import update_bases
+from oasis_fx.runtime.subspaces.basis_updates import update_bases
 from oasis_fx.runtime.subspaces.store import STORE
 
 WIDTH, ROWS, STEPS = 8, 12, 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oasis_fx.runtime.subspaces.moving import update_bases
+from oasis_fx.runtime.subspaces.basis_updates import update_bases
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 

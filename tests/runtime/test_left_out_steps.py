@@ -11,10 +11,10 @@ import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows
-from oasis_fx.runtime.subspaces.moving import move_bases
+from oasis_fx.runtime.subspaces.basis_updates import move_bases
 from oasis_fx.runtime.subspaces.rules import DCT, DrawnRule, GradientPower, Random, Rule, rule_of
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis
+from oasis_fx.runtime.subspaces.subspace import SubspaceSpec, initial_basis, new_subspace
 
 RANK, EVERY = 3, 2
 
@@ -174,7 +174,7 @@ def test_the_momentum_that_a_rule_is_lent_follows_a_basis_that_moved_in_a_step_l
 @pytest.mark.parametrize("rule", [Rotating(), Random()], ids=str)
 def test_a_drawn_basis_is_drawn_anew_in_steps_that_count_alone(rule) -> None:
     """As a GPU has it, where whether a step counts is a tensor; and states follow where the rule says so."""
-    subspace = Subspace(torch.zeros(6, RANK, dtype=torch.float64), SubspaceSpec(RANK, rule_of(rule, every=2)))
+    subspace = new_subspace(torch.zeros(6, RANK, dtype=torch.float64), SubspaceSpec(RANK, rule_of(rule, every=2)))
     gate = {counts: torch.tensor(counts) for counts in (True, False)}
     first = subspace.basis
     assert move_bases([subspace], gate[True]) == {}

@@ -12,7 +12,7 @@ import torch
 
 from oasis_fx.graph.matricization import LINEAR
 from oasis_fx.runtime.gradients import operators as module
-from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad, LowRankGradWarning
+from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad, LowRankGradWarning, _rebuild
 from oasis_fx.runtime.gradients.slots import Group, lend
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
@@ -41,12 +41,18 @@ def silent(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
+def test_a_pickle_of_the_version_before_loads() -> None:
+    g = gradient()
+    old = g.factor, g.basis, None, SPEC, g.shape, g.stride(), g.features, False
+    assert torch.equal(_rebuild(*old).to_dense(), g.to_dense())
+    assert torch.equal(pickle.loads(pickle.dumps(g)).to_dense(), g.to_dense())
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_stands_for_factor_times_basis(transposed) -> None:
     g = gradient(transposed=transposed)
     dense = g.factor @ g.basis.T
     torch.testing.assert_close(g.to_dense(), dense.T if transposed else dense)
-    assert g.transposed == transposed
     assert g.shape == g.to_dense().shape and g.dtype == torch.float64 and "rank=3" in repr(g)
 
 

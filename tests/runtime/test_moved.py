@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 from oasis_fx import OasisAdamW, oasis_backend
+from oasis_fx.runtime.subspaces.momentum import Momentum
 from oasis_fx.runtime.subspaces.rules import GradientPower, rule_of
+from oasis_fx.runtime.subspaces.state import SubspaceState
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import Momentum, Subspace, SubspaceSpec
+from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec
 
-# What belongs to the object, or stands for what is compared besides.
-OWN = {"handle", "dtype", "device", "_stored", "_num_recoded", "energy", "latest_move"}
+FIELDS = {field.name: field.metadata for field in fields(SubspaceState)}
+SIZES = {"statistic": (6, 3), "overlap": (3, 3), "error": (5, 6), "last_move": (4, 3)}
+# What belongs to the object, and not to the state.
+OWN = {"spec", "handle", "energy", "latest_move", "_num_recoded"}
+GIVEN = {"shape", "dtype", "device", "stored_basis", "code"}
 
 
 def full_subspace(weight: torch.nn.Parameter, rule: str) -> Subspace:
@@ -19,9 +26,8 @@ def full_subspace(weight: torch.nn.Parameter, rule: str) -> Subspace:
     spec = SubspaceSpec(3, rule_of(rule, lr="auto" if rule.endswith("oja") else None))
     subspace = STORE.resolve([weight], spec, [(1, 2)])
     made = iter(torch.randn(40, generator=torch.Generator().manual_seed(1)))
-    for name, value in vars(subspace).items():
-        if name in OWN | {"spec", "shape", "family", "code"}:
-            continue
+    for name in FIELDS.keys() - GIVEN - {"family"}:
+        value = getattr(subspace, name)
         if name == "names":
             subspace.names = ("a.weight",)
         elif name == "replicas":
@@ -32,36 +38,77 @@ def full_subspace(weight: torch.nn.Parameter, rule: str) -> Subspace:
             setattr(subspace, name, not value)
         elif isinstance(value, int):
             setattr(subspace, name, value + 7)
-        elif name in ("num_updates", "num_steps"):
+        elif FIELDS[name].get("kind") == "count":
             value.add_(3)
         else:
-            assert value is None or value.is_floating_point(), f"{name} is new: see that _moved takes it along"
-            shape = {"statistic": (6, 3), "overlap": (3, 3), "error": (5, 6), "last_move": (4, 4)}.get(name, ())
-            setattr(subspace, name, torch.full(shape, float(next(made))))
+            assert value is None or value.is_floating_point(), f"{name} is new: give it a value here"
+            setattr(subspace, name, torch.full(SIZES.get(name, ()), float(next(made))))
     return subspace
+
+
+def assert_same(name: str, found, was, dtype: torch.dtype) -> None:
+    if isinstance(was, Momentum):
+        assert (found.beta, float(found.step)) == (was.beta, float(was.step)) and found.mean.dtype == dtype
+        torch.testing.assert_close(found.mean, was.mean.to(dtype))
+    elif isinstance(was, torch.Tensor):
+        torch.testing.assert_close(found.double(), was.double(), rtol=1e-6, atol=1e-7, msg=name)
+        assert found.dtype == (dtype if was.is_floating_point() else was.dtype), name
+    else:
+        assert found is was or found == was, name
+
+
+def test_whatever_a_subspace_has_is_a_field_of_its_state() -> None:
+    """So nothing that is added to it later can be left behind by a cast, a checkpoint or another rank."""
+    subspace = STORE.resolve([torch.nn.Parameter(torch.randn(5, 6))], SubspaceSpec(3), [(1, 2)])
+    assert set(vars(subspace)) - set(FIELDS) == OWN
+    for name, metadata in FIELDS.items():
+        assert {"of_rank", "on_cpu"} <= set(metadata), f"{name}: what becomes of it under another rank?"
+        assert metadata.get("key", "basis").startswith("basis"), name
 
 
 @pytest.mark.parametrize("rule", ["oja", "random"])
 def test_every_attribute_of_a_subspace_is_taken_along(rule) -> None:
     weight = torch.nn.Parameter(torch.randn(5, 6))
     subspace = full_subspace(weight, rule)
-    basis = subspace.basis.detach().clone()
     weight.data = weight.data.double()
     moved = STORE.resolve([weight], subspace.spec, [(1, 2)])
     assert moved is not subspace and moved.dtype == torch.float64
-    torch.testing.assert_close(moved.basis.detach(), basis.double(), rtol=1e-6, atol=1e-7)
-    assert set(vars(moved)) == set(vars(subspace))
-    for name in set(vars(subspace)) - OWN:
-        was, found = getattr(subspace, name), getattr(moved, name)
-        if name == "momentum":
-            assert (found.beta, float(found.step)) == (was.beta, float(was.step))
-            assert found.mean.dtype == torch.float64
-            torch.testing.assert_close(found.mean, was.mean.double())
-        elif isinstance(was, torch.Tensor):
-            assert torch.equal(found.double(), was.double()), name
-            assert not was.is_floating_point() or found.dtype == torch.float64, name
+    torch.testing.assert_close(moved.basis.detach(), subspace.basis.detach().double(), rtol=1e-6, atol=1e-7)
+    for name in FIELDS.keys() - {"dtype"}:
+        assert_same(name, getattr(moved, name), getattr(subspace, name), torch.float64)
+
+
+@pytest.mark.parametrize("rule", ["oja", "random"])
+def test_every_saved_attribute_is_in_the_entries_and_comes_out_of_them(rule) -> None:
+    """Into a new state, and into a live subspace, whose basis stays where it is."""
+    subspace = full_subspace(torch.nn.Parameter(torch.randn(5, 6)), rule)
+    # Only rules that use them show these two.
+    entries = subspace.entries() | {"basis_seed": subspace.seed, "basis_log_rate": subspace.log_rate}
+    found = SubspaceState.from_entries(entries, subspace.shape, torch.float64, subspace.device)
+    weight = torch.nn.Parameter(torch.randn(5, 6, dtype=torch.float64))
+    live = STORE.resolve([weight], subspace.spec, [(1, 2)])
+    live.overlap = live.statistic = torch.ones(6, 3, dtype=torch.float64)
+    version, address = live.version, None if live.stored_basis is None else live.stored_basis.data_ptr()
+    live.load(found)
+    assert live.version != version and live.overlap is None and live.statistic is None
+    assert address == (None if live.stored_basis is None else live.stored_basis.data_ptr())
+    for name, metadata in FIELDS.items():
+        if "key" in metadata:
+            for state in (found, live):
+                assert_same(name, getattr(state, name), getattr(subspace, name), torch.float64)
+
+
+def test_every_attribute_but_those_of_the_rank_outlives_it() -> None:
+    subspace = full_subspace(torch.nn.Parameter(torch.randn(5, 6)), "oja")
+    before, basis = SubspaceState((6, 2), subspace.dtype, subspace.device), torch.randn(6, 2)
+    after = subspace.resized(basis)
+    assert after.shape == (6, 2) and after.stored_basis is basis and after.num_updates is not subspace.num_updates
+    for name in FIELDS.keys() - {"shape", "stored_basis", "family"}:
+        expected = before if FIELDS[name]["of_rank"] else subspace
+        if isinstance(value := getattr(expected, name), torch.Tensor):
+            torch.testing.assert_close(getattr(after, name), value, equal_nan=True, msg=name)
         else:
-            assert found is was or found == was, name
+            assert getattr(after, name) == value, name
 
 
 class Net(torch.nn.Module):

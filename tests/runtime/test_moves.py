@@ -8,13 +8,14 @@ import torch
 
 from oasis_fx.runtime.optim.updates import all_finite
 from oasis_fx.runtime.subspaces import orthonormalize as module
-from oasis_fx.runtime.subspaces.moving import move_bases
+from oasis_fx.runtime.subspaces.basis_updates import move_bases
 from oasis_fx.runtime.subspaces.orthonormalize import orthonormalize
-from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis
+from oasis_fx.runtime.subspaces.rules import Oja
+from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis, new_subspace
 
 
 def subspace(n: int = 9, r: int = 3, seed: int = 0, **spec) -> Subspace:
-    return Subspace(initial_basis(n, r, torch.float64, torch.device("cpu"), seed), SubspaceSpec(r, **spec))
+    return new_subspace(initial_basis(n, r, torch.float64, torch.device("cpu"), seed), SubspaceSpec(r, **spec))
 
 
 def test_two_moves_before_a_step_are_one_overlap() -> None:
@@ -32,7 +33,7 @@ def test_two_moves_before_a_step_are_one_overlap() -> None:
 
 def test_the_automatic_rate_does_not_learn_from_the_first_move() -> None:
     """Two equal moves raise the rate; the move from the random start is neither of them."""
-    moving = subspace(learning_rate="auto")
+    moving = subspace(rule=Oja(lr="auto"))
     rates = []
     for step in range(4):
         c = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step % 2))

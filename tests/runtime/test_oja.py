@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 
-from oasis_fx.runtime.subspaces.moving import POWER_STEP, move_bases, update_bases
+from oasis_fx.runtime.subspaces.basis_updates import POWER_STEP, move_bases, update_bases
 from oasis_fx.runtime.subspaces.rules import Oja
-from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis
+from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis, new_subspace
 
 
 def subspace(n=12, r=4, eta=1.0, dtype=torch.float64, updates=1, seed=0) -> Subspace:
     spec = SubspaceSpec(r, Oja(lr=eta))
-    return Subspace(initial_basis(n, r, dtype, torch.device("cpu"), seed), spec, updates)
+    made = new_subspace(initial_basis(n, r, dtype, torch.device("cpu"), seed), spec)
+    made.num_updates.fill_(updates)
+    return made
 
 
 def oja_reference(q: torch.Tensor, c: torch.Tensor, eta: float) -> torch.Tensor:
@@ -135,7 +137,7 @@ def auto(n: int, tokens: int, steps: int, drift: float, seed: int = 0) -> tuple[
     """The step size found for activations whose subspace turns by ``drift`` a step, and captured energies."""
     generator = torch.Generator().manual_seed(seed)
     spec = SubspaceSpec(4, Oja(lr="auto"))
-    subspace = Subspace(initial_basis(n, 4, torch.float64, torch.device("cpu")), spec)
+    subspace = new_subspace(initial_basis(n, 4, torch.float64, torch.device("cpu")), spec)
     scale = torch.cat([torch.full((4,), 2.0), torch.full((n - 4,), 1.0)]).double()
     turn = torch.eye(n).double()
     skew = torch.randn(n, n, generator=generator, dtype=torch.float64)
@@ -164,7 +166,7 @@ def test_an_automatic_rate_follows_about_as_well_as_the_best_fixed_one() -> None
         for seed in range(3):
             generator = torch.Generator().manual_seed(seed)
             spec = SubspaceSpec(4, Oja(lr=rate))
-            subspace = Subspace(initial_basis(24, 4, torch.float64, torch.device("cpu")), spec)
+            subspace = new_subspace(initial_basis(24, 4, torch.float64, torch.device("cpu")), spec)
             scale = torch.cat([torch.full((4,), 2.0), torch.full((20,), 1.0)]).double()
             skew = torch.randn(24, 24, generator=generator, dtype=torch.float64)
             step, turn = torch.linalg.matrix_exp(0.005 * (skew - skew.T) / 24**0.5), torch.eye(24).double()

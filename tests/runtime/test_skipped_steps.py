@@ -42,7 +42,7 @@ def test_left_out_right_after_loading_and_saved_again(products, make_weight) -> 
         resumed.load_state_dict(saved)
         if int(saved["state"][0]["basis_steps"]) == 0:
             train(products, again, resumed, [4], scale=float("inf"))
-            assert int(STORE.existing(again, EVERY_3).num_steps) == 1
+            assert int(STORE.existing(again, EVERY_3).steps_since_due) == 1
             saved = copy.deepcopy(resumed.state_dict())
     assert int(saved["state"][0]["basis_steps"]) == 1
     train(products, again, resumed, range(5, 9))

@@ -9,7 +9,7 @@ from oasis_fx.runtime.gradients.cell import StaleGradientError
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.optim.sgd import OasisSGD
-from oasis_fx.runtime.subspaces.moving import move_bases
+from oasis_fx.runtime.subspaces.basis_updates import move_bases
 from oasis_fx.runtime.subspaces.rules import Random
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec

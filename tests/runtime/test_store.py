@@ -11,10 +11,17 @@ import torch
 
 from oasis_fx.graph.matricization import LINEAR
 from oasis_fx.runtime.subspaces.rules import Oja
-from oasis_fx.runtime.subspaces.store import Preloaded, SubspaceStore
+from oasis_fx.runtime.subspaces.state import SubspaceState
+from oasis_fx.runtime.subspaces.store import SavedSubspace, SubspaceStore
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec, initial_basis
 
 SPEC = SubspaceSpec(3)
+
+
+def saved(basis: torch.Tensor, group: str, updates: int) -> SavedSubspace:
+    shape = basis.shape[0], basis.shape[1]
+    state = SubspaceState(shape, basis.dtype, basis.device, torch.tensor(updates), stored_basis=basis)
+    return SavedSubspace(state, LINEAR, group)
 
 
 def weights(count: int, m: int = 5, n: int = 8) -> list[torch.nn.Parameter]:
@@ -36,7 +43,7 @@ def test_another_specification_is_another_subspace() -> None:
     store, (w,) = SubspaceStore(), weights(1)
     assert store.resolve([w], SPEC, [LINEAR]) is not store.resolve([w], SubspaceSpec(2), [LINEAR])
     assert store.resolve([w], SPEC, [LINEAR]) is not store.resolve([w], SubspaceSpec(3, Oja(lr=2.0)), [LINEAR])
-    assert store.ranks(w) == (3, 2, 3)
+    assert [subspace.spec.rank for subspace in store.all_of(w)] == [3, 2, 3]
 
 
 def test_in_features_of_a_transposed_weight() -> None:
@@ -53,42 +60,42 @@ def test_equal_values_do_not_make_equal_keys() -> None:
 def test_a_deleted_parameter_frees_its_basis() -> None:
     store, (w,) = SubspaceStore(), weights(1)
     basis = weakref.ref(store.resolve([w], SPEC, [LINEAR]).basis)
-    store.preload(w, Preloaded(torch.zeros(8, 2), (8, 2), "group", LINEAR, 1))
+    store.load(w, saved(torch.zeros(8, 2), "group", 1))
     assert basis() is not None
     del w
     gc.collect()
-    assert basis() is None and not store._subspaces and not store._preloaded
+    assert basis() is None and not store._subspaces and not store._waiting
 
 
-def test_a_preloaded_basis_is_taken_over_and_shared_by_its_group() -> None:
+def test_a_saved_basis_is_taken_over_and_shared_by_its_group() -> None:
     store, (q, k, v) = SubspaceStore(), weights(3)
-    saved = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
+    basis = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
     for weight in (q, k):
-        store.preload(weight, Preloaded(saved, (8, 3), "a", LINEAR, 4))
-    store.preload(v, Preloaded(torch.zeros(8, 3), (8, 3), "b", LINEAR, 1))
+        store.load(weight, saved(basis, "a", 4))
+    store.load(v, saved(torch.zeros(8, 3), "b", 1))
     subspace = store.resolve([q], SPEC, [LINEAR])
-    assert torch.equal(subspace.basis, saved) and int(subspace.num_updates) == 4
+    assert torch.equal(subspace.basis, basis) and int(subspace.num_updates) == 4
     assert store.resolve([k], SPEC, [LINEAR]) is subspace
     assert store.resolve([v], SPEC, [LINEAR]) is not subspace
-    saved.zero_()
+    basis.zero_()
     assert subspace.basis.abs().max() > 0  # a copy
 
 
-def test_a_preloaded_basis_that_waits_is_a_copy() -> None:
+def test_a_basis_that_waits_is_a_copy() -> None:
     store, (w,) = SubspaceStore(), weights(1)
-    saved = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
-    expected = saved.clone()
-    store.preload(w, Preloaded(saved, (8, 3), "a", LINEAR, 4))
-    saved.zero_()
+    basis = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
+    expected = basis.clone()
+    store.load(w, saved(basis, "a", 4))
+    basis.zero_()
     assert torch.equal(store.resolve([w], SPEC, [LINEAR]).basis, expected)
 
 
-def test_a_preloaded_basis_goes_into_a_live_one_in_place() -> None:
+def test_a_saved_basis_goes_into_a_live_one_in_place() -> None:
     store, (w,) = SubspaceStore(), weights(1)
     subspace = store.resolve([w], SPEC, [LINEAR])
     address, version = subspace.basis.data_ptr(), subspace.version
-    saved = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
-    store.preload(w, Preloaded(saved, (8, 3), "a", LINEAR, 4))
+    basis = initial_basis(8, 3, torch.float32, torch.device("cpu"), seed=7)
+    store.load(w, saved(basis, "a", 4))
     assert store.resolve([w], SPEC, [LINEAR]) is subspace
     assert subspace.basis.data_ptr() == address and subspace.version != version and int(subspace.num_updates) == 4
 

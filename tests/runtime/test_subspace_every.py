@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oasis_fx.runtime.optim.adamw import OasisAdamW
-from oasis_fx.runtime.subspaces.moving import update_bases
+from oasis_fx.runtime.subspaces.basis_updates import update_bases
 from oasis_fx.runtime.subspaces.rules import Oja
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
@@ -70,7 +70,7 @@ def test_micro_batches_are_one_step(products, make_weight) -> None:
     for micro in range(4):
         gradient(products, weights, EVERY_3, micro)
     optimizer.step()
-    assert int(STORE.existing(weights[0], EVERY_3).num_steps) == 1
+    assert int(STORE.existing(weights[0], EVERY_3).steps_since_due) == 1
 
 
 def test_a_batch_thrown_away_is_no_step(products, make_weight) -> None:
@@ -78,7 +78,7 @@ def test_a_batch_thrown_away_is_no_step(products, make_weight) -> None:
     gradient(products, weights, EVERY_3, 0)
     optimizer.zero_grad()
     optimizer.step()
-    assert int(STORE.existing(weights[0], EVERY_3).num_steps) == 2  # as at the start: the next step moves it
+    assert int(STORE.existing(weights[0], EVERY_3).steps_since_due) == 2  # as at the start: the next step moves it
 
 
 def test_a_step_that_is_left_out_counts_and_does_not_move(products, make_weight) -> None:
@@ -91,7 +91,7 @@ def test_a_step_that_is_left_out_counts_and_does_not_move(products, make_weight)
         optimizer.step()
     optimizer.zero_grad()
     assert torch.equal(subspace.basis, before)
-    assert int(subspace.num_steps) == 0 and int(subspace.num_updates) == 1  # its turn has passed
+    assert int(subspace.steps_since_due) == 0 and int(subspace.num_updates) == 1  # its turn has passed
     train(products, weights, optimizer, range(3, 6))
     assert int(subspace.num_updates) == 2
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_without_the_count_loads(products, make_weight) -> None:
     for entry in state["state"].values():
         del entry["basis_steps"]
     optimizer.load_state_dict(state)
-    assert int(STORE.existing(weights[0], EVERY_3).num_steps) == 0
+    assert int(STORE.existing(weights[0], EVERY_3).steps_since_due) == 0
 
 
 def test_a_shorter_period_takes_a_longer_ones_count_over(products, make_weight) -> None:
@@ -142,7 +142,7 @@ def test_a_shorter_period_takes_a_longer_ones_count_over(products, make_weight) 
     resumed.load_state_dict(optimizer.state_dict())
     train(products, again, resumed, [5])
     subspace = STORE.existing(again[0], EVERY_3)
-    assert int(subspace.num_updates) == 2 and int(subspace.num_steps) == 0
+    assert int(subspace.num_updates) == 2 and int(subspace.steps_since_due) == 0
 
 
 def test_graphs_with_other_periods_keep_their_own_bases(products, make_weight) -> None:

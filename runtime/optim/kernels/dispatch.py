@@ -14,8 +14,8 @@ import torch
 from oasis_fx.errors import OasisWarning
 from oasis_fx.graph.matricization import rows_view
 from oasis_fx.runtime.optim.context import Step
-from oasis_fx.runtime.optim.transport import bias_correction
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
+from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 if TYPE_CHECKING:
     from oasis_fx.runtime.optim.adam_updates import AdamWSettings

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 
 from oasis_fx.runtime.subspaces.rules.base import DrawnRule
+from oasis_fx.runtime.subspaces.seeds import generator_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,5 @@ class Random(DrawnRule):
     def expand(self, code: torch.Tensor, n: int, r: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         seed, drawing = code.tolist()
         # On the CPU whatever the device: equal on all ranks, and after a move of the model.
-        generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + drawing)
-        drawn = torch.randn(n, r, generator=generator, dtype=torch.float32, device="cpu") / r**0.5
+        drawn = torch.randn(n, r, generator=generator_of(seed, drawing), dtype=torch.float32, device="cpu") / r**0.5
         return drawn.to(device=device, dtype=dtype)

@@ -13,7 +13,7 @@ from oasis_fx.runtime.subspaces.orthonormalize import orthonormalize_measured
 from oasis_fx.runtime.subspaces.rules import BatchRule, DrawnRule, StatisticRule
 from oasis_fx.runtime.subspaces.step_size import next_log_rate, sketch
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import Subspace
+from oasis_fx.runtime.subspaces.subspace import Subspace, drift_of
 
 # Q + eta C / s has singular values from 1 to 1 + eta sqrt(r). At 100, C outweighs Q and yet the Gram matrix
 # stays positive definite in float32, whatever the data: no fall back to Householder QR.
@@ -66,9 +66,9 @@ def count_steps(subspaces: Iterable[Subspace]) -> list[Subspace]:
     for subspace in dict.fromkeys(subspaces):
         rule = subspace.spec.rule
         if isinstance(rule, BatchRule):
-            subspace.num_steps += 1  # it begins anew where the basis moves
+            subspace.steps_since_due += 1  # it begins anew where the basis moves
         elif isinstance(rule, DrawnRule):
-            subspace.num_steps += 1  # it begins anew where the basis is drawn anew
+            subspace.steps_since_due += 1  # it begins anew where the basis is drawn anew
         elif subspace.statistic is not None:
             if subspace.count_step():
                 due.append(subspace)
@@ -91,7 +91,7 @@ def _draw_anew(subspaces: Iterable[Subspace], gate: torch.Tensor | None) -> dict
     for subspace in due:
         rule, before = subspace.spec.rule, subspace.basis
         assert isinstance(rule, DrawnRule) and subspace.code is not None
-        subspace.num_steps.zero_()
+        subspace.steps_since_due.zero_()
         subspace.recode(rule.next_code(subspace.code))
         overlaps[subspace] = before.mT @ subspace.basis
     return overlaps
@@ -175,7 +175,7 @@ def _measure(
     """Write down, without waiting for the device, how well each basis did and how far it moved."""
     statistic = torch.stack([s.statistic for s in batch])  # type: ignore[misc]
     captured = (old * statistic).sum(dim=(-2, -1)) / _energies(batch)  # ||A Q||^2 = <Q, C>
-    drift = (1 - overlap.square().sum(dim=(-2, -1)) / old.shape[-1]).clamp_min(0).sqrt()
+    drift = drift_of(overlap)
     for name, values in (("captured_energy", captured), ("drift", drift), ("condition", condition)):
         last = torch.stack([getattr(s, name) for s in batch])
         for subspace, value in zip(batch, torch.where(moved, values, last), strict=True):
