@@ -36,13 +36,13 @@ class Cell:
         self.is_dense = self.is_mixed = False
 
     def with_values(self, values: torch.Tensor) -> Cell:
-        """Another cell in the same coordinates."""
+        """Return another cell in the same coordinates, with other values."""
         other = Cell(values, self.subspace, self.features)
         other.version, other.is_dense, other.is_mixed = self.version, self.is_dense, self.is_mixed
         return other
 
     def take_over(self, other: Cell) -> None:
-        """Be in the coordinates of another cell; the caller copies the values."""
+        """Take over the coordinates of another cell, but not its values, which the caller copies."""
         self.subspace, self.features, self.version = other.subspace, other.features, other.version
         self.is_dense, self.is_mixed = other.is_dense, other.is_mixed
 

@@ -21,15 +21,17 @@ from oasis_fx.runtime.subspaces.versions import BY_CALL, Versions
 
 
 def control_of(subspace: Subspace, versions: Versions) -> torch.Tensor:
-    """What an operator of a graph is told: its subspace, its call and, for rules that choose anew for each batch, a
-    seed from torch's generator, as dropout takes one."""
+    """Return what an operator of a graph is told, int64 [3] on the CPU: its subspace, its call, and a seed.
+
+    The seed comes from torch's generator, as dropout's, for rules that choose a basis for each batch; else it is 0.
+    """
     each_batch = isinstance(rule := subspace.spec.rule, BatchRule) and rule.each_batch
     seed = int(torch.randint(1 << 62, (), device="cpu")) if each_batch else 0
     return torch.tensor([subspace.handle, versions.call, seed], device="cpu")
 
 
 def stand_in(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What a graph takes in a basis' place: zeros of its shape, without memory of their own."""
+    """Return what a graph takes in place of a basis: zeros of its shape [n, r], all of them one element of memory."""
     return torch.zeros(1, dtype=dtype, device=device).expand(shape)
 
 

@@ -22,22 +22,22 @@ POWER_STEP = 100.0
 
 @torch.no_grad()
 def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) -> dict[Subspace, torch.Tensor]:
-    """Count a step of each subspace, move those whose turn it is, and drop all statistics.
+    """Count an optimizer step of each subspace, move the bases that are due, and drop all statistics.
 
-    Bases that go by a statistic move here, batched over equal shapes; one without a statistic is left out, one whose
-    statistic is zero or not finite, or all where ``gate`` is false, stays where it is and does not count the update.
-    Bases that are drawn are drawn anew. Bases that go by the batch itself move within the next forward or backward
-    pass after their turn has come.
+    Bases of a `StatisticRule` move here, batched over equal shapes. One without a statistic is left out; one whose
+    statistic is zero or not finite stays where it is, and its count of updates does too, as all do where ``gate`` is
+    false. Bases of a `DrawnRule` are drawn here. Those of a `BatchRule` move in the first forward or backward pass
+    after they are due.
 
     Args:
-        gate: bool scalar on the device of the bases, or None for true.
+        subspaces: on one device; one that is there several times counts once.
+        gate: bool scalar on the device of the bases; None for true.
 
     Returns:
-        For each subspace that has moved by a statistic or was drawn anew, the overlap R = Q^T Q+ [r, r] of the old and
-        the new basis.
+        The overlap R = Q^T Q+ [r, r] of the old and the new basis, for each subspace that moved here.
     """
     due = count_steps(subspaces)
-    overlaps = _draw_anew(subspaces, gate)
+    overlaps = _draw_due(subspaces, gate)
     for batch in _equal_batches(due):
         old = torch.stack([subspace.basis for subspace in batch])
         new, moved, condition = _move(old, batch, gate)
@@ -58,17 +58,17 @@ def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) 
 
 
 def count_steps(subspaces: Iterable[Subspace]) -> list[Subspace]:
-    """Count an optimizer step; return those whose turn it is to move by their statistic.
+    """Count an optimizer step of each subspace, and return those that are due to move by their statistic.
 
-    The others drop their statistics: they are of no later use.
+    The others drop their statistics, which no later step uses.
     """
     due = []
     for subspace in dict.fromkeys(subspaces):
         rule = subspace.spec.rule
         if isinstance(rule, BatchRule):
-            subspace.steps_since_due += 1  # it begins anew where the basis moves
+            subspace.steps_since_due += 1  # set to 0 where the basis moves
         elif isinstance(rule, DrawnRule):
-            subspace.steps_since_due += 1  # it begins anew where the basis is drawn anew
+            subspace.steps_since_due += 1  # set to 0 where the basis is drawn
         elif subspace.statistic is not None:
             if subspace.count_step():
                 due.append(subspace)
@@ -77,11 +77,11 @@ def count_steps(subspaces: Iterable[Subspace]) -> list[Subspace]:
     return due
 
 
-def _draw_anew(subspaces: Iterable[Subspace], gate: torch.Tensor | None) -> dict[Subspace, torch.Tensor]:
-    """Draw those of drawn bases whose turn has come; return R = Q^T Q+ of each.
+def _draw_due(subspaces: Iterable[Subspace], gate: torch.Tensor | None) -> dict[Subspace, torch.Tensor]:
+    """Draw the bases of a `DrawnRule` that are due, and return R = Q^T Q+ [r, r] of each.
 
-    In a step that is left out they stay, and their turn comes again. The gate is read for that, which waits for the
-    device, at those turns alone.
+    In a step that is left out they stay, and are due again at the next. To know that, the gate is read, which waits
+    for the device; it is read only where a basis is due.
     """
     drawn = (s for s in dict.fromkeys(subspaces) if isinstance(s.spec.rule, DrawnRule))
     due = [subspace for subspace in drawn if subspace.is_due]
@@ -98,7 +98,7 @@ def _draw_anew(subspaces: Iterable[Subspace], gate: torch.Tensor | None) -> dict
 
 
 def update_bases(weights: Iterable[torch.Tensor]) -> None:
-    """Move the bases of the subspaces that ``weights`` are in, for use with an optimizer that does not do so itself.
+    """Move the bases of the subspaces that ``weights`` are in, on behalf of an optimizer that does not.
 
     Call it after `optimizer.step()` and before `zero_grad()`. Our own optimizers move their bases in `step()`.
 
@@ -106,7 +106,7 @@ def update_bases(weights: Iterable[torch.Tensor]) -> None:
         weights: parameters; those without a gradient are passed over.
 
     Raises:
-        RuntimeError: a statistic that is to be averaged over ranks was not.
+        RuntimeError: a statistic was not averaged over ranks, although it has to be.
     """
     subspaces = list({s: None for weight in weights if weight.grad is not None for s in STORE.all_of(weight)})
     for subspace in subspaces:
@@ -117,12 +117,16 @@ def update_bases(weights: Iterable[torch.Tensor]) -> None:
         subspace.overlap = None  # nobody's states follow
 
 
-# A basis that has missed this many moves in a row is not waiting for data: nothing will come.
+# Moves that a basis may miss in a row before a warning: by then it is not waiting for data, none will come.
 IDLE_STEPS = 10
 
 
 def note_idle(subspaces: Iterable[Subspace]) -> None:
-    """Count, of subspaces whose weights take part in a step, those that nothing can move; call it before they move."""
+    """Count a missed move for each subspace that nothing can move at this step, and warn at the tenth in a row.
+
+    Args:
+        subspaces: those whose weights take part in the step. Call it before they move.
+    """
     for subspace in subspaces:
         rule = subspace.spec.rule
         if isinstance(rule, BatchRule):
@@ -140,7 +144,7 @@ def note_idle(subspaces: Iterable[Subspace]) -> None:
 
 
 def _note_moves(batch: Sequence[Subspace], moved: torch.Tensor, gate: torch.Tensor | None) -> None:
-    """The same for those that had a statistic, where reading what became of it costs nothing."""
+    """Count missed moves of those that had a statistic, where it costs nothing to read whether they moved (CPU)."""
     if moved.device.type != "cpu" or not (gate is None or bool(gate)):
         return
     for subspace, has_moved in zip(batch, moved.flatten().tolist(), strict=True):
@@ -172,7 +176,14 @@ def _energies(batch: Sequence[Subspace]) -> torch.Tensor:
 def _measure(
     batch: Sequence[Subspace], old: torch.Tensor, overlap: torch.Tensor, moved: torch.Tensor, condition: torch.Tensor
 ) -> None:
-    """Write down, without waiting for the device, how well each basis did and how far it moved."""
+    """Note captured energy, drift and condition of each basis, without waiting for the device.
+
+    Args:
+        old: bases Q [L, n, r] before the move.
+        overlap: R = Q^T Q+ [L, r, r].
+        moved: bool [L].
+        condition: [L], as of `orthonormalize_measured`.
+    """
     statistic = torch.stack([s.statistic for s in batch])  # type: ignore[misc]
     captured = (old * statistic).sum(dim=(-2, -1)) / _energies(batch)  # ||A Q||^2 = <Q, C>
     drift = drift_of(overlap)
@@ -183,7 +194,12 @@ def _measure(
 
 
 def _adapt_rates(batch: Sequence[Subspace], move: torch.Tensor, moved: torch.Tensor) -> None:
-    """Learn from the moves that were made; the first, from a random start, says nothing."""
+    """Update the step sizes that are found during training; the first move, from a random start, says nothing.
+
+    Args:
+        move: Q+ - Q [L, n, r].
+        moved: bool [L].
+    """
     seen = sketch(move)
     second = torch.stack([subspace.num_updates for subspace in batch]) >= 1  # counted before this move
     unknown = torch.zeros_like(seen[0])

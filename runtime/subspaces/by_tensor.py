@@ -20,7 +20,7 @@ _dictionaries: WeakSet[ByTensor] = WeakSet()
 
 
 class ByTensor(WeakTensorKeyDictionary):
-    """A dictionary by tensor object. A deleted tensor takes its entry with it."""
+    """A dictionary whose keys are tensor objects, held weakly: the entry of a deleted tensor goes with it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,16 +6,16 @@ import torch
 
 
 def orthonormalize(a: torch.Tensor) -> torch.Tensor:
-    """The first of what `orthonormalize_measured` returns."""
+    """Return the orthonormal factor Q [L, n, r] of ``a``: the first of what `orthonormalize_measured` returns."""
     return orthonormalize_measured(a)[0]
 
 
 def orthonormalize_measured(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Q of the QR factorisation with a positive diagonal of R, so that Q stays near a nearly orthonormal ``a``.
 
-    Cholesky-QR twice: two Gram matrices, two small Cholesky factors, two small inverses, all batched. Where
-    a Gram matrix is not positive definite or the result is not orthonormal, that member of the batch is done
-    again by Householder QR, which completes a rank-deficient matrix.
+    This is Cholesky-QR applied twice: two Gram matrices, two small Cholesky factors, two small inverses, all batched.
+    A member of the batch whose Gram matrix is not positive definite, or whose result is not orthonormal, is
+    factorised by Householder QR instead, which completes a rank-deficient matrix.
 
     Args:
         a: [L, n, r] with r <= n, float32 or float64, finite; any scale, rank-deficient or zero too.

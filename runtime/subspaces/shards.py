@@ -14,7 +14,7 @@ import torch
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor; torch's module of them is not loaded for the question."""
+    """Return whether a value is a DTensor, without importing torch's module of DTensors."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return False  # asked several times a step for each parameter
     module = sys.modules.get("torch.distributed.tensor")
@@ -22,7 +22,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a DTensor that is on this rank, itself and not a copy; any other tensor as it is."""
+    """Return the part of a DTensor that is on this rank, itself and not a copy; any other tensor as it is."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -30,7 +30,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def local_gradient(weight: torch.Tensor) -> torch.Tensor | None:
-    """The gradient of the local part of a weight."""
+    """Return the gradient of the local part of a weight, or None where it has none."""
     gradient = weight.grad
     if gradient is None or not is_sharded(gradient):
         return gradient
@@ -41,7 +41,7 @@ def local_gradient(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def agreed(verdict: torch.Tensor, weights: Iterable[torch.Tensor]) -> torch.Tensor:
-    """A bool scalar that is true where it is on all ranks that share a weight."""
+    """Return a bool scalar: whether ``verdict`` is true on all ranks that share one of the weights."""
     meshes = {weight.device_mesh: None for weight in weights if is_sharded(weight)}  # type: ignore[attr-defined]
     if not meshes:
         return verdict
@@ -53,7 +53,7 @@ def agreed(verdict: torch.Tensor, weights: Iterable[torch.Tensor]) -> torch.Tens
 
 
 def to_checkpoint(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A state of local rows as a DTensor of the rows of all ranks."""
+    """Return a state of the local rows of a weight as a DTensor of the rows of all ranks."""
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size((weight.shape[0], *value.shape[1:]))
@@ -63,12 +63,12 @@ def to_checkpoint(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def full(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A state with the rows of all ranks, on each of them."""
+    """Return a state with the rows of all ranks, on each of them."""
     return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined, no-any-return]
 
 
 def from_checkpoint(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The local rows of a state, be it a DTensor or, from a run of one process, the rows of all ranks."""
+    """Return the local rows of a state: a DTensor or, from a run of one process, the rows of all ranks."""
     if is_sharded(value):
         return local(value)
     from torch.distributed.tensor import DTensor, distribute_tensor

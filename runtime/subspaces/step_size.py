@@ -28,14 +28,22 @@ LOWEST, HIGHEST = 1e-3, 100.0
 
 
 def sketch(move: torch.Tensor) -> torch.Tensor:
-    """[L, n, r] to [L, SKETCH_ROWS, r]: signs drawn once for each n, the same on every device and rank."""
+    """Return `SKETCH_ROWS` random combinations of the rows of each move [L, n, r], as [L, SKETCH_ROWS, r].
+
+    The signs of a combination depend on n alone, so they are the same at every step and on every device and rank.
+    """
     n = move.shape[-2]
     signs = torch.randint(0, 2, (SKETCH_ROWS, n), generator=generator_of(n), device="cpu") * 2 - 1
     return signs.to(move) @ move / math.sqrt(SKETCH_ROWS)
 
 
 def next_log_rate(log_rate: torch.Tensor, move: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Log step sizes [L] from the sketches [L, k, r] of the last two moves; as they were where one is zero."""
+    """Return new logarithms of step sizes [L]; one of whose moves either is zero stays as it was.
+
+    Args:
+        log_rate: logarithms of the present step sizes [L].
+        move, before: sketches [L, SKETCH_ROWS, r] of the last move and of the one before it.
+    """
     product = (move * before).sum(dim=(-2, -1))
     norms = torch.linalg.vector_norm(move, dim=(-2, -1)) * torch.linalg.vector_norm(before, dim=(-2, -1))
     cosine = torch.where(norms > 0, product / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)

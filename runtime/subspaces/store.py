@@ -50,7 +50,7 @@ _Key = tuple[SubspaceSpec, Features]
 
 
 class SubspaceStore:
-    """Subspaces by parameter, specification, and the dimensions of the parameter that are summed over.
+    """The subspaces of all parameters, by specification and by the dimensions of the parameter that are summed over.
 
     A weight that one graph reads over its rows and another over its columns has two subspaces: factors of the two are
     never added. A deleted parameter takes its entry with it. Methods take a shard for its whole parameter.
@@ -76,7 +76,7 @@ class SubspaceStore:
         return self._wholes.get(weight, weight) if self._wholes else weight  # type: ignore[no-any-return]
 
     def existing(self, weight: torch.Tensor, spec: SubspaceSpec, features: Features | None = None) -> Subspace | None:
-        """The subspace of a weight that is read over ``features`` (None: over any), or None before its first use."""
+        """Return the subspace of a weight that is read over ``features``, or over any for None; None before its use."""
         if features is not None:
             return self._entry(weight).get((spec, features))
         return next((subspace for (present, _), subspace in self._entry(weight).items() if present == spec), None)
@@ -85,12 +85,12 @@ class SubspaceStore:
         return self._subspaces.get(self.whole(weight)) or {}
 
     def waiting(self, weight: torch.Tensor) -> SavedSubspace | None:
-        """A basis from a checkpoint that no graph has asked for yet."""
+        """Return the subspace from a checkpoint that no graph has asked for yet, or None."""
         saved: SavedSubspace | None = self._waiting.get(self.whole(weight))
         return saved
 
     def current_spec(self, weight: torch.Tensor, asked: SubspaceSpec) -> SubspaceSpec:
-        """What the weight is in by now, where the settings ask for ``asked``: its rank may have changed since."""
+        """Return the specification that now stands for ``asked``: the rank may have changed during training."""
         with self._lock:
             entry: dict[SubspaceSpec, SubspaceSpec] = self._resized.setdefault(weight, {})
             saved: SavedSubspace | None = self._waiting.get(weight)
@@ -99,7 +99,7 @@ class SubspaceStore:
             return entry.get(asked, asked)
 
     def is_resized(self, weight: torch.Tensor) -> bool:
-        """Whether its rank is another than settings asked for, since `resize_rank` or a budget changed it."""
+        """Return whether the rank of a weight is not the one asked for: `resize_rank` or a budget has changed it."""
         saved, entry = self.waiting(weight), self._resized.get(self.whole(weight)) or {}
         overridden = saved is not None and saved.overrides
         return overridden or any(asked.rank != present.rank for asked, present in entry.items())
@@ -124,15 +124,15 @@ class SubspaceStore:
             self._subspaces.pop(self.whole(weight), None)
 
     def all_of(self, weight: torch.Tensor) -> tuple[Subspace, ...]:
-        """The subspaces of a weight, one for each specification that a graph has asked for."""
+        """Return the subspaces of a weight, one for each specification that a graph has asked for."""
         return tuple(self._entry(weight).values())
 
     def read_over(self, weight: torch.Tensor) -> tuple[Features, ...]:
-        """The dimensions that graphs have summed over so far, each once."""
+        """Return which dimensions of a weight graphs have summed over so far, each combination once."""
         return tuple(dict.fromkeys(features for _, features in self._entry(weight)))
 
     def in_use(self, weight: torch.Tensor, *, dense: bool = False) -> tuple[Subspace, Features] | None:
-        """The subspace in which an optimizer keeps the states of a weight, whatever kind its gradient is of.
+        """Return the subspace in which an optimizer keeps the states of a weight, whatever kind its gradient is of.
 
         Of several it is the first that has a statistic, else the newest. None where the weight has none.
 
@@ -149,11 +149,11 @@ class SubspaceStore:
         return next((entry for entry in found if entry[0].statistic is not None), found[-1] if found else None)
 
     def resolve(self, weights: Sequence[torch.Tensor], spec: SubspaceSpec, features: Sequence[Features]) -> Subspace:
-        """The subspace that all of ``weights`` share from now on; made at first use.
+        """Return the subspace that all of ``weights`` share from now on; it is made at their first use.
 
         Weights of one group may come with different subspaces: a graph compiled for one layer is used for
         another whose weights got theirs from other graphs. They then take the first one's; the optimizer
-        carries moments over between any two bases of one rank.
+        transports states between any two bases of one rank.
 
         Raises:
             ValueError: a checkpoint has given them a basis that the rule cannot go on with.
@@ -173,12 +173,12 @@ class SubspaceStore:
             return subspace
 
     def load(self, weight: torch.Tensor, saved: SavedSubspace) -> bool:
-        """Give a weight a basis from a checkpoint.
+        """Give a weight a subspace from a checkpoint.
 
-        Its subspaces of that rank take it over in place; without one, it waits for the first graph that asks.
+        Its subspaces of that rank take the state over in place; without one, it waits for the first graph that asks.
 
         Returns:
-            Whether graphs are to be compiled anew: the rank is one that is shared out, and was another here.
+            Whether graphs have to be recompiled: the rank comes from a budget, and was another one here.
         """
         weight = self.whole(weight)
         with self._lock:

@@ -84,7 +84,7 @@ class Subspace(SubspaceState):
 
     @property
     def basis(self) -> torch.Tensor:
-        """Q [n, r]; of a coded rule, made anew."""
+        """The basis Q [n, r]: the stored tensor itself, or one that is made from the code of a coded rule."""
         if self.stored_basis is not None:
             return self.stored_basis
         assert self.code is not None
@@ -102,7 +102,7 @@ class Subspace(SubspaceState):
 
     @torch.no_grad()
     def add_statistic(self, statistic: torch.Tensor | None, energy: torch.Tensor | None) -> None:
-        """Add what one backward pass has computed; tensors are taken over without a copy."""
+        """Add C [n, r] and the scalar ||A||^2 of one backward pass; the first are taken over without a copy."""
         if statistic is not None:
             self.statistic = statistic if self.statistic is None else self.statistic.add_(statistic)
         if energy is not None:
@@ -110,6 +110,7 @@ class Subspace(SubspaceState):
         self.statistic_is_local |= bool(self.replicas) and not (statistic is None and energy is None)
 
     def drop_statistic(self) -> None:
+        """Forget what the backward passes of this step have computed."""
         self.statistic = self.energy_sum = None
         self.statistic_is_local = False
 
@@ -149,7 +150,7 @@ class Subspace(SubspaceState):
         return found
 
     def count_step(self) -> bool:
-        """Count an optimizer step; return whether the basis' turn has come, and begin to count anew."""
+        """Count an optimizer step; return whether the basis is due to move, and set the count to 0 if it is."""
         self.steps_since_due += 1
         due = self.is_due
         if due:
@@ -163,12 +164,16 @@ class Subspace(SubspaceState):
 
     @property
     def version(self) -> int:
-        """Changes whenever the basis does."""
+        """A number that changes whenever the basis does."""
         return self._num_recoded + (0 if self.stored_basis is None else version_of(self.stored_basis))
 
     @torch.no_grad()
     def replace(self, new: torch.Tensor) -> None:
-        """Take over a basis [n, r] (or a code) that lies in the middle of a step, and note the overlap."""
+        """Move to a basis [n, r], or a code, within a backward or forward pass; states follow at the next step.
+
+        Args:
+            new: the basis, which is copied, or the code of a coded rule.
+        """
         old, before = self.basis.detach().clone(), self.version
         if self.stored_basis is not None:
             self.stored_basis.copy_(new)
@@ -185,7 +190,7 @@ class Subspace(SubspaceState):
 
     @torch.no_grad()
     def recode(self, code: torch.Tensor) -> None:
-        """Take over a code between steps."""
+        """Move to the basis of another code, between two steps."""
         old, before = self.basis, self.version
         self.code, self._num_recoded = code, self._num_recoded + 1
         self.note_move(before, old.mT @ self.basis)
