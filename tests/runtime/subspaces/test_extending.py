@@ -11,7 +11,7 @@ import torch
 from oasis_fx import OasisAdamW, oasis_backend
 from oasis_fx.runtime.subspaces.rules import RULES, Oja, Rule, StatisticRule, register, rule_of
 
-PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+PAGE = Path(__file__).parents[3] / "docs" / "extending.md"
 
 
 @pytest.fixture(scope="module")

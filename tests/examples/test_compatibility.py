@@ -15,7 +15,7 @@ import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, OasisSGD, oasis_backend
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Chain(torch.nn.Module):

@@ -10,7 +10,7 @@ import pytest
 
 from oasis_fx.__main__ import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 MODEL = """
 import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Prints what one process compiled: whether the caches had it, and every gradient against dW @ Q.
 SCRIPT = """
