@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from oasis_fx import OasisAdamW, oasis_backend
 from oasis_fx.distributed import prepare
 from oasis_fx.runtime.subspaces.basis_updates import update_bases
+from oasis_fx.runtime.subspaces.state import SubspaceState
 from oasis_fx.runtime.subspaces.store import STORE
 
 WIDTH, ROWS, STEPS = 8, 12, 5
@@ -150,7 +151,8 @@ def bases_apart() -> dict:
     take_steps(model, run, optimizer, here())
     if dist.get_rank() == 1:
         for subspace in STORE.all_of(model.a.weight):
-            subspace.load(-subspace.basis.detach(), 3)
+            basis = -subspace.basis.detach()
+            subspace.load(SubspaceState(subspace.shape, subspace.dtype, subspace.device, stored_basis=basis))
     return {"error": error_of(lambda: take_steps(model, run, optimizer, here()))}
 
 
