@@ -44,7 +44,7 @@ def prepare(
         model: a model that is not yet wrapped by DistributedDataParallel, or already under `fully_shard`; compiled or
             not.
         group: the group of processes, or None for all. A model under FSDP2 has its own.
-        bucket_bytes: gradients are sent as soon as so many bytes of them are complete, from 1.
+        bucket_bytes: size of a bucket in bytes, at least 1. A bucket of gradients is sent as soon as it is full.
 
     Raises:
         ValueError: ``model`` is a DistributedDataParallel already, ``bucket_bytes`` is no such number, or `fully_shard`

@@ -36,7 +36,7 @@ class OasisAdamW(SubspaceOptimizer):
     A weight whose gradient is a `LowRankGrad` has moments of m x r, float32 (float64 for float64 weights),
     which are transported to the new basis whenever the basis moves; every other parameter is stepped by torch's fused
     AdamW. At the end of a step each basis that has a statistic moves; with `every=k`, every k steps. A step
-    in which any gradient is not finite is left out whole, as `GradScaler` would: weights, moments, step counts and
+    in which any gradient is not finite is skipped, as `GradScaler` would skip it: weights, moments, step counts and
     bases stay as they were.
 
     Args:

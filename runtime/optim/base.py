@@ -36,7 +36,7 @@ class SubspaceOptimizer(Algorithm):
 
     A weight whose gradient is a `LowRankGrad` has states of m x r, float32 (float64 for float64 weights), which are
     transported to the new basis whenever the basis moves, if its rule asks for that; every other parameter has states
-    of its own shape. A step in which any gradient is not finite is left out whole, as `GradScaler` would.
+    of its own shape. A step in which any gradient is not finite is skipped, as `GradScaler` would skip it.
 
     What an optimization algorithm defines is in `oasis_fx.runtime.optim.algorithm`; what a step does, in
     `oasis_fx.runtime.optim.step`.

@@ -214,3 +214,32 @@ def test_inductor_at_every_budget(case) -> None:
 def test_graphs_without_a_weight_to_rewrite_are_right_too(budget) -> None:
     for case in (normalised_by_a_buffer, a_slice_of_an_input):
         _compare(case, "inductor" if budget is None else "aot_eager", (budget,), exclude="*")
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["in the model", "by the caller"])
+@pytest.mark.parametrize("budget", [1.0, 0.0])
+def test_an_input_changed_outside_of_the_graph_is_an_error_where_it_is_read_once_more(within, budget) -> None:
+    """Dynamo runs ``t_`` of an input outside of the graph, as a caller would. No gradient is made of the changed one."""
+    weight = torch.nn.Parameter(torch.randn(1, 12, dtype=torch.float64))
+
+    def model(x):
+        hidden = torch.tanh(torch.cat([x, x], -1))
+        found = torch.tanh(hidden @ weight.t())
+        if within:
+            x.t_()
+        return found
+
+    x = torch.randn(3, 6, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(model(x.clone()).sum(), [weight])
+    backend = oasis_backend(rank=D, inner="aot_eager", memory_budget=budget)
+    found = torch.compile(model, backend=backend)(x)
+    if not within:
+        x.mul_(2)
+    if budget == 0:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            found.sum().backward()
+        return
+    found.sum().backward()
+    gradient = weight.grad.to_dense() if isinstance(weight.grad, LowRankGrad) else weight.grad
+    basis = weight.grad.basis.detach() if isinstance(weight.grad, LowRankGrad) else torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(gradient, expected @ basis @ basis.T)
