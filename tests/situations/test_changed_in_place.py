@@ -219,7 +219,7 @@ def test_graphs_without_a_weight_to_rewrite_are_right_too(budget) -> None:
 @pytest.mark.parametrize("within", [True, False], ids=["in the model", "by the caller"])
 @pytest.mark.parametrize("budget", [1.0, 0.0])
 def test_an_input_changed_outside_of_the_graph_is_an_error_where_it_is_read_once_more(within, budget) -> None:
-    """Dynamo runs ``t_`` of an input outside of the graph, as a caller would. No gradient is made of the changed one."""
+    """Dynamo runs ``t_`` of an input outside of the graph, as a caller would. The changed input gives no gradient."""
     weight = torch.nn.Parameter(torch.randn(1, 12, dtype=torch.float64))
 
     def model(x):
