@@ -126,7 +126,7 @@ class OasisBackend:
             ValueError: ``options`` names ``custom_partitioner_fn``.
         """
         try:
-            from oasis_fx._torch import compiler as torch_private
+            from oasis_fx._torch import dynamo_graphs
             from oasis_fx.compile import groups, lowering
         except ImportError as error:
             survive(error, f"gradients stay dense, oasis_fx does not know this torch ({torch.__version__})")
@@ -135,7 +135,7 @@ class OasisBackend:
         if not torch.is_grad_enabled():
             return lowering.compile_plainly(gm, example_inputs, self.settings, merged)
         try:
-            names, partial = groups.parameter_names(gm, example_inputs), torch_private.is_partial_graph(gm)
+            names, partial = groups.parameter_names(gm, example_inputs), dynamo_graphs.is_partial_graph(gm)
             problem = self._unmatched_globs(names, partial)
         except Exception as error:
             survive(error, lowering.STAYS_DENSE)

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from torch import fx
 
-from oasis_fx._torch.compiler import is_tangent, is_write
+from oasis_fx._torch.joint_graphs import is_tangent, is_write
 from oasis_fx.graph.edits import ancestors, dependents
 
 Facts = TypeVar("Facts")

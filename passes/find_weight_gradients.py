@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from oasis_fx._torch.compiler import gradient_positions, input_placeholders, is_tangent
+from oasis_fx._torch.joint_graphs import gradient_positions, input_placeholders, is_tangent
 from oasis_fx.graph.edits import aten, dependents, outputs, shape, value
 from oasis_fx.graph.facts import Contraction, JointFacts, Kind, Skipped, WeightGradient
 from oasis_fx.graph.matricization import row_dims

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from oasis_fx._torch.compiler import copy_input_sources
+from oasis_fx._torch.dynamo_graphs import copy_input_sources
 from oasis_fx.graph.edits import value
 
 Facts = TypeVar("Facts")

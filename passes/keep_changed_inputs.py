@@ -25,7 +25,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from oasis_fx._torch.compiler import changed_inputs, is_backward_write, is_tangent, is_write, traced_in_backward
+from oasis_fx._torch.joint_graphs import changed_inputs, is_backward_write, is_tangent, is_write, traced_in_backward
 from oasis_fx.graph.edits import ancestors, aten, dependents, insert_after, outputs, value
 from oasis_fx.graph.facts import JointFacts
 from oasis_fx.memory.node_costs import num_bytes, storage_node, viewed

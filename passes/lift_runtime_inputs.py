@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from oasis_fx._torch.compiler import mark_static_input
+from oasis_fx._torch.dynamo_graphs import mark_static_input
 from oasis_fx.graph.facts import DynamoFacts
 
 

@@ -35,7 +35,7 @@ import torch
 from networkx.algorithms.flow import boykov_kolmogorov
 from torch import fx
 
-from oasis_fx._torch.compiler import is_tangent
+from oasis_fx._torch.joint_graphs import is_tangent
 from oasis_fx.graph.edits import ancestors, dependents, outputs, value
 from oasis_fx.graph.facts import JointFacts, SavePlan
 from oasis_fx.graph.verifier import PassError

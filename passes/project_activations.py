@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from oasis_fx._torch.compiler import gradient_positions, input_placeholders
+from oasis_fx._torch.joint_graphs import gradient_positions, input_placeholders
 from oasis_fx.graph.edits import aten, insert_after, outputs, prims, set_output, shape, value
 from oasis_fx.graph.facts import Contraction, JointFacts, Kind, LiftedWeight, Projection
 from oasis_fx.graph.verifier import PassError

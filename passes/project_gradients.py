@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from oasis_fx._torch.compiler import gradient_positions, input_placeholders
+from oasis_fx._torch.joint_graphs import gradient_positions, input_placeholders
 from oasis_fx.graph.edits import aten, insert_after, outputs, prims, set_output, shape, value
 from oasis_fx.graph.facts import JointFacts, LiftedWeight, Skipped, WeightGradient
 from oasis_fx.graph.matricization import num_features, rows_first

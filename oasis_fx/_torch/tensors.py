@@ -1,12 +1,10 @@
-"""Private names of torch that need no compiler: importing them takes no time."""
+"""Private names of tensors and of nodes of autograd."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -14,12 +12,14 @@ def version_of(tensor: torch.Tensor) -> int:
     return tensor._version
 
 
+def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors (fake ones, too) lie in one storage."""
+    try:
+        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a sparse tensor, or one within a transform such as vmap, has none
+        return False
+
+
 def saved_unversioned(node: torch.autograd.graph.Node) -> list[Any]:
     """What a compiled graph saves for its backward pass beside ``saved_tensors``, without looking for writes to it."""
     return list(getattr(node, "_tensors_no_vc_check", None) or ())
-
-
-def leave_to_us(model: torch.nn.Module, names: Iterable[str]) -> None:
-    """Tell `DistributedDataParallel`, which will wrap ``model``, to leave these parameters alone as well."""
-    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))

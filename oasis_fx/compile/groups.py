@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from oasis_fx._torch.compiler import FakeTensor, is_traceable_wrapper_subclass, known_fake
+from oasis_fx._torch.fake_tensors import FakeTensor, is_traceable_wrapper_subclass, known_fake
 from oasis_fx.compile.names import weight_name
 from oasis_fx.graph.edits import value
 from oasis_fx.graph.facts import DynamoFacts, WeightGroup

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from oasis_fx._torch.compiler import is_whole_joint, leave_out_of_caches
+from oasis_fx._torch.compiler import leave_out_of_caches
+from oasis_fx._torch.joint_graphs import is_whole_joint
 from oasis_fx.compile.partition import keeping_copies, split_by_torch, torch_min_cut
 from oasis_fx.compile.pipeline import merge_equal_nodes, rewrite_joint, split_joint
 from oasis_fx.errors import survive

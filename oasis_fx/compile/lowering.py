@@ -18,8 +18,8 @@ from oasis_fx._torch.compiler import (
     compile_caches_disabled,
     inductor_lowering,
     is_aot_compile,
-    known_fake,
 )
+from oasis_fx._torch.fake_tensors import known_fake
 from oasis_fx.compile.joint import Trace, observe_traces
 from oasis_fx.compile.partitioner import JointPartitioner
 from oasis_fx.compile.pipeline import dynamo_passes, run_passes

@@ -6,7 +6,7 @@ import re
 
 from torch import fx
 
-from oasis_fx._torch.compiler import input_source
+from oasis_fx._torch.dynamo_graphs import input_source
 
 _STEP = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.([A-Za-z]\w*)")
 # What is no step of a path: `torch.compile` wraps a module as ``_orig_mod``, and Dynamo reads some modules as

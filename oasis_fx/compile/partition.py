@@ -18,13 +18,9 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from oasis_fx._torch.compiler import (
-    SavedForBackwardsAOTOutput,
-    functorch_config,
-    output_descriptors,
-    set_output_descriptors,
-    unguarded_fake_mode,
-)
+from oasis_fx._torch.compiler import functorch_config
+from oasis_fx._torch.fake_tensors import unguarded_fake_mode
+from oasis_fx._torch.joint_graphs import SavedForBackwardsAOTOutput, output_descriptors, set_output_descriptors
 from oasis_fx.graph.edits import ancestors, copy_graph, outputs, value
 from oasis_fx.graph.facts import JointFacts, SavePlan
 from oasis_fx.memory.node_costs import saved_storages

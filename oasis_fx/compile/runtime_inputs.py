@@ -11,7 +11,8 @@ import torch
 from torch import fx
 from torch.nn.parallel import DistributedDataParallel
 
-from oasis_fx._torch.compiler import FakeTensor, active_ddp, known_fake, tracing_fake_mode
+from oasis_fx._torch.distributed import active_ddp
+from oasis_fx._torch.fake_tensors import FakeTensor, known_fake, tracing_fake_mode
 from oasis_fx.distributed.gradient_sync import GradientSync, sync_of
 from oasis_fx.graph.facts import DynamoFacts, LiftedWeight, ProjectionRule, WeightGroup
 from oasis_fx.graph.matricization import num_features, num_rows

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from oasis_fx._old_names import renamed
-from oasis_fx._torch.tensors import leave_to_us
+from oasis_fx._torch.distributed import leave_to_us
 from oasis_fx.distributed.gradient_sync import GradientSync
 from oasis_fx.distributed.sharding import prepare_shards
 

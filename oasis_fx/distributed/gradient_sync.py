@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from oasis_fx._torch.compiler import at_end_of_backward
+from oasis_fx._torch.distributed import at_end_of_backward
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.subspaces.by_tensor import ByTensor
 from oasis_fx.runtime.subspaces.rules import BatchRule

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from oasis_fx._torch.compiler import FsdpParameter, as_shard, fsdp_parameters
+from oasis_fx._torch.distributed import FsdpParameter, as_shard, fsdp_parameters
 from oasis_fx.distributed.gradient_sync import GradientSync
 from oasis_fx.errors import OasisWarning
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad

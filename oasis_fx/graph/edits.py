@@ -11,7 +11,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from oasis_fx._torch.compiler import copy_dynamo_attributes, unguarded_fake_mode
+from oasis_fx._torch.dynamo_graphs import copy_dynamo_attributes
+from oasis_fx._torch.fake_tensors import unguarded_fake_mode
 
 aten = torch.ops.aten
 prims = torch.ops.prims

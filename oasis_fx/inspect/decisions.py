@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from oasis_fx._torch.compiler import input_placeholders, is_tangent
+from oasis_fx._torch.joint_graphs import input_placeholders, is_tangent
 from oasis_fx.compile.joint import Trace
 from oasis_fx.graph.edits import ancestors, dependents, outputs, value
 from oasis_fx.inspect.nodes import module_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from oasis_fx._torch.compiler import input_placeholders
+from oasis_fx._torch.joint_graphs import input_placeholders
 from oasis_fx.graph.edits import shape, value
 from oasis_fx.graph.facts import Contraction, JointFacts, LiftedWeight
 from oasis_fx.graph.matricization import num_features

@@ -9,7 +9,8 @@ from functools import cached_property
 
 from torch import fx
 
-from oasis_fx._torch.compiler import functorch_config, gradient_positions, input_placeholders, is_whole_joint
+from oasis_fx._torch.compiler import functorch_config
+from oasis_fx._torch.joint_graphs import gradient_positions, input_placeholders, is_whole_joint
 from oasis_fx.compile.joint import Trace
 from oasis_fx.compile.lowering import CompiledGraph
 from oasis_fx.compile.partition import torch_min_cut_later

@@ -12,7 +12,7 @@ from itertools import takewhile
 import torch
 from torch import fx
 
-from oasis_fx._torch.compiler import gradient_positions, input_placeholders, is_tangent
+from oasis_fx._torch.joint_graphs import gradient_positions, input_placeholders, is_tangent
 from oasis_fx.compile.joint import Trace
 from oasis_fx.compile.names import without_wrappers
 from oasis_fx.graph.edits import aten, outputs, prims, value

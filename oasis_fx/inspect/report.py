@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from oasis_fx._torch.compiler import input_placeholders
+from oasis_fx._torch.joint_graphs import input_placeholders
 from oasis_fx.compile.joint import Trace
 from oasis_fx.compile.lowering import CompiledGraph
 from oasis_fx.graph.edits import dependents, shape

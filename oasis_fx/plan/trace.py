@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from oasis_fx._torch.compiler import FakeTensorMode
+from oasis_fx._torch.fake_tensors import FakeTensorMode
 from oasis_fx.compile.joint import Trace
 from oasis_fx.compile.lowering import CompiledGraph
 from oasis_fx.compile.partition import keeping_copies, torch_min_cut_later

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from oasis_fx._torch.compiler import shares_memory
+from oasis_fx._torch.tensors import shares_memory
 from oasis_fx.graph.edits import shape, value
 from oasis_fx.passes.matchers.dimension_labels import Labels, equal
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from oasis_fx._torch.compiler import unguarded_fake_mode
+from oasis_fx._torch.fake_tensors import unguarded_fake_mode
 from oasis_fx.graph.edits import aten, value
 from oasis_fx.passes.matchers.follow_weights import behind_reshapes, stored_weight
 from oasis_fx.passes.matchers.read_matmuls import Matmul

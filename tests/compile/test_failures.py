@@ -15,7 +15,7 @@ from .small import EAGER, assert_exact, backward, batch, net
 
 PLACES = [
     "oasis_fx.compile.groups.parameter_names",
-    "oasis_fx._torch.compiler.is_partial_graph",
+    "oasis_fx._torch.dynamo_graphs.is_partial_graph",
     "oasis_fx.compile.lowering.copy_dynamo_graph",
     "oasis_fx.compile.pipeline.inline_regions",
     "oasis_fx.compile.pipeline.choose_groups",

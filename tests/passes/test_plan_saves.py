@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
-from oasis_fx._torch.compiler import is_tangent
+from oasis_fx._torch.joint_graphs import is_tangent
 from oasis_fx.compile.partition import _split_as_planned
 from oasis_fx.compile.pipeline import rewrite_joint
 from oasis_fx.graph.edits import copy_graph, dependents, outputs, value

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oasis_fx._torch.compiler import gradient_positions
+from oasis_fx._torch.joint_graphs import gradient_positions
 from oasis_fx.compile.pipeline import rewrite_joint
 from oasis_fx.graph.edits import aten, copy_graph, outputs
 from oasis_fx.graph.verifier import PassError, check_graph
