@@ -8,7 +8,7 @@ ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torch
 
 MANY := 10000
 
-.PHONY: setup demo test test-slow test-all mutants fuzz coverage contenders bench bench-large bench-models bench-growth bench-gpu experiments lint typecheck docs release clean
+.PHONY: setup demo test test-slow test-all mutants fuzz coverage contenders bench bench-large bench-models bench-growth bench-gpu gpu experiments lint typecheck docs release clean
 
 setup: $(VENV)/.installed
 
@@ -82,6 +82,15 @@ bench-gpu: contenders  ## the same on a GPU
 		--contenders $(STOCK),$(OASIS),$(OTHERS)
 	$(BENCH) --device cuda --dtype bfloat16 --model llama-8b --layers 8 --rank 128 --batch 2 --seq 8192 --together 1 \
 		--contenders $(STOCK),$(OASIS),$(OTHERS)
+
+OUT ?= benchmarks/results/gpu
+gpu:  ## what a GPU shows, in 9 min at most; needs no set-up, but a Python that has torch, transformers, peft and pytest
+	rm -rf build/gpu && mkdir -p build/gpu
+	cp -R oasis_fx benchmarks tests pyproject.toml build/gpu/
+	cp -R passes runtime build/gpu/oasis_fx/
+	# What an installation would have left, for `oasis_fx.__version__`.
+	mkdir build/gpu/oasis_fx-0.dist-info && printf 'Metadata-Version: 2.1\nName: oasis-fx\nVersion: 0\n' > build/gpu/oasis_fx-0.dist-info/METADATA
+	cd build/gpu && $(PYTHON) -m benchmarks.gpu.run --out $(abspath $(OUT)) $(GPU)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,13 +1,15 @@
 """Each contender in a process of its own, with a compile cache of its own; they step in turns.
 
-Seconds are medians over steps that follow one another in time, contender after contender, so that a slow minute of the
-machine meets all of them. After the timed steps memory is measured, one contender after the other:
+Seconds are medians over turns that follow one another in time, contender after contender, so that a slow minute of the
+machine meets all of them. A turn is one step on the CPU. On a GPU it is `IN_A_ROW` steps between which the host waits
+for nothing, as in training; events on the GPU tell forward, backward and optimizer apart. After the timed turns memory
+is measured, one contender after the other:
 
 - on the CPU it is a second process, on the compile cache of the first, whose large blocks come from the kernel and go
   back to it (`MALLOC_MMAP_THRESHOLD_`): the allocator's leftovers, as large as what is saved, would drown the
   difference, and such blocks cost time. Peak is the highest resident size of a step (VmHWM) less the resident size at
   rest, with weights and optimizer state, which are there at rest, added: so without interpreter and compiled code.
-- on a GPU it is `torch.cuda.max_memory_allocated`.
+- on a GPU it is `torch.cuda.max_memory_allocated`. There all contenders of a group compile at the same time.
 """
 
 from __future__ import annotations
@@ -30,6 +32,39 @@ from benchmarks.process_peak import peak_bytes, reset_peak
 
 LARGE_BLOCKS_COME_AND_GO = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 PARTS = ("step", "forward", "backward", "optimizer")
+IN_A_ROW = 3
+
+
+class HostClock:
+    """Marks in time, in seconds, of a device that the host waits for anyway."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def mark(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Return the seconds between each mark and the next one."""
+        return [b - a for a, b in pairwise(self.marks)]
+
+
+class GpuClock:
+    """The same on a GPU's own clock; only `seconds` waits for it."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch = torch
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        self.marks.append(self.torch.cuda.Event(enable_timing=True))
+        self.marks[-1].record()
+
+    def seconds(self) -> list[float]:
+        self.torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1000 for a, b in pairwise(self.marks)]
 
 
 class Contender:
@@ -46,16 +81,30 @@ class Contender:
         self.weights = contenders.block_weights(self.model)
         self.model, self.optimizer = contenders.prepare(name, self.model, args.rank)
 
-    def step(self) -> dict[str, float]:
-        marks = [self.now()]
-        loss = self.model(**self.batch).loss
-        marks.append(self.now())
-        loss.backward()
-        marks.append(self.now())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        marks.append(self.now())
-        parts = [b - a for a, b in pairwise(marks)]
+    def first_step(self) -> dict[str, float]:
+        """Take one step, in which the model is compiled; the seconds are those of the host."""
+        start = time.perf_counter()
+        measured = self.turn(1)
+        if self.args.device == "cuda":
+            self.torch.cuda.empty_cache()  # others have to fit beside it
+        return measured | {"step": time.perf_counter() - start}
+
+    def turn(self, steps: int | None = None) -> dict[str, float]:
+        """Take steps in a row, and return the mean seconds of one and of its parts, and the loss of the last."""
+        on_gpu = self.args.device == "cuda"
+        steps = steps or (IN_A_ROW if on_gpu else 1)
+        clock = GpuClock() if on_gpu else HostClock()
+        clock.mark()
+        for _ in range(steps):
+            loss = self.model(**self.batch).loss
+            clock.mark()
+            loss.backward()
+            clock.mark()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            clock.mark()
+        between = clock.seconds()
+        parts = [sum(between[part::3]) / steps for part in range(3)]
         return dict(zip(PARTS, [sum(parts), *parts], strict=True)) | {"loss": loss.item()}
 
     def sizes(self) -> dict[str, int]:
@@ -84,24 +133,19 @@ class Contender:
     def peak(self) -> int:
         if self.args.device == "cuda":
             self.torch.cuda.reset_peak_memory_stats()
-            self.step()
+            self.turn(1)
             return int(self.torch.cuda.max_memory_allocated())
         from benchmarks import contenders
 
-        self.step()
+        self.turn()
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         rest = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
         reset_peak()
-        self.step()
+        self.turn()
         parameters = list(self.model.parameters())
         there = sum(p.nbytes for p in parameters) + contenders.state_bytes(self.optimizer, parameters)
         return peak_bytes() - rest + there
-
-    def now(self) -> float:
-        if self.args.device == "cuda":
-            self.torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def measure(args: Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -125,31 +169,34 @@ def measure(args: Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str
 
 
 def _measure_group(names: list[str], args: Namespace, folder: str) -> dict[str, Any]:
+    at_once = args.device == "cuda"
     results: dict[str, Any] = {}
-    workers = {}
-    for name in names:
-        worker = Worker(name, args, f"{folder}/{name}")
+    workers = {name: Worker(name, args, f"{folder}/{name}") for name in names}
+    for worker in workers.values() if at_once else ():
+        worker.launch()
+    for name, worker in list(workers.items()):
         results[name] = worker.start()
         if "error" in results[name]:
             print(f"{name}: failed: {results[name]['error'].splitlines()[-1]}", flush=True)
+            del workers[name]
             continue
-        workers[name] = worker
         print(f"{name}: first step {results[name]['first_step']['step']:.1f} s", flush=True)
     for number in range(args.steps + 1):
         for name, worker in workers.items():
-            done = worker.ask("step")
+            done = worker.ask("turn")
             if number >= 1:  # the first one warms up
                 results[name].setdefault("steps", []).append(done)
     for name, worker in workers.items():
+        if not at_once:
+            worker.stop()
+            worker = Worker(name, args, f"{folder}/{name}", LARGE_BLOCKS_COME_AND_GO)
+            started = worker.start()
+            if "error" in started:
+                results[name]["error"] = started["error"]
+                continue
+            results[name]["warm_first_step"] = started["first_step"]["step"]
+        results[name]["sizes"] = worker.ask("sizes")
         worker.stop()
-        again = Worker(name, args, f"{folder}/{name}", LARGE_BLOCKS_COME_AND_GO)
-        started = again.start()
-        if "error" in started:
-            results[name]["error"] = started["error"]
-            continue
-        results[name]["warm_first_step"] = started["first_step"]["step"]
-        results[name]["sizes"] = again.ask("sizes")
-        again.stop()
     return results
 
 
@@ -162,16 +209,22 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(name, args, cache, theirs), daemon=True)
 
-    def start(self) -> dict[str, Any]:
-        """Build the model and step once: ``first_step``, or ``error``."""
+    def launch(self) -> None:
+        """Begin to build the model and to compile it."""
         kept = dict(os.environ)
         os.environ.update(self.environment)
         self.process.start()
         os.environ.clear()
         os.environ.update(kept)
+        self.pipe.send("first_step")
+
+    def start(self) -> dict[str, Any]:
+        """Build the model and step once, unless it is under way, and wait for it: ``first_step``, or ``error``."""
+        if self.process.pid is None:
+            self.launch()
         try:
             self.ask()
-            return {"first_step": self.ask("step")}
+            return {"first_step": self.ask()}
         except RuntimeError as error:
             return {"error": str(error)}
 

@@ -46,10 +46,10 @@ def llama(args: Namespace) -> dict[str, Any]:
     }
     if args.model in known:
         width, inner, layers, heads, kv_heads, vocabulary = known[args.model]
-        layers = args.layers or layers
+        layers, vocabulary = args.layers or layers, args.vocabulary or vocabulary
     else:
         width, layers = map(int, args.model.split("x"))
-        inner, heads, kv_heads, vocabulary = width * 11 // 4, width // 64, width // 64, args.vocabulary
+        inner, heads, kv_heads, vocabulary = width * 11 // 4, width // 64, width // 64, args.vocabulary or 1024
     return {
         "hidden_size": width,
         "intermediate_size": inner,

@@ -21,7 +21,7 @@ def main() -> None:
     contender = harness.Contender(args.contender, args)
     model, batch, optimizer = contender.model, contender.batch, contender.optimizer
     for _ in range(4):
-        print({part: round(seconds, 4) for part, seconds in contender.step().items()}, flush=True)
+        print({part: round(seconds, 4) for part, seconds in contender.turn().items()}, flush=True)
     with profile(activities=ACTIVITIES) as passes:
         model(**batch).loss.backward()
         torch.cuda.synchronize()
@@ -43,7 +43,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--contender", default="oasis")
     parser.add_argument("--model", default="2048x8", help=models.NAMES)
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=32)

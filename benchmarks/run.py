@@ -94,7 +94,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="1024x4", help=models.NAMES)
     parser.add_argument("--layers", type=int, help="blocks, where the model's own number is not wanted")
-    parser.add_argument("--vocabulary", type=int, default=1024, help="of a WIDTHxLAYERS model")
+    parser.add_argument("--vocabulary", type=int, help="of a Llama; by default its own, and 1024 for WIDTHxLAYERS")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--rank", type=int, default=32)

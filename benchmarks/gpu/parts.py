@@ -1,0 +1,64 @@
+"""The parts of the GPU run, each a command, most telling first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Command = Callable[[Path, str, bool], list[str]]
+
+# Exact ways of stock's to need less memory, then ours; the first of each group is what the others are compared with.
+CONTENDERS = "stock,oasis,oasis-budget0.3,oasis-budget0.1,stock-recompute,checkpoint,lora128"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the run.
+
+    Attributes:
+        name: of the part, and of the file that it writes.
+        seconds: after which it is cut off.
+        command: arguments of Python, from the folder for results, the device, and whether sizes are to be small.
+    """
+
+    name: str
+    seconds: float
+    command: Command
+
+
+def _module(name: str) -> Command:
+    def command(out: Path, device: str, tiny: bool) -> list[str]:
+        return ["-m", f"benchmarks.gpu.{name}", "--out", str(out), "--device", device, *(["--tiny"] if tiny else [])]
+
+    return command
+
+
+def _steps(model: str, layers: int, batch: int, seq: int, options: list[str]) -> Command:
+    """Whole steps of every contender; ``tiny`` takes two of them and a model of two blocks."""
+
+    def command(out: Path, device: str, tiny: bool) -> list[str]:
+        if tiny:
+            sizes = ["--model", "64x2", "--batch", "2", "--seq", "32", "--rank", "8", "--contenders", "stock,oasis",
+                     "--steps", "2"]  # fmt: skip
+        else:
+            sizes = ["--model", model, "--layers", str(layers), "--batch", str(batch), "--seq", str(seq),
+                     "--rank", "128", "--contenders", CONTENDERS, "--together", "4", *options]  # fmt: skip
+        return ["-m", "benchmarks.run", "--out", str(out), "--device", device, "--dtype", "bfloat16", *sizes]
+
+    return command
+
+
+def _tests(out: Path, device: str, tiny: bool) -> list[str]:
+    # Eight at a time: they compile on the CPU for most of their time. Where there is no GPU all are skipped.
+    return ["-m", "pytest", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider", "-n", "1" if tiny else "8",
+            "--tb", "short", "-p", "benchmarks.gpu.report_at_once"]  # fmt: skip
+
+
+PARTS = (
+    Part("optimizer_step", 100, _module("optimizer_step")),
+    # The blocks of an 8B Llama without its vocabulary: what the backend rewrites, in the proportions of 32 blocks.
+    Part("steps_8b", 170, _steps("llama-8b", 4, 2, 8192, ["--vocabulary", "1024"])),
+    Part("tests", 120, _tests),
+    Part("steps_1b", 200, _steps("llama-1b", 16, 4, 4096, [])),
+)
