@@ -56,6 +56,7 @@ def _tests(out: Path, device: str, tiny: bool) -> list[str]:
 
 
 PARTS = (
+    Part("kernels", 60, _module("kernels")),
     Part("optimizer_step", 100, _module("optimizer_step")),
     # The blocks of an 8B Llama without its vocabulary: what the backend rewrites, in the proportions of 32 blocks.
     Part("steps_8b", 170, _steps("llama-8b", 4, 2, 8192, ["--vocabulary", "1024"])),

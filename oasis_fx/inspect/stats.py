@@ -27,10 +27,10 @@ class SubspaceStats:
         drift: distance of the basis from the one before, ``sqrt(1 - ||Q^T Q+||^2 / rank)``: 0 where it spans the
             same space, 1 where the spaces are orthogonal.
         condition: of the Cholesky factor that orthonormalised the basis: its largest diagonal entry over its
-            smallest; inf where Householder QR had to do it.
+            smallest.
         num_updates: how often the basis has moved.
-        missed: optimizer steps at which it was due to move and did not: no gradient came from the compiled model, or,
-            where finding out costs nothing (on the CPU), its statistic was zero or not finite.
+        missed: optimizer steps at which it was due to move and did not: no gradient came from the compiled model, or
+            its statistic was zero or not finite, or could not be orthonormalised.
     """
 
     name: str
@@ -88,7 +88,10 @@ def collect_stats(subspaces: Mapping[Subspace, tuple[str, ...]], model: torch.nn
     values: dict[Subspace, list[float]] = {}
     for device in dict.fromkeys(subspace.device for subspace in kept):
         here = [subspace for subspace in kept if subspace.device == device]
-        scalars = [[getattr(s, q).double() for q in QUANTITIES] + [s.num_updates.double()] for s in here]
+        scalars = [
+            [getattr(s, q).double() for q in QUANTITIES] + [c.double() for c in (s.num_updates, s.num_stuck)]
+            for s in here
+        ]
         read = torch.stack([scalar for row in scalars for scalar in row]).view(len(here), -1).tolist()
         values.update(zip(here, read, strict=True))
     rows, seen = [], dict[str, int]()
@@ -96,9 +99,9 @@ def collect_stats(subspaces: Mapping[Subspace, tuple[str, ...]], model: torch.nn
         first = names[subspace][0]
         seen[first] = seen.get(first, 0) + 1
         name = first if seen[first] == 1 else f"{first} ({seen[first]})"
-        captured, drift, condition, updates = values[subspace]
+        captured, drift, condition, updates, stuck = values[subspace]
         n, rank = subspace.shape
-        found = captured, drift, condition, int(updates), subspace.num_missed
+        found = captured, drift, condition, int(updates), subspace.num_missed + int(stuck)
         rows.append(SubspaceStats(name, names[subspace], (n, rank), *found))
     return Stats(rows)
 

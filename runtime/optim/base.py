@@ -27,6 +27,7 @@ from oasis_fx.runtime.optim.states import (
     whole_states,
 )
 from oasis_fx.runtime.optim.step import are_finite, take_step, warn_of_dense_steps
+from oasis_fx.runtime.subspaces import host_reads
 from oasis_fx.runtime.subspaces.shards import is_sharded, local_gradient
 from oasis_fx.runtime.subspaces.store import STORE
 
@@ -123,7 +124,7 @@ class SubspaceOptimizer(Algorithm):
         warn_of_dense_steps(self, items)
 
     def _count_skipped(self, finite: torch.Tensor) -> None:
-        if finite.device.type == "cpu" and bool(finite):
+        if host_reads.reads_are_free(finite.device) and bool(finite):
             return  # reading it costs nothing there
         missed = (~finite).long()
         self._skipped = missed if self._skipped is None else self._skipped + missed.to(self._skipped.device)

@@ -45,7 +45,8 @@ class Step(Generic[S_co]):
         if self.gate is None:
             torch._foreach_add_(counts, 1)
         elif counts:
-            torch._foreach_add_(counts, self.gate.to(counts[0].dtype))
+            # With `alpha`, or torch would take the gate for a number, and read it.
+            torch._foreach_add_(counts, self.gate.to(counts[0].dtype), alpha=1)
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ def transport_states(optimizer: Algorithm, moves: Sequence[tuple[torch.Tensor, t
 def transport_pending(optimizer: Algorithm) -> None:
     """Transport states where a basis has moved within forward or backward passes since the last step."""
     for subspace, weights in optimizer.subspaces().items():
-        if subspace.overlap is not None:
-            eye = torch.eye(subspace.shape[1], dtype=subspace.dtype, device=subspace.device)
-            if subspace.spec.rule.transports and not torch.equal(subspace.overlap, eye):
-                transport_states(optimizer, [(weight, subspace.overlap) for weight in weights])
-            subspace.overlap = None
+        if subspace.has_pending_move:
+            overlap = subspace.overlap
+            if subspace.spec.rule.transports and overlap is not None:
+                transport_states(optimizer, [(weight, overlap) for weight in weights])
+            subspace.forget_pending_move()
             for weight in weights:
                 optimizer.bind(weight, subspace)
 
@@ -93,7 +93,7 @@ def bind_all(optimizer: Algorithm) -> None:
     """Bind all states to the bases as they are now, and write into them what a checkpoint needs of these bases."""
     for subspace, weights in optimizer.subspaces().items():
         # What moved before the first step of its weights moved from a random start: there is nothing to transport.
-        subspace.overlap = None
+        subspace.forget_pending_move()
         binding = Binding(subspace, subspace.version)
         for weight in weights:
             optimizer.bindings[weight] = binding

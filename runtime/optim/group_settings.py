@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 
+from oasis_fx.runtime.subspaces import host_reads
+
 
 def check_numbers(group: Mapping[str, Any], *names: str) -> None:
-    """Check that settings are finite numbers from 0; ``lr`` may be a one-element tensor.
+    """Check that settings are finite numbers from 0; ``lr`` may be a one-element tensor, of any value on a GPU.
 
     Raises:
         ValueError: naming the setting and its value.
     """
     for name in names:
+        if name == "lr" and is_on_device(group[name]):
+            continue  # it would have to be read
         value = as_number(group[name], tensors=name == "lr")
         if value is None or not 0 <= value < math.inf:  # false for NaN too
             also = " (or a one-element tensor of one)" if name == "lr" else ""
@@ -125,6 +129,13 @@ def rename_settings(group: MutableMapping[str, Any], renamed: Mapping[str, str],
                 DeprecationWarning,
                 stacklevel=4,
             )
+
+
+def is_on_device(value: object) -> bool:
+    """Return whether a value is a number on a device that the host would have to wait for."""
+    if not isinstance(value, torch.Tensor) or host_reads.reads_are_free(value.device):
+        return False
+    return value.numel() == 1 and value.is_floating_point()
 
 
 def _is_decay(value: object, *, tensors: bool = False) -> bool:

@@ -121,7 +121,7 @@ def _check_binding(optimizer: Algorithm, weight: torch.Tensor, subspace: Subspac
     binding = optimizer.bindings.get(weight)
     if binding is None or binding.subspace is not subspace or binding.version == subspace.version:
         return
-    if subspace.overlap is None and subspace.overlap_since(binding.version) is None:
+    if not subspace.has_pending_move and subspace.overlap_since(binding.version) is None:
         raise RuntimeError(
             f"the basis of parameter {name} was moved more than once by another optimizer since its last step here: "
             "weights that share a basis belong to one optimizer"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from oasis_fx.runtime.subspaces import host_reads
+
 
 def round_stochastically_(target: torch.Tensor, source: torch.Tensor, generator: torch.Generator | None = None) -> None:
     """Write ``source`` (float32) to ``target`` (bfloat16), up or down with the odds of the distance.
@@ -15,7 +17,7 @@ def round_stochastically_(target: torch.Tensor, source: torch.Tensor, generator:
     noise = _sixteen_bits(source.numel(), source.device, generator).view(source.shape)
     rounded = (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
     nan = source.isnan()  # its bits may carry over into another number; infinities cannot
-    if source.device.type != "cpu" or bool(nan.any()):
+    if not host_reads.reads_are_free(source.device) or bool(nan.any()):
         rounded = torch.where(nan, source, rounded)
     target.copy_(rounded)
 

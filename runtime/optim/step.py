@@ -18,7 +18,9 @@ from oasis_fx.runtime.optim.items import Item
 from oasis_fx.runtime.optim.preparation import prepare_state
 from oasis_fx.runtime.optim.resizing import spend_budget
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, all_finite
-from oasis_fx.runtime.subspaces.basis_updates import count_steps, move_bases, note_idle
+from oasis_fx.runtime.subspaces import host_reads
+from oasis_fx.runtime.subspaces.basis_updates import count_steps, move_bases
+from oasis_fx.runtime.subspaces.missed_moves import note_idle
 from oasis_fx.runtime.subspaces.shards import agreed
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
@@ -32,10 +34,11 @@ def take_step(optimizer: Algorithm, items: Sequence[Item], finite: torch.Tensor)
     """Step the parameters of ``items``, move the bases, and transport the states to them.
 
     Args:
-        finite: bool scalar: whether every gradient is finite. On a CPU, where reading it costs nothing, a step is left
-            out where it is false; elsewhere the step is computed and its results are discarded on the device.
+        finite: bool scalar: whether every gradient is finite. Where reading it costs nothing, as on a CPU, a step is
+            left out where it is false; elsewhere the step is computed and its results are discarded on the device.
     """
-    if finite.device.type == "cpu" and not bool(finite):
+    known = host_reads.reads_are_free(finite.device)
+    if known and not bool(finite):
         leave_out(optimizer, items)
         return
     transport_pending(optimizer)
@@ -43,7 +46,7 @@ def take_step(optimizer: Algorithm, items: Sequence[Item], finite: torch.Tensor)
     for item in items:
         prepare_state(optimizer, item)
     note_idle({item.subspace: None for item in items if item.subspace is not None})
-    context = begin_step(optimizer, None if finite.device.type == "cpu" else finite)
+    context = begin_step(optimizer, None if known else finite)
     step_low_rank(optimizer, [item for item in items if item.low_rank], context)
     step_dense(optimizer, [item for item in items if not item.low_rank], context)
     share_ranks_out(optimizer, context)

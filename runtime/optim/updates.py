@@ -10,6 +10,7 @@ import torch
 
 from oasis_fx.graph.matricization import Features
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.subspaces import host_reads
 
 State = dict[str, Any]
 
@@ -74,7 +75,7 @@ def all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _are_finite(batch: list[torch.Tensor]) -> torch.Tensor:
-    if batch[0].device.type == "cpu":
+    if host_reads.reads_are_free(batch[0].device):
         quick = torch.stack(list(torch._foreach_norm(batch))).isfinite().all()
         if quick:  # where a sum of squares overflows, the largest entries decide
             return quick

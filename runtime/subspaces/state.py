@@ -84,11 +84,14 @@ class SubspaceState:
         statistic: C [n, r] = A^T A Q, summed over the backward passes of this step; None before the first.
         energy_sum: scalar ||A||^2, summed likewise; None where graphs do not compute it.
         statistic_is_local: whether the statistic has something that was not averaged over ranks, and is to be.
-        overlap: R = Q^T Q+ [r, r] of the moves within backward passes since the last optimizer step; None for none.
+        has_pending_move: whether the basis has moved within a backward or forward pass since the last optimizer step.
+        overlap: R = Q^T Q+ [r, r] of these moves; None for I.
         captured_energy, drift, condition: scalars of the last move, NaN before: `oasis_fx.inspect.stats.SubspaceStats`.
         num_idle_steps: optimizer steps in a row in which the weights took part and the basis could not move for want
             of a statistic.
-        num_missed: all of those, and the times when the statistic was zero or not finite, where that is known.
+        num_missed: all of those.
+        num_stuck: int64 scalar on the device of the basis: how often there was a statistic and the basis could not move
+            by it.
         names: of the weights, as the first graph that used them knows them; empty before.
         replicas: ranks over which gradients and statistics are averaged, so that all have the same basis; empty where
             none are.
@@ -112,12 +115,14 @@ class SubspaceState:
     statistic: torch.Tensor | None = field(default=None, metadata=_OF_RANK)
     energy_sum: torch.Tensor | None = field(default=None, metadata=_OF_RANK)
     statistic_is_local: bool = field(default=False, metadata=_OF_RANK)
+    has_pending_move: bool = field(default=False, metadata=_OF_RANK)
     overlap: torch.Tensor | None = field(default=None, metadata=_OF_RANK)
     captured_energy: torch.Tensor = field(default=None, metadata=_OF_RANK)  # type: ignore[assignment]
     drift: torch.Tensor = field(default=None, metadata=_OF_RANK)  # type: ignore[assignment]
     condition: torch.Tensor = field(default=None, metadata=_OF_RANK)  # type: ignore[assignment]
     num_idle_steps: int = field(default=0, metadata=_LASTING)
     num_missed: int = field(default=0, metadata=_LASTING)
+    num_stuck: torch.Tensor = field(default=None, metadata=_LASTING)  # type: ignore[assignment]
     names: tuple[str, ...] = field(default=(), metadata=_LASTING)
     replicas: frozenset[int] = field(default=frozenset(), metadata=_LASTING)
     family: Family = field(default=None, metadata=_OF_RANK)  # type: ignore[assignment]
@@ -128,6 +133,7 @@ class SubspaceState:
         firsts = {
             "num_updates": torch.zeros((), dtype=torch.int64, device=self.device),
             "steps_since_due": torch.zeros((), dtype=torch.int64, device="cpu"),
+            "num_stuck": torch.zeros((), dtype=torch.int64, device=self.device),
             "log_rate": scalar,
             **dict.fromkeys(("captured_energy", "drift", "condition"), unknown),
             "family": Family(),

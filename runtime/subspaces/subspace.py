@@ -151,6 +151,8 @@ class Subspace(SubspaceState):
 
     def count_step(self) -> bool:
         """Count an optimizer step; return whether the basis is due to move, and set the count to 0 if it is."""
+        if self.spec.rule.every == 1:  # at every step, whatever the count of a checkpoint
+            return True
         self.steps_since_due += 1
         due = self.is_due
         if due:
@@ -180,13 +182,18 @@ class Subspace(SubspaceState):
         else:
             self.code, self._num_recoded = new, self._num_recoded + 1
         present = self.basis.detach()
-        overlap = old.mT @ present
-        if torch.equal(old, present):  # exactly I, which states are not multiplied by: as in a resumed run
-            overlap = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
+        stays = torch.equal(old, present)  # exactly I, which states are not multiplied by: as in a resumed run
+        overlap = torch.eye(self.shape[1], dtype=self.dtype, device=self.device) if stays else old.mT @ present
         self.note_move(before, overlap)
         self.drift = drift_of(overlap)
-        self.overlap = overlap if self.overlap is None else self.overlap @ overlap
+        self.has_pending_move = True
+        if not stays:
+            self.overlap = overlap if self.overlap is None else self.overlap @ overlap
         self.num_updates += 1
+
+    def forget_pending_move(self) -> None:
+        """Note that states have followed the moves since the last optimizer step, or do not have to."""
+        self.has_pending_move, self.overlap = False, None
 
     @torch.no_grad()
     def recode(self, code: torch.Tensor) -> None:
@@ -226,7 +233,7 @@ class Subspace(SubspaceState):
                 setattr(self, field.name, value)
         self.momentum = saved.momentum
         self._num_recoded += self.code is not None
-        self.overlap = None
+        self.forget_pending_move()
         self.drop_statistic()
 
 

@@ -25,8 +25,8 @@ class Oja(StatisticRule):
     """OASIS: one step of Oja's rule on the activation.
 
     Args:
-        lr: eta, over 0, in units of the statistic's mean singular value; 1 by default. ``math.inf`` is power
-            iteration, and ``"auto"`` finds the step size during training.
+        lr: eta, over 0, in units of the statistic's mean singular value; 1 by default. From 100 on, and for
+            ``math.inf``, it is power iteration, and ``"auto"`` finds the step size during training.
         every: optimizer steps between two moves of a basis, from 1 (the default). The first step moves it.
 
     Raises:

@@ -14,7 +14,8 @@ import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, OasisWarning, oasis_backend
 from oasis_fx.runtime.optim.sgd import OasisSGD
-from oasis_fx.runtime.subspaces.basis_updates import IDLE_STEPS, update_bases
+from oasis_fx.runtime.subspaces.basis_updates import update_bases
+from oasis_fx.runtime.subspaces.missed_moves import IDLE_STEPS
 from oasis_fx.runtime.subspaces.store import STORE
 
 pytestmark = pytest.mark.filterwarnings("ignore::oasis_fx.LowRankGradWarning")

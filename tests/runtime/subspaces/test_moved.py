@@ -38,7 +38,7 @@ def full_subspace(weight: torch.nn.Parameter, rule: str) -> Subspace:
             setattr(subspace, name, not value)
         elif isinstance(value, int):
             setattr(subspace, name, value + 7)
-        elif FIELDS[name].get("kind") == "count":
+        elif FIELDS[name].get("kind") == "count" or name == "num_stuck":
             value.add_(3)
         else:
             assert value is None or value.is_floating_point(), f"{name} is new: give it a value here"
@@ -88,9 +88,11 @@ def test_every_saved_attribute_is_in_the_entries_and_comes_out_of_them(rule) -> 
     weight = torch.nn.Parameter(torch.randn(5, 6, dtype=torch.float64))
     live = STORE.resolve([weight], subspace.spec, [(1, 2)])
     live.overlap = live.statistic = torch.ones(6, 3, dtype=torch.float64)
+    live.has_pending_move = True
     version, address = live.version, None if live.stored_basis is None else live.stored_basis.data_ptr()
     live.load(found)
     assert live.version != version and live.overlap is None and live.statistic is None
+    assert not live.has_pending_move
     assert address == (None if live.stored_basis is None else live.stored_basis.data_ptr())
     for name, metadata in FIELDS.items():
         if "key" in metadata:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from oasis_fx.runtime.optim.updates import all_finite
@@ -56,18 +57,70 @@ def test_what_householder_does_has_a_positive_diagonal() -> None:
     torch.testing.assert_close(q.mT @ q, torch.eye(4, dtype=torch.float64).expand(2, 4, 4))
 
 
-def test_products_are_in_float64_where_float32_ones_are_not_whole(monkeypatch) -> None:
-    """TF32 and bfloat16 products show on few machines: what is looked at here is the dtype of the work."""
+@pytest.mark.parametrize("low", ["high", "medium", "newer interface"])
+def test_products_are_whole_where_the_process_wants_fast_ones(monkeypatch, low) -> None:
+    """TF32 and bfloat16 products show on few machines: what is looked at here are the settings during the products."""
+
+    def precisions() -> list[str]:
+        return [torch._C._get_fp32_precision_getter(name, "matmul") for name in ("cuda", "mkldnn")]
+
     seen, real = [], module._cholesky_qr
-    monkeypatch.setattr(module, "_cholesky_qr", lambda a: seen.append(a.dtype) or real(a))
-    for precision, dtype in (("highest", torch.float32), ("high", torch.float64), ("medium", torch.float64)):
-        seen.clear()
-        torch.set_float32_matmul_precision(precision)
-        try:
-            assert orthonormalize(torch.randn(2, 9, 3)).dtype == torch.float32
-        finally:
-            torch.set_float32_matmul_precision("highest")
-        assert set(seen) == {dtype}, precision
+    monkeypatch.setattr(module, "_cholesky_qr", lambda a: seen.append(precisions()) or real(a))
+    torch.set_float32_matmul_precision("highest")
+    try:
+        if low == "newer interface":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision(low)
+        before = precisions()
+        assert "tf32" in before
+        assert orthonormalize(torch.randn(2, 9, 3)).dtype == torch.float32
+        assert precisions() == before
+        if low != "newer interface":
+            assert torch.get_float32_matmul_precision() == low
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+    assert seen and all(set(each) <= {"ieee", "none"} for each in seen)
+
+
+def test_a_basis_that_cannot_be_orthonormalised_stays_is_counted_and_recovers(monkeypatch) -> None:
+    """Beside others of its batch, which move. The next statistic moves it as if nothing had been."""
+
+    class Flat(Oja):
+        def step(self, basis, statistic, energy, rate):
+            return torch.where(
+                statistic[..., :1, :1] < 0, torch.ones_like(basis), super().step(basis, statistic, energy, rate)
+            )
+
+    bad, good, twin = subspace(rule=Flat()), subspace(seed=1, rule=Flat()), subspace(rule=Flat())
+    c = torch.randn(9, 3, dtype=torch.float64).abs()
+    before = bad.basis.clone()
+    bad.statistic, good.statistic = -c, c.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "qr", None)  # nothing calls it in a step
+        overlaps = move_bases([bad, good])
+    assert torch.equal(bad.basis, before) and not torch.equal(good.basis, before)
+    assert torch.equal(overlaps[bad], torch.eye(3, dtype=torch.float64))
+    assert [int(s.num_updates) for s in (bad, good)] == [0, 1] and [int(s.num_stuck) for s in (bad, good)] == [1, 0]
+    for each in (bad, twin):
+        each.statistic = c.clone()
+        move_bases([each])
+    assert torch.equal(bad.basis, twin.basis) and not torch.equal(bad.basis, before)
+
+
+def test_bases_of_several_shapes_are_orthonormalised_as_each_alone() -> None:
+    """Their small factors are computed together."""
+    together = [subspace(9, seed=1), subspace(12, seed=2), subspace(9, seed=3)]
+    alone = [subspace(9, seed=1), subspace(12, seed=2), subspace(9, seed=3)]
+    for one, other in zip(together, alone, strict=True):
+        one.statistic = torch.randn(one.shape, dtype=torch.float64)
+        other.statistic = one.statistic.clone()
+    move_bases(together)
+    for one, other in zip(together, alone, strict=True):
+        move_bases([other])
+        assert torch.equal(one.basis, other.basis)
+        assert float(one.condition) == float(other.condition)
 
 
 def test_a_large_float16_gradient_is_finite() -> None:

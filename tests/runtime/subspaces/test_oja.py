@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from oasis_fx.runtime.subspaces.basis_updates import POWER_STEP, move_bases, update_bases
+from oasis_fx.runtime.subspaces.basis_updates import move_bases, update_bases
+from oasis_fx.runtime.subspaces.batched_moves import POWER_STEP
 from oasis_fx.runtime.subspaces.rules import Oja
 from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis, new_subspace
 
