@@ -44,7 +44,7 @@ OF_BUDGETS = [
     "oasis_fx.compile.pipeline.allow_bytes",
     "oasis_fx.compile.pipeline.plan_saves",
     "oasis_fx.compile.partition._split_as_planned",
-    "oasis_fx.passes.plan_saves.ancestors",
+    "oasis_fx.memory.save_problem.ancestors",
 ]
 CASES = [
     *((place, {}) for place in PLACES),

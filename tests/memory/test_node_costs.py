@@ -75,7 +75,7 @@ def test_attention_counts_on_a_cpu() -> None:
     linear, projection = 2 * 16 * 16 * 16, 2 * (2 * 16 * 16 * RANK)  # P and C
     matmul = 2 * (2 * 4) * 8 * 8 * 4  # of Q K^T, and of A V: 2 x 4 heads of 8 x 4
     assert matmul_flops(record.trace.forward.graph) == linear + projection + 2 * matmul
-    # The kernel computes Q K^T again; then dA, dV, dQ, dK. Then G; nothing asks for dX.
+    # The kernel recomputes Q K^T; then dA, dV, dQ, dK. Then G; nothing asks for dX.
     assert matmul_flops(record.trace.backward.graph) == 5 * matmul + 2 * 16 * 16 * RANK
 
 

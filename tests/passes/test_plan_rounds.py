@@ -13,7 +13,7 @@ TOKENS, WIDTH, VOCABULARY = 64, 256, 4000
 
 
 class Net(torch.nn.Module):
-    """Logits of a MiB, each of whose bytes is dear to compute again, and six sines of 64 KiB that are cheap."""
+    """Logits of a MiB, each of whose bytes is dear to recompute, and six sines of 64 KiB that are cheap."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,9 @@ from oasis_fx.compile.pipeline import rewrite_joint
 from oasis_fx.graph.edits import copy_graph, dependents, outputs, value
 from oasis_fx.graph.verifier import PassError
 from oasis_fx.memory.node_costs import num_bytes, saved_storages
-from oasis_fx.passes.plan_saves import _checkpoints, _cut, _read, _waists, cheapest_plan
+from oasis_fx.memory.save_problem import read_problem
+from oasis_fx.memory.waists import waists, waists_to_keep
+from oasis_fx.passes.plan_saves import _cut, cheapest_plan
 
 N = 64
 
@@ -59,7 +61,7 @@ def test_a_cut_is_the_cheapest_choice_of_all(capture_joint, rate) -> None:
 
     inputs = [torch.randn(8, 8, requires_grad=True) for _ in range(3)]
     joint = capture_joint(_Chain(chain, inputs[1:]), inputs[0])
-    problem = _read(joint.gm.graph, joint.num_forward_outputs)
+    problem = read_problem(joint.gm.graph, joint.num_forward_outputs)
     values = list(problem.needs)
     assert 4 <= len(values) <= 16
 
@@ -114,7 +116,7 @@ def test_p_is_kept_where_that_frees_x_and_only_there(capture_joint) -> None:
             self.freed, self.alive = torch.nn.Linear(16, 16, bias=False), torch.nn.Linear(16, 16, bias=False)
 
         def forward(self, x):
-            h = torch.cumsum(x, 0)  # dear to compute again, and no gradient asks for it
+            h = torch.cumsum(x, 0)  # dear to recompute, and no gradient asks for it
             y = self.alive(torch.exp(self.freed(h)))  # the gradient of exp reads its result, which `alive` reads
             return y.sum()
 
@@ -162,15 +164,15 @@ class _WithLogits(torch.nn.Module):
 
 def test_waists_are_where_one_tensor_passes(capture_joint) -> None:
     joint = rewritten(capture_joint, stack(4))
-    problem = _read(joint.gm.graph, joint.num_forward_outputs)
-    waists = _waists(problem)
+    problem = read_problem(joint.gm.graph, joint.num_forward_outputs)
+    narrow = waists(problem)
     # Three sums between blocks; the last one goes to no value, and the first block reads an input.
-    sums = [node for node in waists if "add.Tensor" in str(node.target) and value(node).shape == (N, 16)]
+    sums = [node for node in narrow if "add.Tensor" in str(node.target) and value(node).shape == (N, 16)]
     assert len(sums) == 3
     size = N * 16 * 4
-    chosen = {budget: _checkpoints(problem, budget) for budget in (0, size, 3 * size, 10 * size)}
+    chosen = {budget: waists_to_keep(problem, budget) for budget in (0, size, 3 * size, 10 * size)}
     assert chosen[0] == [] and len(chosen[size]) <= 1
-    assert set(chosen[10 * size]) <= set(waists) and len(chosen[10 * size]) >= 2
+    assert set(chosen[10 * size]) <= set(narrow) and len(chosen[10 * size]) >= 2
 
 
 def test_what_is_random_is_never_recomputed(capture_joint) -> None:
@@ -213,7 +215,7 @@ def test_attention_is_recomputed_without_random_states(capture_joint) -> None:
 
 def test_what_can_neither_be_kept_nor_repeated_is_an_error(capture_joint) -> None:
     joint = rewritten(capture_joint, stack(1))
-    problem = _read(joint.gm.graph, joint.num_forward_outputs)
+    problem = read_problem(joint.gm.graph, joint.num_forward_outputs)
     node = next(iter(problem.demands))
     problem.price[node] = problem.bytes_held[node] = math.inf  # type: ignore[index]
     with pytest.raises(PassError, match="neither be kept nor recomputed"):
