@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +12,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from oasis_fx._torch.distributed import at_end_of_backward
+from oasis_fx.distributed.agreement import Agreement, check_agreement
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.subspaces.by_tensor import ByTensor
 from oasis_fx.runtime.subspaces.rules import BatchRule
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
-
-_BASES_DIFFER = 1e-4  # between sums over the entries of all bases, whose columns have length 1
 
 _syncs = ByTensor()  # weak references, by weight
 
@@ -124,7 +122,8 @@ class GradientSync:
         self._buckets: dict[Any, _Bucket] = {}
         self._flying: list[tuple[Any, torch.Tensor, list[torch.Tensor]]] = []
         self._subspaces: dict[Subspace, None] = {}
-        self._checksum, self._waits, self._ends = 0, False, False
+        self._agreement = Agreement()
+        self._waits = self._ends = False
 
     def _complete(self, weight: torch.nn.Parameter) -> None:
         """The gradient of a weight is complete."""
@@ -152,12 +151,13 @@ class GradientSync:
     def _take(self, weight: torch.nn.Parameter) -> None:
         gradient = weight.grad
         assert gradient is not None
-        values, kind = gradient, 0
+        values, subspace = gradient, None
         if isinstance(gradient, LowRankGrad):
             values = gradient.factor
             if gradient.is_low_rank:
-                kind = self._note(gradient.subspace)
-        self._sign(weight, values, kind)
+                subspace = gradient.subspace
+                self._note(subspace)
+        self._sign(weight, values, subspace)
         self._note_statistics(weight)
         self._add(values)
 
@@ -167,20 +167,18 @@ class GradientSync:
             if subspace.statistic is not None:
                 self._note(subspace)
 
-    def _sign(self, weight: torch.nn.Parameter, values: torch.Tensor, kind: int) -> None:
-        signature = repr((self._numbers[weight], tuple(values.shape), values.dtype, kind))
-        self._checksum = zlib.crc32(signature.encode(), self._checksum)
+    def _sign(self, weight: torch.nn.Parameter, values: torch.Tensor, subspace: Subspace | None) -> None:
+        self._agreement.sign(self._numbers[weight], values, subspace)
         self.dense += weight.numel() * values.element_size()
 
-    def _note(self, subspace: Subspace) -> int:
+    def _note(self, subspace: Subspace) -> None:
         rule = subspace.spec.rule
         if isinstance(rule, BatchRule):
             raise RuntimeError(
-                f"subspace={rule.name!r} goes by the batch of one rank: under data parallel training every rank would "
-                "have a basis of its own. Use 'oja', 'gradient_oja', 'random'"
+                f"subspace={rule.name!r} chooses the basis of {subspace.spoken_name} from the batch of one rank: under "
+                "data parallel training every rank would have a basis of its own. Use 'oja', 'gradient_oja' or 'random'"
             )
         self._subspaces[subspace] = None
-        return 1 if subspace.code is None else 2 + zlib.crc32(subspace.code.numpy().tobytes())
 
     def _add(self, values: torch.Tensor) -> None:
         key = values.dtype, values.device
@@ -210,40 +208,16 @@ class GradientSync:
                 statistics = (subspace.statistic, subspace.energy_sum)
                 for tensor in [s for s in statistics if s is not None]:
                     self._add(tensor)
-            own = self._fingerprint()
+            own = self._agreement.fingerprint(list(self._subspaces), self._device)
             agreed = own.clone()
             self._add(agreed)
             self._launch_rest()
             self._arrive()
             for subspace in self._subspaces:
                 subspace.statistic_is_local = False
-            self._check_agreement(own, agreed)
+            check_agreement(own, agreed, list(self._subspaces))
         finally:
             self._reset()
-
-    def _fingerprint(self) -> torch.Tensor:
-        """What all ranks must have alike [2]: which weights have which gradients, and the bases these are in."""
-        signature = torch.tensor([float(self._checksum % 2**20)], dtype=torch.float64, device=self._device)
-        sums = [s.basis.detach().sum(dtype=torch.float64).view(1) for s in self._subspaces if s.code is None]
-        bases = torch.cat(sums).sum(dim=0, keepdim=True) if sums else torch.zeros_like(signature)
-        return torch.cat([signature, bases.to(self._device)])
-
-    def _check_agreement(self, own: torch.Tensor, agreed: torch.Tensor) -> None:
-        apart = (own - agreed).abs()
-        # A mean over ranks is rounded. Signatures are whole numbers; bases may differ by rounding on unlike devices.
-        limits = torch.tensor([1e-6, _BASES_DIFFER], dtype=apart.dtype, device=apart.device)
-        if bool((apart <= limits).all()):  # false for NaN
-            return
-        if not float(apart[0]) <= 1e-6:
-            raise RuntimeError(
-                "ranks do not agree on which weights have which gradients: the same model, settings, seeds and "
-                "used weights are needed on all of them"
-            )
-        names = "; ".join(subspace.spoken_name for subspace in self._subspaces)
-        raise RuntimeError(
-            f"the bases of {names[:500]} are not the same on all ranks: every rank has to take the same steps, with "
-            "one optimizer that has all of these weights, and to load the same checkpoint"
-        )
 
     def _launch_rest(self) -> None:
         for bucket in self._buckets.values():

@@ -118,7 +118,8 @@ class ShardedSync(GradientSync):
 
     def _take(self, weight: torch.nn.Parameter) -> None:
         gradient, parameter = self._held.pop(weight), self._parameters[weight]
-        self._sign(weight, gradient.factor, self._note(gradient.subspace))
+        self._note(gradient.subspace)
+        self._sign(weight, gradient.factor, gradient.subspace)
         self._leaving.append((parameter, gradient))
         if sum(g.factor.nbytes for _, g in self._leaving) >= self.bucket_bytes:
             self._scatter()

@@ -1,7 +1,8 @@
-"""Collectives on low-rank gradients.
+"""Collectives of torch.distributed on low-rank gradients.
 
-Where all ranks that take part have the same basis, sums, averages and copies are those of the factors. All others are
-given the matrices that the gradients turn into. Every rank decides by what all of them know, since sizes must agree.
+Where all ranks that take part have the same bases, a collective that sums, averages or copies is run on the factors
+[m, r]. Any other is given the matrices that the gradients turn into. A rank decides between the two by what every rank
+knows, since all of them must send tensors of one size.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 
 
 def _on_shared_factors(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a collective on the factors of the gradients that it is given, or return NotImplemented.
+
+    The factors have to be in bases that all ranks of the collective share and that have not moved since the backward
+    pass, and the collective has to be linear. It writes into the factors, in the gradients' dtype.
+    """
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     gradients = [leaf for leaf in tree_leaves(given["tensors"]) if isinstance(leaf, LowRankGrad)]
     taking_part = _ranks(given["process_group"])
@@ -32,6 +38,7 @@ def _on_shared_factors(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _ranks(group: Any) -> frozenset[int]:
+    """Return the global ranks of a process group, which operators get as a script object around it."""
     from torch.distributed import ProcessGroup, get_process_group_ranks
 
     if not isinstance(group, ProcessGroup):
@@ -40,7 +47,7 @@ def _ranks(group: Any) -> frozenset[int]:
 
 
 def _is_linear(reduce_op: Any) -> bool:
-    """Whether a collective's operation, None for one that only moves data, is a sum or an average."""
+    """Whether a collective is linear in what it is given: a sum, an average, or without an operation (None) a copy."""
     if reduce_op is None:
         return True
     from torch.distributed import ReduceOp
@@ -60,9 +67,10 @@ _warned: set[str] = set()
 
 
 def warn_of_bases_apart(func: Any, args: Any, kwargs: Any) -> None:
-    """Warn, once for each weight, that ranks whose gradients a user averages have bases of their own.
+    """Warn, once for each subspace, where gradients go into a collective and every rank has a basis of its own.
 
-    The average is right. But each rank's optimizer of ours would project it on another basis, and weights drift apart.
+    The collective gives the right result, at full size. But an optimizer of ours projects it on the basis of its rank,
+    so that the weights of the ranks drift apart.
     """
     if func.namespace not in ("c10d", "_c10d_functional"):
         return
@@ -72,7 +80,7 @@ def warn_of_bases_apart(func: Any, args: Any, kwargs: Any) -> None:
         if torch.distributed.get_world_size() > 1 and leaf.subspace.spoken_name not in _warned:
             _warned.add(leaf.subspace.spoken_name)
             warn_user(
-                f"{func} of the gradient of {leaf.subspace.spoken_name}: it is right, but each rank has a basis of its "
-                "own, so that an optimizer of oasis_fx takes another step on each. Call "
-                "oasis_fx.distributed.prepare(model), which averages gradients and what bases move by"
+                f"{func} of the gradient of {leaf.subspace.spoken_name}: its result is right, but each rank has a "
+                "basis of its own, so that an optimizer of oasis_fx takes another step on each. Call "
+                "oasis_fx.distributed.prepare(model), which averages gradients and the statistics that move bases"
             )

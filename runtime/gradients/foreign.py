@@ -1,8 +1,8 @@
-"""What happens when an optimizer that is not ours meets low-rank gradients.
+"""Gives an optimizer that is not ours dense gradients in place of low-rank ones, with one warning.
 
-It gets dense ones, and one warning. Most optimizers would make matrices of them anyway; those that do so in code of
-their own (bitsandbytes, torchao) could not read ours, and what they keep of a gradient (a momentum that begins as a
-copy of it) must not be in coordinates that move.
+Most optimizers would make matrices of low-rank gradients anyway. Kernels of an optimizer's own (bitsandbytes, torchao)
+could not read a factor, and what an optimizer keeps of a gradient, as a momentum that begins as a copy of it, must not
+be in coordinates that move.
 """
 
 from __future__ import annotations
@@ -22,13 +22,19 @@ _warned: set[str] = set()
 
 
 def watch() -> None:
-    """Look at the gradients of every optimizer before it steps, from the first low-rank gradient on."""
+    """Look at the gradients of every optimizer before each of its steps, from now on; a second call does nothing."""
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(_before_step))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Turn the low-rank gradients of an optimizer's weights dense, in their weights' shapes, unless it takes them.
+
+    Raises:
+        RuntimeError: the optimizer is a ZeroRedundancyOptimizer around one of ours, on more than one rank.
+        StaleGradientError: the basis of a gradient has moved since the backward pass that computed it.
+    """
     if getattr(optimizer, "takes_low_rank_gradients", False):
         return
     _refuse_parts_of_a_model(optimizer)
@@ -41,18 +47,22 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                 weight.grad = gradient.become_dense()
             elif gradient is not None and isinstance(local_gradient(weight), LowRankGrad):
                 found = True  # a shard: its optimizer's operators work on the local part
-    kind = type(optimizer).__name__
-    if found and kind not in _warned:
-        _warned.add(kind)
+    name = type(optimizer).__name__
+    if found and name not in _warned:
+        _warned.add(name)
         warn_user(
-            f"{kind} is given full-size gradients of the weights that oasis_fx has rewritten, so its states are "
+            f"{name} is given full-size gradients of the weights that oasis_fx has rewritten, so its states are "
             "full-size too. OasisAdamW (or OasisSGD, OasisLion, OasisMuon) keeps them small; with this optimizer call "
             "oasis_fx.update_bases(model.parameters()) after each step, or the bases never move"
         )
 
 
 def _refuse_parts_of_a_model(optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer that gives each rank some weights to step: bases would move on those ranks alone."""
+    """Refuse an optimizer of ours that steps each weight on one rank alone: its basis would move on no other.
+
+    Raises:
+        RuntimeError: it is within a ZeroRedundancyOptimizer on more than one rank, and a weight has a subspace.
+    """
     if not any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         return
     inner = optimizer.optim  # type: ignore[attr-defined]

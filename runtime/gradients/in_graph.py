@@ -6,7 +6,7 @@
 
 Torch sees opaque functions of their inputs. The subspace is found by the handle in ``control``; where its turn has
 come, the first call of a step moves the basis and projects on the new one, later calls find it moved. So a call that is
-repeated, as when the partitioner computes P again in the backward pass, gives the same basis. ``stand_in`` has the
+repeated, as when the backward pass recomputes P, gives the same basis. ``stand_in`` has the
 basis' shape and no memory: the graph could not know which basis it is to be.
 """
 

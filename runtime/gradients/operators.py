@@ -1,11 +1,8 @@
 """What each operator does to a low-rank gradient.
 
-An operator with a handler below works on the factor. Every other one is given matrices:
-
-    it only reads the gradient               a temporary matrix; the gradient stays low-rank
-    it writes into it, or makes a view       the matrix that the gradient turns into, for all of its aliases
-    it might do so without declaring it      the same: operators outside of aten, collectives among them
-    it changes the gradient's shape          an error
+An operator with a handler below works on the factor G [m, r], or on the whole gradient once that has turned dense. A
+handler that cannot do so with the arguments at hand returns NotImplemented. Such a call, and every operator without a
+handler, is given matrices (`oasis_fx.runtime.gradients.at_full_size`).
 """
 
 from __future__ import annotations
@@ -16,83 +13,25 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from oasis_fx.errors import warn_user
-from oasis_fx.runtime.gradients.collectives import COLLECTIVES, warn_of_bases_apart
-from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad, LowRankGradWarning
+from oasis_fx.runtime.gradients.at_full_size import MADE_A_MATRIX, TURNED_DENSE, run_at_full_size, warn_once
+from oasis_fx.runtime.gradients.collectives import COLLECTIVES
+from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 
 aten = torch.ops.aten
 
 
 def run(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator of which some argument is a low-rank gradient."""
+    """Run an operator of which some argument is a low-rank gradient.
+
+    Raises:
+        RuntimeError: the operator would change the gradient's shape or storage, is one of FSDP2's, or unscales a
+            gradient whose subspace keeps error feedback.
+        StaleGradientError: the operator needs the gradient's values, and the basis has moved since the backward pass.
+    """
     handler = _HANDLERS.get(func)
     result = NotImplemented if handler is None else handler(func, *args, **kwargs)
-    return _run_on_matrices(func, args, kwargs) if result is NotImplemented else result
+    return run_at_full_size(func, args, kwargs) if result is NotImplemented else result
 
-
-# Operators without a handler
-
-
-def _run_on_matrices(func: Any, args: Any, kwargs: Any) -> Any:
-    if func.namespace == "fsdp":
-        raise RuntimeError(
-            "FSDP2 cannot shard low-rank gradients: call oasis_fx.distributed.prepare(model) after fully_shard"
-        )
-    if torch.Tag.inplace_view in func.tags or func in _RESIZES:
-        raise RuntimeError(
-            f"{func} would change the shape or the storage of a low-rank gradient, which is not supported: assign "
-            "what you need to weight.grad, made from weight.grad.to_dense()"
-        )
-    warn_of_bases_apart(func, args, kwargs)
-    written = _may_be_written(func)
-    turned: dict[int, LowRankGrad] = {}  # by the identity of the matrix
-
-    def matrix(name: str) -> Callable[[Any], Any]:
-        def of(given: Any) -> Any:
-            if not isinstance(given, LowRankGrad):
-                return given
-            if name not in written:
-                warn_once(str(func), "a low-rank gradient was made a full-size matrix")
-                return given.to_dense()
-            if given.is_low_rank:
-                warn_once(str(func), "a low-rank gradient turned dense")
-            dense = given.become_dense()
-            turned[id(dense)] = given
-            return dense
-
-        return of
-
-    names = [argument.name for argument in func._schema.arguments]
-    dense_args = [tree_map(matrix(name), given) for name, given in zip(names, args, strict=False)]
-    dense_kwargs = {name: tree_map(matrix(name), given) for name, given in kwargs.items()}
-    result = func(*dense_args, **dense_kwargs)
-    # An operator in place returns what it was given.
-    return tree_map(lambda value: turned.get(id(value), value) if isinstance(value, torch.Tensor) else value, result)
-
-
-# Operators that change a tensor's metadata but have no tag that says so in every supported version of torch.
-_RESIZES = {aten.resize_.default, aten.resize_as_.default, aten.set_.source_Tensor, aten.set_.source_Storage}
-
-
-def _may_be_written(func: Any) -> set[str]:
-    """Names of the arguments whose memory the operator may write to, or give out."""
-    arguments = func._schema.arguments
-    if func.namespace not in ("aten", "prims"):
-        return {argument.name for argument in arguments}  # collectives write without declaring it
-    return {argument.name for argument in arguments if argument.alias_info is not None}
-
-
-_warned: set[str] = set()
-
-
-def warn_once(operation: str, what: str) -> None:
-    """Warn, once for each operation, that a result is right and saves nothing."""
-    if operation not in _warned:
-        _warned.add(operation)
-        warn_user(f"{operation}: {what}; the result is right, but no memory is saved", LowRankGradWarning)
-
-
-# Operators that work on the factor
 
 _HANDLERS: dict[Any, Callable[..., Any]] = dict(COLLECTIVES)
 
@@ -108,18 +47,27 @@ def _handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _is_scalar(value: object) -> bool:
-    """Whether a factor can be scaled by it: a number, or a tensor of one element that broadcasts against a factor."""
+    """Whether a factor can be scaled by a value: a number, or a tensor of one element and at most two dimensions."""
     if isinstance(value, LowRankGrad):
         return False
     return not isinstance(value, torch.Tensor) or (value.numel() == 1 and value.dim() <= 2)
 
 
 def _factors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the factor G [m, r] of each low-rank gradient in a list, and every other tensor as it is."""
     return [t.factor if isinstance(t, LowRankGrad) else t for t in tensors]
 
 
 def _isometric(gradient: torch.Tensor) -> torch.Tensor:
-    """A matrix with the norm of a gradient: its factor, times L with ``L L^T = Q^T Q`` where Q is not orthonormal."""
+    """Return a matrix with the Frobenius norm of a gradient that makes no matrix of its size.
+
+    It is the factor G [m, r] in the gradient's dtype where Q is orthonormal. Elsewhere it is G L in the dtype of Q,
+    with the Cholesky factor L [r, r] of ``Q^T Q``: ``||G L|| = ||G Q^T||``. A dense gradient is returned as it is.
+
+    Raises:
+        StaleGradientError: Q is not orthonormal, or gradients in different bases were added up, and the basis has
+            moved since the backward pass.
+    """
     if not isinstance(gradient, LowRankGrad) or not gradient.is_low_rank:
         return gradient.factor if isinstance(gradient, LowRankGrad) else gradient
     if gradient.subspace.spec.rule.orthonormal and not gradient.cell.is_mixed:
@@ -161,7 +109,7 @@ def _copy(func: Any, self: Any, source: Any, non_blocking: bool = False) -> Any:
         self.cell.take_over(source.cell)
         return self
     if self.is_low_rank:  # what it was does not matter, nor whether it could be read
-        warn_once(str(func), "a low-rank gradient turned dense")
+        warn_once(func, self, TURNED_DENSE)
         self.cell.values = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device)
         self.cell.is_dense = True
     self.factor.copy_(source.to_dense() if isinstance(source, LowRankGrad) else source, non_blocking)
@@ -268,10 +216,11 @@ def _foreach_scale_each(func: Any, tensors: Sequence[torch.Tensor], scalars: Seq
 # GradScaler.unscale_.
 @_handles(aten._amp_foreach_non_finite_check_and_unscale_.default)
 def _unscale(func: Any, tensors: Sequence[torch.Tensor], found_inf: torch.Tensor, inverse_scale: torch.Tensor) -> None:
-    if any(isinstance(t, LowRankGrad) and t.subspace.error is not None for t in tensors):
+    feeding_back = next((t for t in tensors if isinstance(t, LowRankGrad) and t.subspace.error is not None), None)
+    if feeding_back is not None:
         raise RuntimeError(
-            "error feedback does not go with a scaled loss: what it keeps is in the units of the scale of its step. "
-            "Train in bfloat16, or without error_feedback"
+            f"error feedback of {feeding_back.subspace.spoken_name} does not go with a scaled loss: the error that it "
+            "keeps is in the units of its own step's scale. Train in bfloat16, or without error_feedback"
         )
     func(_factors(tensors), found_inf, inverse_scale)
 
@@ -288,6 +237,12 @@ def _unscale(func: Any, tensors: Sequence[torch.Tensor], found_inf: torch.Tensor
 def _fused_optimizer(func: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("grad_scale") is not None:
         return NotImplemented
-    warn_once(str(func), "a low-rank gradient was made a full-size matrix")
-    dense = tree_map(lambda given: given.to_dense() if isinstance(given, LowRankGrad) else given, (args, kwargs))
-    return func(*dense[0], **dense[1])
+
+    def matrix(given: Any) -> Any:
+        if not isinstance(given, LowRankGrad):
+            return given
+        warn_once(func, given, MADE_A_MATRIX)
+        return given.to_dense()
+
+    dense_args, dense_kwargs = tree_map(matrix, (args, kwargs))
+    return func(*dense_args, **dense_kwargs)

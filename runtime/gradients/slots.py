@@ -1,11 +1,14 @@
-"""What the runtime lends to one call of a compiled graph, and how what the graph computes of it gets back.
+"""Lends one call of a compiled graph its bases and slots, and takes back what the graph returns as their gradients.
 
 The compiled graph takes, for each group of weights, a basis Q [n, r] and a scalar (the energy), and for each rewritten
-weight a slot S [m, r] that it does not read. The gradients that it returns for them are C [n, r] = A^T A Q, ||A||^2 and
-G [m, r]. All of them are made from the weights by one autograd function outside of the graph, whose backward hands C
-and ||A||^2 to the subspaces and turns G into a `LowRankGrad` for the weight itself. So hooks, accumulation and clipping
-see the parameter's own gradient, and C arrives by every road by which the gradient does: `torch.autograd.grad` and
-``backward(inputs=...)``, which skip whatever is no ancestor of the asked for gradients, pass through here too.
+weight a slot S [m, r] that it does not read. The gradients that it returns for them are C = X^T X Q [n, r], ||X||^2 and
+G [m, r], where X is the activation that the group reads. One autograd function outside of the graph makes all of these
+inputs from the weights. Its backward pass hands C and ||X||^2 to the subspaces and turns G into a `LowRankGrad`, which
+becomes the gradient of the weight itself.
+
+So hooks, accumulation and clipping see the parameter's own gradient, and C arrives wherever the gradient does:
+`torch.autograd.grad` and ``backward(inputs=...)`` skip whatever does not lead to the gradients that were asked for, and
+the weights lead through this function.
 """
 
 from __future__ import annotations
@@ -28,7 +31,13 @@ _zeros: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 @dataclass(frozen=True)
 class Group:
-    """Weights of one graph that share a basis; ``features`` are for each weight the dimensions that are n."""
+    """The weights of one graph that share a basis.
+
+    Attributes:
+        subspace: the subspace whose basis Q [n, r] they share.
+        weights: the parameters, in the order of the graph's slots.
+        features: for each weight the dimensions that make up n, as in `oasis_fx.graph.matricization`.
+    """
 
     subspace: Subspace
     weights: tuple[torch.Tensor, ...]
@@ -37,12 +46,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Lent:
-    """What a call is lent.
+    """The inputs that one call of a compiled graph takes besides the user's own.
 
     Attributes:
-        bases: Q [n, r] for each group; none where the graph itself asks for them.
-        energies: a scalar for each group.
-        slots: S [m, r] for each weight, group by group, without memory of its own.
+        bases: the basis Q [n, r] of each group, in the dtype of its subspace. Empty where the graph itself asks for
+            its bases while it runs.
+        energies: a scalar for each group, whose gradient is ||X||^2.
+        slots: S [m, r] for each weight, group by group, in the weight's dtype. All entries of a slot are one zero in
+            memory that every slot of its dtype and device shares.
     """
 
     bases: tuple[torch.Tensor, ...]
@@ -51,11 +62,16 @@ class Lent:
 
 
 def lend(groups: Sequence[Group], versions: Versions | None = None) -> Lent:
-    """Make what one call of a graph takes.
+    """Make the inputs that one call of a compiled graph takes besides the user's own.
 
     Args:
-        groups: with the subspaces whose bases the graph is called with.
-        versions: of the bases in this call, where the graph itself notes which it uses. None: the present ones.
+        groups: the groups of weights that the graph trains, with the subspaces whose bases it is called with.
+        versions: where the graph itself notes which version of each basis it uses in this call. No bases are lent
+            then. None: the present bases are lent, and their versions noted here.
+
+    Raises:
+        RuntimeError: in the backward pass through what is returned, where it runs under ``create_graph=True`` or the
+            basis of a group has moved since this call.
     """
     foreign.watch()
     if versions is None:
@@ -114,7 +130,10 @@ class _Lend(torch.autograd.Function):
 
 
 class _Own:
-    """Copies a tensor that was seen before: what is taken over from a graph is added to in place."""
+    """Makes sure that each tensor that a graph returns has one owner, who may add to it in place.
+
+    A graph may return one tensor as the gradient of several inputs: from the second time on it is copied.
+    """
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
@@ -129,6 +148,7 @@ class _Own:
 
 
 def _zero(weight: torch.Tensor) -> torch.Tensor:
+    """Return the zero [1] behind every slot of a weight's dtype and device."""
     key = weight.dtype, weight.device
     if key not in _zeros:
         _zeros[key] = torch.zeros(1, dtype=weight.dtype, device=weight.device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from oasis_fx.graph.matricization import LINEAR
-from oasis_fx.runtime.gradients import operators as module
+from oasis_fx.runtime.gradients import at_full_size as module
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad, LowRankGradWarning, _rebuild
 from oasis_fx.runtime.gradients.slots import Group, lend
 from oasis_fx.runtime.subspaces.store import STORE

@@ -222,5 +222,5 @@ def test_error_feedback_refuses_a_scaled_loss() -> None:
     optimizer, scaler = OasisAdamW(model.parameters(), lr=LR), torch.amp.GradScaler("cpu")
     x, y = (t.float() for t in batch(0))
     scaler.scale((compiled(x) - y).square().mean()).backward()
-    with pytest.raises(RuntimeError, match="error feedback does not go with a scaled loss"):
+    with pytest.raises(RuntimeError, match=r"error feedback of .* does not go with a scaled loss"):
         scaler.step(optimizer)
