@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -28,6 +30,20 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == file.read_text()
 
     return check
+
+
+@pytest.fixture
+def in_threads() -> Callable[[Callable[[int], None], int], None]:
+    """Call a function with 0, 1, .. in as many threads at once, and raise the first failure of any."""
+
+    def run(work: Callable[[int], None], count: int) -> None:
+        with ThreadPoolExecutor(count) as pool:
+            barrier = Barrier(count)
+            running = [pool.submit(lambda number: (barrier.wait(), work(number)), number) for number in range(count)]
+        for one in running:
+            one.result()
+
+    return run
 
 
 @pytest.fixture(autouse=True)

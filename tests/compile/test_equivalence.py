@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from oasis_fx import LowRankGrad, oasis_backend
 from oasis_fx.graph.matricization import as_rows
+from tests import tiny_llama
 
 INNER = ["aot_eager", "inductor"]
 
@@ -39,18 +40,7 @@ def swiglu():
 
 
 def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config), (torch.randint(0, 64, (2, 10)),), 14
+    return tiny_llama.llama(), (torch.randint(tiny_llama.VOCABULARY, (2, 10)),), 14
 
 
 def gpt2():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 import weakref
 
 import pytest
@@ -85,31 +84,21 @@ def test_a_weight_used_in_two_graphs_adds_both_parts_up() -> None:
     assert_exact(layer, reference, {"weight"})
 
 
-def test_threads_do_not_share_state() -> None:
-    failures: list[BaseException] = []
-
+def test_threads_do_not_share_state(in_threads) -> None:
     def work(seed: int) -> None:
-        try:
-            model, x = net(), batch(seed)
-            reference = copy.deepcopy(model)
-            compiled = torch.compile(model, backend=oasis_backend(rank=2 + seed, **EAGER))
-            optimizer = OasisAdamW(model.parameters(), lr=1e-3)
-            for _ in range(3):
-                optimizer.zero_grad()
-                reference.load_state_dict(model.state_dict())
-                reference.zero_grad()
-                backward(compiled, x), backward(reference, x)
-                assert_exact(model, reference, {"0", "2"})
-                optimizer.step()
-        except BaseException as error:
-            failures.append(error)
+        model, x = net(), batch(seed)
+        reference = copy.deepcopy(model)
+        compiled = torch.compile(model, backend=oasis_backend(rank=2 + seed, **EAGER))
+        optimizer = OasisAdamW(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            reference.load_state_dict(model.state_dict())
+            reference.zero_grad()
+            backward(compiled, x), backward(reference, x)
+            assert_exact(model, reference, {"0", "2"})
+            optimizer.step()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
+    in_threads(work, 3)
 
 
 def test_a_deleted_model_frees_its_bases_and_parameters() -> None:

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
 from oasis_fx.distributed import prepare
 
-PROGRAM = Path(__file__).with_name("program.py")
+from . import jobs
 
-
-def torchrun(case: str, folder: Path, world: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(PROGRAM), case, str(folder)], capture_output=True, text=True, env=environment, timeout=280
-    )
-
-
-def result(case: str, folder: Path, world: int = 2) -> dict:
-    done = torchrun(case, folder, world)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "result.json").read_text())
+torchrun, result = partial(jobs.torchrun, "program.py"), partial(jobs.result, "program.py")
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("fsdp_program.py")
+from . import jobs
 
-
-def result(case: str, folder: Path, world: int = 2) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(PROGRAM), case, str(folder)], capture_output=True, text=True, env=environment, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "result.json").read_text())
+result = partial(jobs.result, "fsdp_program.py")
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -20,6 +20,7 @@ from oasis_fx.inspect.printing import number_nodes, print_graph
 from oasis_fx.inspect.report import report
 from oasis_fx.inspect.tracing import trace_model
 from oasis_fx.settings import Settings
+from tests import tiny_llama
 
 TITLES = {"before": "joint", "after": "joint", "forward": "forward", "backward": "backward"}
 
@@ -32,20 +33,9 @@ def mlp():
 
 
 def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        use_cache=False,
-    )
-    tokens = torch.randint(0, 64, (2, 10))
-    return LlamaForCausalLM(config).double(), {"input_ids": tokens, "labels": tokens}
+    tokens = torch.randint(tiny_llama.VOCABULARY, (2, 10))
+    return tiny_llama.llama(num_hidden_layers=1).double(), {"input_ids": tokens, "labels": tokens}
 
 
 def traced(make, **settings):

@@ -14,6 +14,7 @@ from oasis_fx.memory.node_costs import matmul_flops
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 from oasis_fx.settings import Settings
+from tests.tiny_llama import VOCABULARY, llama
 
 RANK = 2
 
@@ -40,18 +41,11 @@ class Chunked(torch.nn.Module):
         return self.b(v) + u[..., :8] * v[..., :8]
 
 
-def llama() -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64, use_cache=False))
-
-
 @pytest.mark.parametrize("model_class", [Attention, Chunked, llama], ids=lambda f: f.__name__)
 def test_bytes_are_those_that_a_run_keeps(model_class) -> None:
     torch.manual_seed(0)
     shapes = {Attention: (2, 8, 16), Chunked: (10, 8)}
-    x = torch.randint(0, 64, (2, 10)) if model_class is llama else torch.randn(shapes[model_class])
+    x = torch.randint(VOCABULARY, (2, 10)) if model_class is llama else torch.randn(shapes[model_class])
     model = model_class()
     backend = oasis_backend(rank=RANK, inner="aot_eager")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import threading
 
 import pytest
 import torch
@@ -119,25 +118,15 @@ def test_two_models_in_turns_under_one_backend(kit) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_threads_with_generated_code(kit) -> None:
-    failures: list[BaseException] = []
-
+def test_threads_with_generated_code(kit, in_threads) -> None:
     def work(seed: int) -> None:
-        try:
-            model = kit.Net()
-            reference = copy.deepcopy(model)
-            compiled = torch.compile(model, backend=oasis_backend(rank=2 + seed))
-            kit.backward(compiled, kit.batch(seed)), kit.backward(reference, kit.batch(seed))
-            assert kit.count_low_rank(model, reference) == 4
-        except BaseException as error:
-            failures.append(error)
+        model = kit.Net()
+        reference = copy.deepcopy(model)
+        compiled = torch.compile(model, backend=oasis_backend(rank=2 + seed))
+        kit.backward(compiled, kit.batch(seed)), kit.backward(reference, kit.batch(seed))
+        assert kit.count_low_rank(model, reference) == 4
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
+    in_threads(work, 2)
 
 
 class Rows(torch.utils.data.Dataset):

@@ -10,32 +10,9 @@ from oasis_fx.runtime.optim.items import find_items
 from oasis_fx.runtime.optim.preparation import prepare_state
 from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, Rule, rule_of
 
+from .two_weights import Net, batch, loss_of
+
 RANK, LR = 4, 0.02
-
-
-class Net(torch.nn.Module):
-    """Two weights: 16 x 12 (more rows than columns) and 10 x 16 (fewer)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = torch.nn.Linear(12, 16, bias=False)
-        self.down = torch.nn.Linear(16, 10, bias=False)
-        self.double()
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
-
-
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
-    x = torch.randn(60, 12, generator=generator, dtype=torch.float64)
-    return x, torch.randn(60, 10, generator=generator, dtype=torch.float64)
-
-
-def loss_of(model, step: int) -> torch.Tensor:
-    x, y = batch(step)
-    return (model(x) - y).square().mean()
 
 
 ALL = ["oja", "pca", "random", "principal_random", "sampled", "gradient_svd", "gradient_oja", "gradient_power", "dct",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,33 +14,12 @@ from oasis_fx.runtime.subspaces.rules import DCT, GradientOja, GradientPower, Pr
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
+from . import two_weights
+from .two_weights import Net
+
 RANK, LR, BETAS, EPS, STEPS = 4, 0.02, (0.9, 0.95), 1e-8, 7
-
-
-class Net(torch.nn.Module):
-    """Two weights: 16 x 12 (more rows than columns) and 10 x 16 (fewer)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = torch.nn.Linear(12, 16, bias=False)
-        self.down = torch.nn.Linear(16, 10, bias=False)
-        self.double()
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
-
-
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
-    scale = torch.linspace(0.3, 2, 12, dtype=torch.float64)
-    x = torch.randn(60, 12, generator=generator, dtype=torch.float64) * scale
-    return x, torch.randn(60, 10, generator=generator, dtype=torch.float64)
-
-
-def loss_of(model, step: int) -> torch.Tensor:
-    x, y = batch(step)
-    return (model(x) - y).square().mean()
+SCALE = torch.linspace(0.3, 2, 12, dtype=torch.float64)  # the directions of X weigh differently
+batch, loss_of = partial(two_weights.batch, scale=SCALE), partial(two_weights.loss_of, scale=SCALE)
 
 
 def train(subspace: str | Rule, every: int | None = None, micro_batches: int = 1, **settings) -> tuple[Net, OasisAdamW]:

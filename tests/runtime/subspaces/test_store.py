@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 import weakref
 
 import torch
@@ -122,18 +121,8 @@ def test_of_two_subspaces_the_one_with_a_statistic_is_in_use() -> None:
     assert store.in_use(w) == (newer, LINEAR)
 
 
-def test_threads_agree() -> None:
+def test_threads_agree(in_threads) -> None:
     store, (q, k) = SubspaceStore(), weights(2)
     found = []
-    barrier = threading.Barrier(8)
-
-    def work() -> None:
-        barrier.wait()
-        found.append(store.resolve([q, k], SPEC, [LINEAR, LINEAR]))
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(lambda _: found.append(store.resolve([q, k], SPEC, [LINEAR, LINEAR])), 8)
     assert len(found) == 8 and len({id(s) for s in found}) == 1
