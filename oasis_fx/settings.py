@@ -74,7 +74,7 @@ class Settings:
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         if "custom_partitioner_fn" in self.options:
-            raise ValueError("options names 'custom_partitioner_fn': oasis_fx is one itself, it cannot take another")
+            raise ValueError("options names 'custom_partitioner_fn': remove it, oasis_fx sets a partitioner of its own")
 
     @property
     def rule(self) -> Rule:

@@ -66,7 +66,7 @@ def find_weight_gradients(gm: fx.GraphModule, facts: JointFacts) -> JointFacts:
             for term in terms:
                 _check_worth(term, rank)
                 if weight.control is not None and term.kind is Kind.CONVOLUTION:
-                    raise NoMatch("this rule reads the rows of X, and a convolution's patches are never laid out")
+                    raise NoMatch("its rule reads the rows of X, and the patches of a convolution are never laid out")
             others = _product([sizes[dim] for dim in goal.rows[1:]])
             counts = tuple(block.count * others for block in blocks)
             sites.append(WeightGradient(weight, position, tuple(block.terms for block in blocks), counts))
@@ -91,13 +91,13 @@ def _blocks(node: fx.Node, labels: Labels, goal: Goal) -> list[_Block]:
     if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
         summands = [part for part in node.args if isinstance(part, fx.Node) and len(shape(part)) == len(labels)]
         if len(summands) != 2:
-            raise NoMatch(f"its gradient is a sum with something that is no matrix ({node.name})")
+            raise NoMatch(f"its gradient is a sum of which a part is not a matrix ({node.name})")
         return _added(*(_blocks(part, labels, goal) for part in summands))
     parts = gradient_parts(node, labels, goal.rows, goal.sizes)
     if parts is None:
         return [_Block(goal.sizes[goal.rows[0]], (contraction(node, labels, goal),))]
     if not parts:
-        raise NoMatch(f"its gradient is put together along its features, or of parts of rows ({node.name})")
+        raise NoMatch(f"its gradient is put together along its features, or from parts of rows ({node.name})")
     blocks = []
     for part in parts:
         sizes = list(goal.sizes)
@@ -129,7 +129,7 @@ def _check_worth(term: Contraction, rank: Any) -> None:
     """Raise NoMatch where P cannot be computed, or is no smaller than X."""
     if term.kind is Kind.GROUPED and term.dense.target is aten._grouped_mm.default:
         if rank * value(term.x).element_size() % 16:
-            raise NoMatch(f"its grouped matmul takes rows of whole 16 bytes: not rank {rank}")
+            raise NoMatch(f"its grouped matmul needs rows of a multiple of 16 bytes, which rank {rank} does not give")
     if term.kind is Kind.CONVOLUTION:
         channels, *inside = shape(term.x)[1:]
         if statically_known_true(rank * _product(shape(term.dy)[2:]) > channels * _product(inside)):

@@ -119,18 +119,23 @@ def _averaging(members: Sequence[torch.Tensor], ddp: DistributedDataParallel | N
     return syncs[0]
 
 
-def _check_rank(weight: torch.Tensor, spec: SubspaceSpec, split: bool) -> None:
-    """Refuse a graph of another rank than a weight has by now."""
+def _check_rank(weight: torch.Tensor, spec: SubspaceSpec, split: bool, known_as: Sequence[str]) -> None:
+    """Refuse a graph of another rank than a weight has by now.
+
+    Raises:
+        RuntimeError: the rank of the weight, and so of its group, which the graph knows by these names, has changed.
+    """
     if STORE.current_spec(weight, spec) == spec:
         return
     if split:
         raise RuntimeError(
-            "a rank has changed, and DDP's graph splitting hides the weights from their graphs: set "
-            "torch._dynamo.config.optimize_ddp = False"
+            f"the rank of {', '.join(known_as)} has changed, and DDP's graph splitting hides the weights from their "
+            "graphs: set torch._dynamo.config.optimize_ddp = False"
         )
     raise RuntimeError(
-        "layers that share a compiled graph have different ranks, from a checkpoint of a model that was compiled "
-        "otherwise: compile the whole model, or load what resize_checkpoint(state_dict, rank) makes of it"
+        f"layers that share the compiled graph of {', '.join(known_as)} have different ranks, from a checkpoint of a "
+        "model that was compiled otherwise: compile the whole model, or load what "
+        "resize_checkpoint(state_dict, rank) makes of it"
     )
 
 
@@ -171,7 +176,7 @@ def call_with_runtime_inputs(
             if sync is not None:
                 syncs.add(sync)
             if split or group.spec.budget is not None:
-                _check_rank(members[0], group.spec, split)
+                _check_rank(members[0], group.spec, split, known_as)
             subspace = STORE.resolve(members, group.spec, group.features)
             subspace.family.join(family)
             subspace.names = subspace.names or known_as

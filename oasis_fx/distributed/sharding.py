@@ -34,16 +34,18 @@ def prepare_shards(model: torch.nn.Module, bucket_bytes: int) -> ShardedSync | N
     parameters = fsdp_parameters(model)
     if not parameters:
         return None
+    names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter in parameters:
         known = 1 if parameter.replicas is None else 2
         if parameter.group is None or parameter.num_mesh_dims != known or parameter.shard_dim != 0:
             raise ValueError(
-                f"a parameter of shape {tuple(parameter.whole.shape)} is under fully_shard with a mesh of "
-                f"{parameter.num_mesh_dims} dimensions, sharded by dimension {parameter.shard_dim}: oasis_fx needs its "
-                "rows sharded, over one dimension of a mesh, and at most replicas over another"
+                f"{names.get(parameter.sharded, 'a parameter')}, of shape {tuple(parameter.whole.shape)}, is under "
+                f"fully_shard with a mesh of {parameter.num_mesh_dims} dimensions, sharded by dimension "
+                f"{parameter.shard_dim}: oasis_fx needs its rows sharded, over one dimension of a mesh, and at most "
+                "replicas over another"
             )
     if len({_ranks(parameter) for parameter in parameters}) > 1:
-        raise ValueError("fully_shard was given meshes of several sets of ranks: oasis_fx needs one for all of a model")
+        raise ValueError("fully_shard was given meshes of several sets of ranks: give it one mesh for all of a model")
     return ShardedSync([p for p in parameters if p.whole.dim() >= 2 and p.whole.is_floating_point()], bucket_bytes)
 
 
@@ -106,8 +108,8 @@ class ShardedSync(GradientSync):
     def _leave_to_fsdp(self, weight: torch.nn.Parameter, gradient: LowRankGrad) -> None:
         if gradient.is_low_rank:
             warnings.warn(
-                f"a weight of shape {tuple(weight.shape)} is sharded by a dimension that is not that of its rows: its "
-                "gradient travels at full size. Use exclude= for it",
+                f"{gradient.subspace.spoken_name}, of shape {tuple(weight.shape)}, is sharded by a dimension that is "
+                "not that of its rows: its gradient travels at full size. Use exclude= for it",
                 OasisWarning,
                 stacklevel=2,
             )

@@ -66,7 +66,8 @@ def trace_fake(
     found = [(record, trace) for record, trace in traces if trace is not None]
     if len(found) != 1:
         raise ValueError(
-            f"the model compiles to {len(records)} graphs, {len(found)} of them in training: one is needed"
+            f"the model compiles to {len(records)} graphs, {len(found)} of them in training: plan "
+            "needs exactly one, so a model without graph breaks"
         )
     return FakeModel(model, *found[0])
 

@@ -64,7 +64,7 @@ def _matmul(
     rows, features = goal.rows, goal.label(goal.features)
     if kind in (Kind.BATCHED, Kind.GROUPED):
         if batch != goal.label(rows[:1]):
-            raise NoMatch(f"its experts are no dimension of their own in {node.name}")
+            raise NoMatch(f"its experts are not a dimension of their own in its gradient matmul ({node.name})")
         rows = rows[1:]
     left_moves, right_moves = left[0] in goal.from_tangents, right[0] in goal.from_tangents
     if left_moves == right_moves:
@@ -72,7 +72,7 @@ def _matmul(
         raise NoMatch(f"{how} on an incoming gradient in its gradient matmul ({node.name})")
     # The side of the rows must be dY's and the side of the features X's.
     if (row, column) != ((goal.label(rows), features) if left_moves else (features, goal.label(rows))):
-        raise NoMatch(f"its activation meets the out dimension in {node.name}")
+        raise NoMatch(f"its gradient matmul pairs its activation with its out dimension ({node.name})")
     left_node, left_swapped = _untranspose(left[0], not left[1])
     right_node, right_swapped = _untranspose(right[0], right[1])
     # dY is wanted as [N, m] and X as [N, n]: the left one is the other way round.
@@ -87,7 +87,7 @@ def _convolution(node: fx.Node, maker: fx.Node, labels: Labels, goal: Goal) -> C
     if transposed or groups != 1:
         raise NoMatch(f"a convolution that is transposed or has groups reads it ({maker.name})")
     if labels != first_labels(goal.sizes) or goal.features != tuple(range(1, len(goal.sizes))):
-        raise NoMatch(f"its gradient is a convolution's that is reshaped or transposed ({node.name})")
+        raise NoMatch(f"its gradient is that of a convolution, reshaped or transposed ({node.name})")
     if x in goal.from_tangents or dy not in goal.from_tangents:
         raise NoMatch(f"its convolution does not run over an activation ({maker.name})")
     return Contraction(Kind.CONVOLUTION, node, dy, False, x, False)
@@ -109,7 +109,7 @@ def _operands(node: fx.Node) -> tuple[Kind, fx.Node, fx.Node]:
             for one, other in ((left, right), (right, left)):
                 if equal(shape(one)[1], 1) and equal(shape(other)[0], 1):
                     return Kind.MATMUL, one, other
-    raise NoMatch(f"its gradient is no matmul but {node.target} ({node.name})")
+    raise NoMatch(f"its gradient is computed by {node.target}, which is not a matmul ({node.name})")
 
 
 def _untranspose(node: fx.Node, transposed: bool) -> tuple[fx.Node, bool]:

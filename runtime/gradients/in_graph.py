@@ -51,7 +51,7 @@ def batch_basis(x: torch.Tensor, stand_in: torch.Tensor, control: torch.Tensor) 
         weights = rule.weights(*subspace.shape)
         if weights is not None:
             if rule.dense:  # the graph multiplies by this basis on both sides: (dY^T X Q sqrt(w)) (Q sqrt(w))^T
-                weights = _roots(rule, weights)
+                weights = _roots(subspace, weights)
             basis = basis * weights.to(basis)
         return basis.to(x.dtype).clone(memory_format=torch.contiguous_format)  # as the fake says
 
@@ -142,15 +142,23 @@ def _choose(subspace: Subspace, batch: torch.Tensor, generator: torch.Generator)
     found = rule.choose(batch, subspace, generator)
     wanted = subspace.shape if subspace.code is None else tuple(subspace.code.shape)
     if tuple(found.shape) != wanted:
-        kind = "basis" if subspace.code is None else "code"
+        chosen = "basis" if subspace.code is None else "code"
         raise RuntimeError(
-            f"subspace={rule.name!r} chose a {kind} of shape {tuple(found.shape)} from a batch of shape "
-            f"{tuple(batch.shape)}: it must have shape {wanted}"
+            f"subspace={rule.name!r} chose a {chosen} of shape {tuple(found.shape)} from a batch of shape "
+            f"{tuple(batch.shape)} for {subspace.spoken_name}: choose() must return one of shape {wanted}"
         )
     return found
 
 
-def _roots(rule: BatchRule, weights: torch.Tensor) -> torch.Tensor:
+def _roots(subspace: Subspace, weights: torch.Tensor) -> torch.Tensor:
+    """Return the square roots of the weights [r] that a rule with dense gradients gives the columns of its basis.
+
+    Raises:
+        RuntimeError: a weight is negative.
+    """
     if bool((weights < 0).any()):
-        raise RuntimeError(f"subspace={rule.name!r} has a weight under 0: a rule with dense gradients may have none")
+        raise RuntimeError(
+            f"subspace={subspace.spec.rule.name!r} has a negative weight for a column of the basis of "
+            f"{subspace.spoken_name}: weights() of a rule with dense gradients must return none"
+        )
     return weights.sqrt()

@@ -104,12 +104,13 @@ class _Lend(torch.autograd.Function):
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # Dynamo would trace it within a compiled step
     def backward(ctx: Any, *returned: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        groups: tuple[Group, ...] = ctx.groups
         if torch.is_grad_enabled():
+            names = "; ".join(group.subspace.spoken_name for group in groups)
             raise RuntimeError(
                 "create_graph=True: a weight rewritten by oasis_fx has no gradient of its gradient, as compiled "
-                "graphs of torch have none. Call the model uncompiled where you need it"
+                f"graphs of torch have none. Call the model uncompiled where you need that of {names[:500]}"
             )
-        groups: tuple[Group, ...] = ctx.groups
         own = _Own()
         statistics = returned[: ctx.num_bases] or (None,) * len(groups)
         energies = returned[ctx.num_bases : ctx.num_bases + len(groups)]
@@ -122,7 +123,8 @@ class _Lend(torch.autograd.Function):
                 if factor is not None and not ctx.versions.hold(group.subspace):
                     raise RuntimeError(
                         f"the basis of {group.subspace.spoken_name} moved between the forward and the backward pass "
-                        "(optimizer.step() in between?): the gradient would be in coordinates that are gone"
+                        "(optimizer.step() in between?), so that its gradient would be in coordinates that are gone: "
+                        "call optimizer.step() after the backward passes of all forward passes that came before it"
                     )
                 made = None if factor is None else LowRankGrad(factor, group.subspace, weight, features=dims)
                 gradients.append(made)

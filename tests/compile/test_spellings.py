@@ -136,7 +136,7 @@ LEFT = {
     "an expanded weight": (lambda x, w: torch.bmm(x, w.expand(3, 6, 5)), (6, 5), "only expand"),
     "bilinear": (lambda x, w: F.bilinear(x, x, w), (5, 6, 6), "only bilinear"),
     "mv": (lambda x, w: torch.mv(w, x[0, 0]), (5, 6), "only mv"),
-    "alpha of addmm": (lambda x, w: torch.addmm(ZERO, flat(x), w, alpha=0.5), (6, 5), "no matmul but"),
+    "alpha of addmm": (lambda x, w: torch.addmm(ZERO, flat(x), w, alpha=0.5), (6, 5), "not a matmul"),
     "groups": (lambda x, w: F.conv1d(x, w, groups=2), (6, 2, 2), "conv1d with groups"),
 }
 LOW_RANK = TRANSPOSES | PRODUCTS | PARTS | VIEWS

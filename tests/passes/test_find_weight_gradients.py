@@ -58,7 +58,7 @@ def test_a_weight_lifted_with_its_dimensions_the_wrong_way_round_is_left_alone(c
         wrong = replace(lifted, features=(0, 1) if right == (1, 2) else (1, 2))
         facts = find_weight_gradients(joint.gm, replace(joint.facts, lifted=(wrong,)))
         (skipped,) = facts.skipped
-        assert not facts.sites and "its activation meets the out dimension" in skipped.reason
+        assert not facts.sites and "pairs its activation with its out dimension" in skipped.reason
 
 
 def test_reasons_for_what_is_no_contraction(capture_joint, product) -> None:
@@ -79,8 +79,8 @@ def test_reasons_for_what_is_no_contraction(capture_joint, product) -> None:
             return dy @ w, dy.flatten(0, 1).t() @ (dy @ w).flatten(0, 1)
 
     cases = [
-        (lambda x, w: F.linear(x, w) + w.sum(), "sum with something that is no matrix|no matmul but"),
-        (lambda x, w: F.linear(x, w) * w.sin().sum(), "no matmul but aten"),
+        (lambda x, w: F.linear(x, w) + w.sum(), "a part is not a matrix|not a matmul"),
+        (lambda x, w: F.linear(x, w) * w.sin().sum(), "computed by aten.* not a matmul"),
         (lambda x, w: Quadratic.apply(x, w) + 0 * F.linear(x, w).detach(), "both operands depend"),
         (lambda x, w: F.linear(x, w).detach() * x.sum(), "no gradient reaches it"),
     ]

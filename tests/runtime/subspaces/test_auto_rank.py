@@ -112,7 +112,7 @@ def test_a_checkpoint_of_other_ranks_in_layers_that_share_a_graph_is_refused() -
         block.compile(backend=backend)
     other = OasisAdamW(again.parameters(), lr=1e-2)
     other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(RuntimeError, match="layers that share a compiled graph have different ranks"):
+    with pytest.raises(RuntimeError, match=r"layers that share the compiled graph of .* have different ranks"):
         train(again, other, range(1))
     torch._dynamo.reset()
     other.load_state_dict(other.resize_checkpoint(optimizer.state_dict(), 0.25))
