@@ -131,7 +131,7 @@ LEFT = {
     "a part and the whole": (lambda x, w: F.linear(x, w)[..., :2] * F.linear(x, w[:2]), (4, 6), "parts that overlap"),
     "a part of the features": (lambda x, w: F.linear(x[..., :3], w[:, :3]), (4, 6), "put together along its features"),
     "every second row": (lambda x, w: F.linear(x, w[::2]), (4, 6), "only getitem"),
-    "experts' rows": (lambda x, w: torch.bmm(x, w[:, :, 1:]), (3, 6, 4), "or of parts of rows"),
+    "experts' rows": (lambda x, w: torch.bmm(x, w[:, :, 1:]), (3, 6, 4), "or from parts of rows"),
     "a view that splits rows": (lambda x, w: torch.einsum("bsn,hdn->bshd", x, w.view(2, 2, 6)), (4, 6), "only view"),
     "an expanded weight": (lambda x, w: torch.bmm(x, w.expand(3, 6, 5)), (6, 5), "only expand"),
     "bilinear": (lambda x, w: F.bilinear(x, x, w), (5, 6, 6), "only bilinear"),
