@@ -11,23 +11,7 @@ from oasis_fx import AutoRank, LowRankGrad, OasisAdamW, OasisLion, OasisMuon, Oa
 from oasis_fx.runtime.optim import step as optimizer_step
 from oasis_fx.runtime.subspaces.rules import Oja
 
-
-class Net(torch.nn.Module):
-    """What ``narrow`` reads has two directions; what ``wide`` reads has all of 64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.narrow, self.wide = torch.nn.Linear(64, 64), torch.nn.Linear(64, 32)
-
-    def forward(self, x):
-        a = x[:, :2] @ torch.linspace(-1, 1, 128, dtype=x.dtype).view(2, 64)
-        return self.wide(x) + self.narrow(a)[:, :32]
-
-
-def loss_of(model, step: int) -> torch.Tensor:
-    x = torch.randn(96, 64, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-    return (model(x) - x[:, :32].sin()).square().mean()
+from .narrow_and_wide import Net, loss_of, train
 
 
 def start(rank, make=OasisAdamW, **settings):
@@ -35,17 +19,6 @@ def start(rank, make=OasisAdamW, **settings):
     model = Net().double()
     compiled = torch.compile(model, backend=oasis_backend(rank, inner="aot_eager", **settings))
     return model, compiled, make(model.parameters(), lr=1e-2)
-
-
-def train(compiled, optimizer, steps) -> list[float]:
-    losses = []
-    for step in steps:
-        loss = loss_of(compiled, step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def ranks(optimizer) -> list[int]:

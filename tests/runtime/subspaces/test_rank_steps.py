@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,38 +12,17 @@ from oasis_fx import AutoRank, OasisAdamW, oasis_backend
 from oasis_fx.runtime.optim import step as optimizer_step
 from oasis_fx.runtime.subspaces.rules import Oja
 
+from . import narrow_and_wide
+from .narrow_and_wide import Net
 
-class Net(torch.nn.Module):
-    """What ``narrow`` reads has two directions; what ``wide`` reads has all of 32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.narrow, self.wide = torch.nn.Linear(32, 32), torch.nn.Linear(32, 16)
-        self.double()
-
-    def forward(self, x):
-        a = x[:, :2] @ torch.linspace(-1, 1, 64, dtype=x.dtype).view(2, 32)
-        return self.wide(x) + self.narrow(a)[:, :16]
+train = partial(narrow_and_wide.train, shape=(64, 32))
 
 
 def start(rank, **settings):
     torch._dynamo.reset()
-    model = Net()
+    model = Net(32).double()
     compiled = torch.compile(model, backend=oasis_backend(rank, inner="aot_eager", **settings))
     return model, compiled, OasisAdamW(model.parameters(), lr=1e-2)
-
-
-def train(compiled, optimizer, steps) -> list[float]:
-    losses = []
-    for step in steps:
-        x = torch.randn(64, 32, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        loss = (compiled(x) - x[:, :16].sin()).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def test_ranks_are_shared_out_at_the_hundredth_step_and_the_thousandth() -> None:
