@@ -7,16 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
-from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, Rule, rule_of
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower
 from oasis_fx.runtime.subspaces.store import STORE
+from tests.rules import moving_every
 
 ALL = ["oja", "pca", "random", "principal_random", "sampled", "gradient_svd", "gradient_oja", "gradient_power", "dct",
        DCT("gradient"), GradientPower(error_feedback=True)]  # fmt: skip
-
-
-def moving_every(rule: str | Rule, steps: int) -> Rule:
-    """The rule with that period; `Sampled` takes none."""
-    return rule_of(rule) if rule == "sampled" else rule_of(rule, every=steps)
 
 
 def matmul(w, x, y, half):

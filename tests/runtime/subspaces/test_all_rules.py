@@ -9,6 +9,7 @@ from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.runtime.optim.items import find_items
 from oasis_fx.runtime.optim.preparation import prepare_state
 from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, Rule, rule_of
+from tests.rules import moving_every
 
 from .two_weights import Net, batch, loss_of
 
@@ -17,11 +18,6 @@ RANK, LR = 4, 0.02
 
 ALL = ["oja", "pca", "random", "principal_random", "sampled", "gradient_svd", "gradient_oja", "gradient_power", "dct",
        DCT("gradient"), GradientPower(error_feedback=True)]  # fmt: skip
-
-
-def moving_every(rule: str | Rule, steps: int) -> Rule:
-    """The rule with that period; `Sampled` takes none."""
-    return rule_of(rule) if rule == "sampled" else rule_of(rule, every=steps)
 
 
 def name_of(rule: str | Rule) -> str:

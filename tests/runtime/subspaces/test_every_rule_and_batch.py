@@ -10,18 +10,14 @@ import torch.nn.functional as F
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows
-from oasis_fx.runtime.subspaces.rules import DCT, GradientPower, Rule, rule_of
+from oasis_fx.runtime.subspaces.rules import DCT, GradientPower
 from oasis_fx.runtime.subspaces.store import STORE
+from tests.rules import moving_every
 
 N_IN, N_OUT, RANK = 6, 7, 3
 BY_X = ["oja", "pca", "random", "principal_random", "sampled", "dct"]
 BY_GRADIENT = ["gradient_svd", "gradient_oja", "gradient_power", DCT("gradient"), GradientPower(error_feedback=True)]
 ALL = [*BY_X, *BY_GRADIENT]
-
-
-def moving_every(rule: str | Rule, steps: int) -> Rule:
-    """The rule with that period; `Sampled` takes none."""
-    return rule_of(rule) if rule == "sampled" else rule_of(rule, every=steps)
 
 
 class Twice(torch.nn.Module):

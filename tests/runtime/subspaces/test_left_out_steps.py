@@ -12,9 +12,10 @@ import torch
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows
 from oasis_fx.runtime.subspaces.basis_updates import move_bases
-from oasis_fx.runtime.subspaces.rules import DCT, DrawnRule, GradientPower, Random, Rule, rule_of
+from oasis_fx.runtime.subspaces.rules import DCT, DrawnRule, GradientPower, Random, rule_of
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import SubspaceSpec, initial_basis, new_subspace
+from tests.rules import moving_every
 
 RANK, EVERY = 3, 2
 
@@ -37,11 +38,6 @@ class Rotating(DrawnRule):
 
 ALL = ["oja", "pca", "random", "principal_random", "sampled", "gradient_svd", "gradient_oja", "gradient_power", "dct",
        DCT("gradient"), GradientPower(error_feedback=True), Rotating()]  # fmt: skip
-
-
-def moving_every(rule: str | Rule, steps: int) -> Rule:
-    """The rule with that period; `Sampled` takes none."""
-    return rule_of(rule) if rule == "sampled" else rule_of(rule, every=steps)
 
 
 class Net(torch.nn.Module):
