@@ -115,6 +115,7 @@ class Run:
     leaves: list[torch.Tensor]
     num_backwards: int = 0
     num_calls: int = 0
+    num_graphs: int = 0  # that Dynamo has made of the program: 0 in eager mode
     sampled: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # X and Q of dense rules
 
 
@@ -151,6 +152,7 @@ def randoms(seed: int, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
 def run_program(program: Program, backend: Any, *, tapped: bool = False) -> Run:
     """Run a program's text as its options say; ``backend`` None is eager mode."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     dtype = getattr(torch, program.options.dtype)
     names: dict[str, Any] = {
@@ -199,6 +201,7 @@ def run_program(program: Program, backend: Any, *, tapped: bool = False) -> Run:
     }  # fmt: skip
     with _note_sampled(run.sampled), _limited(SECONDS):
         exec(CALLS[program.options.calls], calls)
+    run.num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return run
 
 
