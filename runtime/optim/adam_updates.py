@@ -25,7 +25,7 @@ from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.strides import all_plain, is_packed, laid_out_as
 from oasis_fx.runtime.optim.updates import LowRankUpdate, State, real_view
-from oasis_fx.runtime.optim.weight_steps import step_weight, store_weight, zeros_like
+from oasis_fx.runtime.optim.weight_steps import step_weights, store_weight, zero_directions
 from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
@@ -52,7 +52,7 @@ def step_low_rank(updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -
     settings = step.settings
     states = [update.state for update in updates]
     means = [state["exp_avg"] for state in states]
-    directions = zeros_like(means)
+    directions = zero_directions(updates, means)
     step_fused(
         directions,
         [update.factor.to(mean.dtype) for update, mean in zip(updates, means, strict=True)],
@@ -60,9 +60,13 @@ def step_low_rank(updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -
         replace(settings, lr=1.0, weight_decay=0.0),
         step.gate,
     )
-    for update, minus_u in zip(updates, directions, strict=True):
-        step_weight(update, minus_u, step, update.rank_scale if settings.rank_scaling else 1.0)
-        if settings.step_outside_subspace and update.dense is not None:
+    scales = [update.rank_scale if settings.rank_scaling else 1.0 for update in updates]
+    if not settings.step_outside_subspace:
+        step_weights(updates, directions, step, scales)
+        return
+    for update, minus_u, scale in zip(updates, directions, scales, strict=True):
+        step_weights([update], [minus_u], step, [scale])
+        if update.dense is not None:
             _step_outside(update, minus_u, step)
 
 

@@ -26,7 +26,7 @@ from oasis_fx.runtime.optim.group_settings import (
     rounds_stochastically,
 )
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, in_wide_dtype, real_update
-from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weight
+from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weights
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class OasisLion(SubspaceOptimizer):
         return float(group["betas"][1])
 
     def step_low_rank(self, updates: Sequence[LowRankUpdate], step: Step[LionSettings]) -> None:
-        for update in updates:
-            minus_u = _direction(update.state["exp_avg"], update.factor, step)
-            step_weight(update, minus_u, step, update.rank_scale if step.settings.rank_scaling else 1.0)
+        minus_us = [_direction(update.state["exp_avg"], update.factor, step) for update in updates]
+        scales = [update.rank_scale for update in updates] if step.settings.rank_scaling else None
+        step_weights(updates, minus_us, step, scales)
         step.count([update.state for update in updates])
 
     def step_dense(self, updates: Sequence[DenseUpdate], step: Step[LionSettings]) -> None:

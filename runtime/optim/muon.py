@@ -36,8 +36,9 @@ from oasis_fx.runtime.optim.group_settings import (
     check_rounding,
     rounds_stochastically,
 )
+from oasis_fx.runtime.optim.kernels import dispatch
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
-from oasis_fx.runtime.optim.weight_steps import step_weight
+from oasis_fx.runtime.optim.weight_steps import step_weights
 
 
 @dataclass(frozen=True)
@@ -135,19 +136,19 @@ class OasisMuon(SubspaceOptimizer):
             batches.setdefault((m.shape, m.dtype), []).append(update)
         for batch in batches.values():
             directions = orthogonalize(torch.stack([update.state["momentum_buffer"] for update in batch]))
+            minus_os, factors = list[torch.Tensor](), list[float]()
             for update, o in zip(batch, directions, strict=True):
                 factor = settings.scale * math.sqrt(max(o.shape[0], update.basis.shape[0]))
-                if settings.rank_scaling:
-                    factor *= _rank_scale(update, o.shape[0])
-                minus_o = step.where(-_limited(update.state, o, step))
-                step_weight(update, minus_o, step_of_weight, factor)
+                factors.append(factor * _rank_scale(update, o.shape[0]) if settings.rank_scaling else factor)
+                minus_os.append(step.where(-_limited(update.state, o, step)))
+            step_weights(batch, minus_os, step_of_weight, factors)
         step.count([update.state for update in updates])
 
     def step_dense(self, updates: Sequence[DenseUpdate], step: Step[MuonSettings]) -> None:
         adam = step.settings.adam
         if adam.stochastic_rounding:
             step_of_weight = Step(adam, step.gate, step.generator)
-            for update in updates:
+            for update in dispatch.step_dense_bfloat16(updates, step_of_weight):
                 step_dense_bfloat16(update.weight, update.gradient, update.state, step_of_weight)
             return
         weights, gradients = [update.weight for update in updates], [update.gradient for update in updates]

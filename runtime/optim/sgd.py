@@ -24,7 +24,7 @@ from oasis_fx.runtime.optim.group_settings import (
     rounds_stochastically,
 )
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, in_wide_dtype
-from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weight
+from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weights
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,8 @@ class OasisSGD(SubspaceOptimizer):
         )
 
     def step_low_rank(self, updates: Sequence[LowRankUpdate], step: Step[SGDSettings]) -> None:
-        for update in updates:
-            minus_u = _direction(update.state["momentum_buffer"], update.factor, step)
-            step_weight(update, minus_u, step)
+        minus_us = [_direction(update.state["momentum_buffer"], update.factor, step) for update in updates]
+        step_weights(updates, minus_us, step)
         step.count([update.state for update in updates])
 
     def step_dense(self, updates: Sequence[DenseUpdate], step: Step[SGDSettings]) -> None:

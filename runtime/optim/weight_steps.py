@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -25,20 +25,39 @@ class WeightSettings(Protocol):
     def stochastic_rounding(self) -> bool: ...
 
 
-def step_weight(
-    update: LowRankUpdate, minus_u: torch.Tensor, step: Step[WeightSettings], lr_factor: float = 1.0
+def step_weights(
+    updates: Sequence[LowRankUpdate],
+    minus_us: Sequence[torch.Tensor],
+    step: Step[WeightSettings],
+    lr_factors: Sequence[float] | None = None,
 ) -> None:
-    """Step one weight by a direction in the coordinates of its basis.
+    """Step weights of one device and dtype by directions in the coordinates of their bases.
+
+    On a GPU all weights of a shape are one launch of a kernel.
 
     Args:
-        minus_u: -U [m, r], in the dtype of the basis; zero where the gate of the step is false.
-        lr_factor: multiplies the learning rate, except in weight decay.
+        minus_us: -U [m, r] of each, in the dtype of its basis; zero where the gate of the step is false.
+        lr_factors: of each; multiplies the learning rate, except in weight decay. None for 1.
     """
-    weight, basis, settings = update.weight, update.basis, step.settings
-    keep, alpha = 1 - settings.lr * settings.weight_decay, settings.lr * lr_factor
-    rounding = step.generator if settings.stochastic_rounding else None
-    if dispatch.add_product(update, minus_u, keep, alpha, step.gate, rounding):
-        return
+    settings = step.settings
+    factors = [1.0] * len(updates) if lr_factors is None else lr_factors
+    left = dispatch.add_products(
+        updates,
+        minus_us,
+        factors,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        gate=step.gate,
+        generator=step.generator if settings.stochastic_rounding else None,
+    )
+    for place in left:
+        step_weight(updates[place], minus_us[place], step, factors[place])
+
+
+def step_weight(update: LowRankUpdate, minus_u: torch.Tensor, step: Step[WeightSettings], lr_factor: float) -> None:
+    """Step one weight as `step_weights` does, by torch's operators."""
+    weight, basis = update.weight, update.basis
+    alpha = step.settings.lr * lr_factor
     full = weight if weight.dtype == basis.dtype else weight.to(basis.dtype)
     add_product_(full, minus_u, basis, update.features, beta=_decay(full, step), alpha=alpha)
     store_weight(weight, full, step)
@@ -77,13 +96,20 @@ def store_weight(weight: torch.Tensor, full: torch.Tensor, step: Step[WeightSett
         weight.copy_(full)
 
 
-def zeros_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return zeros of the shapes and dtypes of tensors of one device, in one allocation for each dtype."""
+def zero_directions(updates: Sequence[LowRankUpdate], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return zeros of the shapes and dtypes of tensors of one device, in one allocation for each dtype.
+
+    Those of weights of one shape lie side by side, so that `step_weights` reads them as one tensor.
+    """
+    kinds: dict[Any, dict[Any, list[int]]] = {}
+    for place, (update, tensor) in enumerate(zip(updates, like, strict=True)):
+        of_dtype = kinds.setdefault(tensor.dtype, {})
+        of_dtype.setdefault((tensor.shape, update.basis.shape, update.orthonormal), []).append(place)
     zeros: dict[int, torch.Tensor] = {}
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        places = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        sizes = [tensors[index].numel() for index in places]
-        buffer = torch.zeros(sum(sizes), dtype=dtype, device=tensors[0].device)
-        for index, part in zip(places, torch.split(buffer, sizes), strict=True):
-            zeros[index] = part.view(tensors[index].shape)
-    return [zeros[index] for index in range(len(tensors))]
+    for dtype, of_dtype in kinds.items():
+        places = [place for group in of_dtype.values() for place in group]
+        sizes = [like[place].numel() for place in places]
+        buffer = torch.zeros(sum(sizes), dtype=dtype, device=like[0].device)
+        for place, part in zip(places, torch.split(buffer, sizes), strict=True):
+            zeros[place] = part.view(like[place].shape)
+    return [zeros[place] for place in range(len(like))]

@@ -6,14 +6,14 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from oasis_fx.errors import OasisWarning
 from oasis_fx.graph.matricization import rows_view
 from oasis_fx.runtime.optim.context import Step
+from oasis_fx.runtime.optim.kernels.layouts import row_stride
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
 from oasis_fx.runtime.subspaces.momentum import bias_correction
 
@@ -24,13 +24,21 @@ DEVICES = ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class Kernels(NamedTuple):
+    """What launches kernels, and imports Triton."""
+
+    add_products: Callable[..., None]
+    step_dense_adamw: Callable[..., None]
+
+
 @functools.cache
-def _kernels() -> ModuleType | None:
+def _kernels() -> Kernels | None:
     try:
-        from oasis_fx.runtime.optim.kernels import triton_kernels
+        from oasis_fx.runtime.optim.kernels.add_products import add_products_
+        from oasis_fx.runtime.optim.kernels.dense_adamw import step_dense_adamw_
     except ImportError:  # a torch built without Triton
         return None
-    return triton_kernels
+    return Kernels(add_products_, step_dense_adamw_)
 
 
 _broken = False
@@ -41,12 +49,15 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[None
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _launch(run: Callable[[], None], device: torch.device) -> bool:
+def _launch(run: Callable[[Kernels], None], device: torch.device) -> bool:
     """Run a kernel and return whether it ran; warn once on a machine that cannot build kernels."""
     global _broken
+    kernels = _kernels()
+    if _broken or kernels is None:
+        return False
     try:
         with device_guard(device):
-            run()
+            run(kernels)
     except Exception as error:
         _broken = True
         why = f"{type(error).__name__}: {error}"
@@ -56,82 +67,135 @@ def _launch(run: Callable[[], None], device: torch.device) -> bool:
     return True
 
 
-def _usable(*tensors: torch.Tensor) -> bool:
-    return not _broken and all(tensor.device.type in DEVICES for tensor in tensors) and _kernels() is not None
+def _usable(tensor: torch.Tensor) -> bool:
+    return not _broken and tensor.device.type in DEVICES and _kernels() is not None
 
 
-def add_product(
-    update: LowRankUpdate,
-    u: torch.Tensor,
-    keep: float,
-    alpha: float,
+def add_products(
+    updates: Sequence[LowRankUpdate],
+    us: Sequence[torch.Tensor],
+    factors: Sequence[float],
+    *,
+    lr: float | torch.Tensor,
+    weight_decay: float,
     gate: torch.Tensor | None,
     generator: torch.Generator | None,
-) -> bool:
-    """Compute ``W = keep W + alpha U Q^T`` in place by a kernel, rounded stochastically where there is a generator.
+) -> list[int]:
+    """Compute ``W = (1 - lr weight_decay) W + lr factor U Q^T`` in place, by one kernel for all weights of a kind.
 
     Args:
-        u: U [m, r], float32.
-        gate: bool scalar; where it is false, the weight stays as it is. None for true.
+        updates: of weights of one device and dtype.
+        us: U [m, r] of each. Those of one kind that lie side by side in memory, in order, are not copied: see
+            `oasis_fx.runtime.optim.weight_steps.zero_directions`.
+        factors: of each, of the learning rate, but not in weight decay.
+        lr: or a tensor with one element on the device.
+        gate: bool scalar; where it is false, weights stay as they are. None for true.
+        generator: where weights are rounded stochastically.
 
     Returns:
-        Whether a kernel did. Where none suits, nothing has changed.
+        The places of the updates that no kernel has computed, in order. Their weights have not changed.
     """
-    weight, basis = update.weight, update.basis
-    if not _usable(weight) or weight.dtype not in _DTYPES or basis.dtype != torch.float32:
-        return False
-    rows = rows_view(weight, update.features)
-    if rows is None or not (u.is_contiguous() and basis.is_contiguous()):
-        return False
+    kinds: dict[Any, list[int]] = {}
+    rows: dict[int, torch.Tensor] = {}
+    for place, (update, u, factor) in enumerate(zip(updates, us, factors, strict=True)):
+        view = _matrix_of(update, u)
+        if view is not None:
+            rows[place] = view
+            kinds.setdefault((view.shape, row_stride(view), view.dtype, u.shape, factor), []).append(place)
+    left = set(range(len(updates)))
+    for (*_, factor), places in kinds.items():
+        weights, bases = [rows[place] for place in places], [updates[place].basis for place in places]
+        given = {"lr": lr, "weight_decay": weight_decay, "factor": factor, "gate": gate}
+        bank = as_bank([us[place] for place in places])
+        run = functools.partial(_add_products, weights, bank, bases, given, generator)
+        if not _launch(run, weights[0].device):
+            break
+        # A kernel does not, and autograd looks at it.
+        torch.autograd.graph.increment_version([updates[place].weight for place in places])
+        left.difference_update(places)
+    return sorted(left)
+
+
+def _add_products(
+    weights: list[torch.Tensor],
+    bank: torch.Tensor,
+    bases: list[torch.Tensor],
+    given: dict[str, Any],
+    generator: torch.Generator | None,
+    kernels: Kernels,
+) -> None:
     seed = None if generator is None else _next_seed(generator)
-    done = _launch(
-        lambda: _kernels().add_product_(rows, u, basis, keep=keep, alpha=alpha, gate=gate, seed=seed),  # type: ignore[union-attr]
-        weight.device,
-    )
-    if done:
-        torch.autograd.graph.increment_version(weight)  # a kernel does not, and autograd looks at it
-    return done
+    kernels.add_products(weights, bank, bases, **given, seed=seed)
+
+
+def _matrix_of(update: LowRankUpdate, u: torch.Tensor) -> torch.Tensor | None:
+    """Return a weight as the matrix [m, n] that the kernel steps; None where it would not."""
+    weight, basis = update.weight, update.basis
+    if not _usable(weight) or weight.dtype not in _DTYPES or weight.numel() == 0:
+        return None
+    if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in (u, basis)):
+        return None
+    rows = rows_view(weight, update.features)
+    return None if rows is None or row_stride(rows) is None else rows
+
+
+def as_bank(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return contiguous tensors of one shape as one [k, ...]: a view where they lie side by side, in order."""
+    first, size = tensors[0], tensors[0].numel()
+    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    if all(
+        tensor.untyped_storage().data_ptr() == storage and tensor.storage_offset() == start + number * size
+        for number, tensor in enumerate(tensors)
+    ):
+        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+    return torch.stack(list(tensors))
 
 
 def step_dense_bfloat16(updates: Sequence[DenseUpdate], step: Step[AdamWSettings]) -> list[DenseUpdate]:
-    """Step bfloat16 weights by AdamW with stochastic rounding, one kernel for each.
+    """Step bfloat16 weights of one device by AdamW with stochastic rounding, all in one kernel.
+
+    Those whose sizes or addresses 16 does not divide are a second launch, which loads entry by entry.
 
     Returns:
         The updates that no kernel suits. Their weights and states have not changed.
     """
-    suited = [update for update in updates if _usable(update.weight) and _is_plain_bfloat16(update)]
-    if not suited:
-        return list(updates)
-    steps = [update.state["step"] for update in suited]
-    counts = torch.stack(steps) + 1
-    betas = step.settings.beta1, step.settings.beta2
-    biases = torch.stack([bias_correction(beta, counts) for beta in betas], dim=1).float()
-    for number, update in enumerate(suited):
-        run = functools.partial(_step_one, update, biases[number], step, _next_seed(step.generator))
-        done = _launch(run, update.weight.device)
-        if not done:
-            suited = suited[:number]
+    kinds: dict[bool, list[DenseUpdate]] = {}
+    for update in updates:
+        if _usable(update.weight) and _is_plain_bfloat16(update):
+            kinds.setdefault(_is_aligned(update), []).append(update)
+    done: set[int] = set()
+    for batch in kinds.values():
+        if not _launch(functools.partial(_step_batch, batch, step), batch[0].weight.device):
             break
-    if suited:
-        step.count([update.state for update in suited])
-    done_with = {id(update) for update in suited}
-    return [update for update in updates if id(update) not in done_with]
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.autograd.graph.increment_version([update.state[name] for update in batch])
+        torch.autograd.graph.increment_version([update.weight for update in batch])
+        step.count([update.state for update in batch])
+        done.update(id(update) for update in batch)
+    return [update for update in updates if id(update) not in done]
 
 
-def _step_one(update: DenseUpdate, biases: torch.Tensor, step: Step[AdamWSettings], seed: int) -> None:
-    weight, state, settings = update.weight, update.state, step.settings
-    _kernels().step_adamw_(  # type: ignore[union-attr]
-        weight, update.gradient, state["exp_avg"], state["exp_avg_sq"], biases, lr=settings.lr,
+def _step_batch(batch: Sequence[DenseUpdate], step: Step[AdamWSettings], kernels: Kernels) -> None:
+    settings, counts = step.settings, torch.stack([update.state["step"] for update in batch]) + 1
+    biases = torch.stack([bias_correction(beta, counts) for beta in (settings.beta1, settings.beta2)], dim=1).float()
+    kernels.step_dense_adamw(
+        *zip(*(_tensors_of(update) for update in batch), strict=True), biases.contiguous(), lr=settings.lr,
         beta1=settings.beta1, beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay,
-        gate=step.gate, seed=seed,
+        gate=step.gate, seed=_next_seed(step.generator),
     )  # fmt: skip
-    for changed in (weight, state["exp_avg"], state["exp_avg_sq"]):
-        torch.autograd.graph.increment_version(changed)
+
+
+def _tensors_of(update: DenseUpdate) -> tuple[torch.Tensor, ...]:
+    return update.weight, update.gradient, update.state["exp_avg"], update.state["exp_avg_sq"]
 
 
 def _is_plain_bfloat16(update: DenseUpdate) -> bool:
-    tensors = update.weight, update.gradient, update.state["exp_avg"], update.state["exp_avg_sq"]
-    return all(tensor.dtype == torch.bfloat16 and tensor.is_contiguous() for tensor in tensors)
+    tensors = _tensors_of(update)
+    return all(tensor.dtype == torch.bfloat16 and tensor.is_contiguous() and tensor.numel() for tensor in tensors)
+
+
+def _is_aligned(update: DenseUpdate) -> bool:
+    return update.weight.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in _tensors_of(update))
 
 
 def _next_seed(generator: torch.Generator) -> int:
