@@ -32,6 +32,12 @@ def main() -> None:
     record.add({"runs": args.device == "cuda"})
     if args.device != "cuda":
         return
+    rows = []
+    for case in _error_cases():
+        found = _guarded(_errors, *case.values())
+        record.add({**case, "dtype": str(case["dtype"])} | found)
+        rows.append([*case.values(), *found.values()])
+    print(tabulate(rows, ["dtype", "rank", "turned", "error", "stays"], floatfmt=".2g"), flush=True)
     copied = _copy_bandwidth()
     record.add({"copy_gb_per_s": copied})
     print(f"a copy: {copied:.0f} GB/s")
@@ -44,12 +50,6 @@ def main() -> None:
     found = _guarded(_dense_bandwidth)
     record.add({"dense": "bfloat16, stochastic rounding"} | found)
     print("AdamW on dense bfloat16 weights", found, flush=True)
-    rows = []
-    for case in _error_cases():
-        found = _guarded(_errors, *case.values())
-        record.add({**case, "dtype": str(case["dtype"])} | found)
-        rows.append([*case.values(), *found.values()])
-    print(tabulate(rows, ["dtype", "rank", "turned", "error", "stays"], floatfmt=".2g"), flush=True)
 
 
 def _speed_cases(tiny: bool) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 Command = Callable[[Path, str, bool], list[str]]
@@ -20,11 +20,13 @@ class Part:
         name: of the part, and of the file that it writes.
         seconds: after which it is cut off.
         command: arguments of Python, from the folder for results, the device, and whether sizes are to be small.
+        environment: variables of the part.
     """
 
     name: str
     seconds: float
     command: Command
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def _module(name: str) -> Command:
@@ -50,8 +52,8 @@ def _steps(model: str, layers: int, batch: int, seq: int, options: list[str]) ->
 
 
 def _tests(out: Path, device: str, tiny: bool) -> list[str]:
-    # Eight at a time: they compile on the CPU for most of their time. Where there is no GPU all are skipped.
-    return ["-m", "pytest", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider", "-n", "1" if tiny else "8",
+    # A process each: they compile on the CPU for most of their time. Where there is no GPU all are skipped.
+    return ["-m", "pytest", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider", "-n", "1" if tiny else "14",
             "--tb", "short", "-p", "benchmarks.gpu.report_at_once"]  # fmt: skip
 
 
@@ -60,6 +62,7 @@ PARTS = (
     Part("optimizer_step", 100, _module("optimizer_step")),
     # The blocks of an 8B Llama without its vocabulary: what the backend rewrites, in the proportions of 32 blocks.
     Part("steps_8b", 170, _steps("llama-8b", 4, 2, 8192, ["--vocabulary", "1024"])),
-    Part("tests", 120, _tests),
+    # Inductor would start a pool of compiling processes in each of them.
+    Part("tests", 120, _tests, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}),
     Part("steps_1b", 200, _steps("llama-1b", 16, 4, 4096, [])),
 )

@@ -42,7 +42,7 @@ def _run(part: Part, limit: float, args: argparse.Namespace) -> str:
     print(f"== {part.name}: {' '.join(command)}", flush=True)
     start = time.monotonic()
     # A group of its own: a part that is cut off takes along the processes that it has started.
-    environment = os.environ | {"OASIS_FX_REPORT": str(args.out / f"{part.name}.txt")}
+    environment = os.environ | part.environment | {"OASIS_FX_REPORT": str(args.out / f"{part.name}.txt")}
     process = subprocess.Popen(command, process_group=0, env=environment)
     try:
         code: int | None = process.wait(limit)

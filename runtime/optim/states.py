@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 def note_basis(state: dict[str, Any], subspace: Subspace) -> None:
     """Put what a checkpoint needs of the subspace into the state of a weight: shared, and changing with it."""
+    if subspace.is_noted_in(state):  # at every step but few
+        return
     for key, value in subspace.entries().items():
         if value is not None:
             state[key] = value

@@ -71,7 +71,7 @@ def cholesky_orthonormalize(batches: Sequence[torch.Tensor]) -> list[Orthonormal
         done = ~(failed_once | failed_twice) & (defect <= tolerance)  # false for NaN
     lengths = [len(a) for a in batches]
     columns = zip(twice, done.split(lengths), condition.split(lengths), strict=True)
-    return [Orthonormalized(*column) for column in columns]
+    return [Orthonormalized(q, of_batch, its_condition) for q, of_batch, its_condition in columns]
 
 
 def _scaled(a: torch.Tensor) -> torch.Tensor:

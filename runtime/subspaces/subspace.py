@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -15,6 +16,9 @@ from oasis_fx.runtime.subspaces.state import SAVED_FIELDS, SAVED_KEYS, SubspaceS
 
 if TYPE_CHECKING:
     from oasis_fx.runtime.subspaces.rules import Rule
+
+# Of these fields new objects come; others are changed in place. A subspace that replaces another has other counts.
+_REPLACEABLE = [(name, SAVED_KEYS[name]) for name in ("num_updates", "stored_basis", "code", "error", "last_move")]
 
 # By number, since a compiled graph takes tensors alone: how an operator within one finds its subspace.
 BY_HANDLE: WeakValueDictionary[int, Subspace] = WeakValueDictionary()
@@ -217,6 +221,10 @@ class Subspace(SubspaceState):
         found["basis_rank"] = self.shape[1] if rule.coded else None
         found["basis_resizable"] = None if rule.resizable else False
         return found
+
+    def is_noted_in(self, state: Mapping[str, Any]) -> bool:
+        """Return whether a state has the present objects of all entries that others can replace."""
+        return all(state.get(key) is getattr(self, name) for name, key in _REPLACEABLE)
 
     @torch.no_grad()
     def load(self, saved: SubspaceState) -> None:
