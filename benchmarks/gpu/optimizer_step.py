@@ -5,8 +5,9 @@
 Gradients come from a pass over a few tokens, since a step does not depend on how many there were. Weights are bfloat16.
 Of `STEPS` steps, each alone between two synchronisations, the medians of: ``host_ms``, until `step` returns;
 ``span_ms``, on the GPU's clock, from before the step to its end, waits for the host included. Of one more step under
-torch's profiler: ``busy_ms``, the sum over its kernels, and ``launches``. Of another one: ``waits``, operations that
-made the host wait for the GPU (`torch.cuda.set_sync_debug_mode`).
+torch's profiler: ``busy_ms``, the sum over its kernels, and ``launches``; ``longest`` has the kernels that take the
+most of it. Of another one: ``waits``, operations that made the host wait for the GPU
+(`torch.cuda.set_sync_debug_mode`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import time
 import warnings
 from argparse import Namespace
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -34,18 +36,22 @@ STEPS = 9
 def main() -> None:
     args = _parse()
     record = Record(args.out, "optimizer_step", args.device)
-    for model, layers, rank in TINY if args.tiny else CASES:
+    cases = TINY if args.tiny else [CASES[place] for place in args.cases or range(len(CASES))]
+    for model, layers, rank in cases:
         found = {}
         for name in ("stock", "oasis"):
             found[name] = _measure(name, model, layers, rank, args.device)
             _free(args.device)
         record.add({"model": model, "layers": layers, "rank": rank, **found})
-        rows = [[name, *(f"{value:.2f}" for value in values.values())] for name, values in found.items()]
+        rows = [
+            [name, *(f"{v:.2f}" for v in values.values() if isinstance(v, int | float))]
+            for name, values in found.items()
+        ]
         print(f"{model}, {layers or 'all'} blocks, rank {rank}")
         print(tabulate(rows, ["", *found["oasis"]], tablefmt="github"), flush=True)
 
 
-def _measure(name: str, size: str, layers: int | None, rank: int, device: str) -> dict[str, float]:
+def _measure(name: str, size: str, layers: int | None, rank: int, device: str) -> dict[str, Any]:
     args = Namespace(model=size, layers=layers, vocabulary=1024, batch=1, seq=64, dtype="bfloat16", device=device)
     model, batch = models.build(args)
     torch._dynamo.reset()
@@ -68,11 +74,12 @@ def _measure(name: str, size: str, layers: int | None, rank: int, device: str) -
         compute_gradients()
         times.append(_timed(optimizer, device))
     compute_gradients()
-    launches, busy = _profiled(optimizer, device)
+    launches, busy, longest = _profiled(optimizer, device)
     compute_gradients()
     waits = _waits(optimizer, device)
     host, span = (statistics.median(column) for column in zip(*times, strict=True))
-    return {"host_ms": host, "span_ms": span, "busy_ms": busy, "launches": launches, "waits": waits}
+    return {"host_ms": host, "span_ms": span, "busy_ms": busy, "launches": launches, "waits": waits,
+            "longest": longest}  # fmt: skip
 
 
 def _free(device: str) -> None:
@@ -101,16 +108,21 @@ def _timed(optimizer: torch.optim.Optimizer, device: str) -> tuple[float, float]
     return host, begin.elapsed_time(end)
 
 
-def _profiled(optimizer: torch.optim.Optimizer, device: str) -> tuple[int, float]:
-    """Number and total milliseconds of what the GPU ran."""
+def _profiled(optimizer: torch.optim.Optimizer, device: str) -> tuple[int, float, dict[str, tuple[int, float]]]:
+    """Number and total milliseconds of what the GPU ran, and both by name for the longest."""
     if device != "cuda":
         optimizer.step()
-        return 0, 0.0
+        return 0, 0.0, {}
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         optimizer.step()
         torch.cuda.synchronize()
     ran = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return len(ran), sum(event.device_time_total for event in ran) / 1000
+    by_name: dict[str, list[float]] = {}
+    for event in ran:
+        by_name.setdefault(event.name[:100], []).append(event.device_time_total / 1000)
+    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:25]
+    found_times = {name: (len(times), round(sum(times), 4)) for name, times in longest}
+    return len(ran), sum(event.device_time_total for event in ran) / 1000, found_times
 
 
 def _waits(optimizer: torch.optim.Optimizer, device: str) -> int:
@@ -131,6 +143,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--cases", type=int, nargs="*", help="places of some of the cases alone")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     return parser.parse_args()
 

@@ -25,7 +25,7 @@ from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.strides import all_plain, is_packed, laid_out_as
 from oasis_fx.runtime.optim.updates import LowRankUpdate, State, real_view
-from oasis_fx.runtime.optim.weight_steps import step_weights, store_weight, zero_directions
+from oasis_fx.runtime.optim.weight_steps import add_scaled_, step_weights, store_weight, zero_directions
 from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
@@ -33,7 +33,7 @@ from oasis_fx.runtime.subspaces.momentum import bias_correction
 class AdamWSettings:
     """The settings of one parameter group at one step, for weights of one dtype."""
 
-    lr: float
+    lr: float | torch.Tensor
     beta1: float
     beta2: float
     eps: float
@@ -84,7 +84,7 @@ def _step_outside(update: LowRankUpdate, minus_u: torch.Tensor, step: Step[AdamW
     minus_phi = -torch.linalg.vector_norm(minus_u, dim=1, keepdim=True) / norms.clamp_min(tiny)
     outside = as_rows(update.dense, update.features).to(basis.dtype) - factor @ basis.mT
     full = weight if weight.dtype == basis.dtype else weight.to(basis.dtype)
-    full.add_(from_rows(minus_phi.to(outside) * outside, weight.shape, update.features), alpha=step.settings.lr)
+    add_scaled_(full, from_rows(minus_phi.to(outside) * outside, weight.shape, update.features), step.settings.lr)
     store_weight(weight, full, step)
 
 

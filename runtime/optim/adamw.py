@@ -20,6 +20,7 @@ from oasis_fx.runtime.optim.group_settings import (
     check_flags,
     check_numbers,
     check_rounding,
+    learning_rate,
     rename_settings,
     rounds_stochastically,
 )
@@ -27,6 +28,7 @@ from oasis_fx.runtime.optim.kernels import dispatch
 from oasis_fx.runtime.optim.transport import fit_columns, transport_mean, transport_second_moment
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
 from oasis_fx.runtime.optim.weight_steps import store_weight
+from oasis_fx.runtime.subspaces import host_reads
 from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
@@ -164,7 +166,7 @@ class OasisAdamW(SubspaceOptimizer):
     def settings_of(self, group: Mapping[str, Any], dtype: torch.dtype) -> AdamWSettings:
         beta1, beta2 = (float(beta) for beta in group["betas"])
         return AdamWSettings(
-            float(group["lr"]),
+            learning_rate(group),
             beta1,
             beta2,
             float(group["eps"]),
@@ -217,6 +219,10 @@ class OasisAdamW(SubspaceOptimizer):
         step = torch.stack([s["step"] for s in states]).view(-1, 1, 1)
         bias1, bias2 = (bias_correction(float(beta), step).to(mean.dtype) for beta in group["betas"])
         moved = transport_second_moment(second, mean, overlap, bias1, bias2)
+        if not host_reads.reads_are_free(overlap.device):
+            # Bases may not have moved, as in a step that is left out: what divides and multiplies would not be exact.
+            eye = torch.eye(overlap.shape[-1], dtype=overlap.dtype, device=overlap.device)
+            moved = torch.where((overlap == eye).all(dim=(-2, -1)).view(-1, 1, 1), second, moved)
         torch._foreach_copy_([s["exp_avg_sq"] for s in states], list(moved))
         torch._foreach_copy_([s["exp_avg"] for s in states], list(transport_mean(mean, overlap)))
 

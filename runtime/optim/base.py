@@ -12,7 +12,7 @@ from oasis_fx.ranks import check_rank
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.algorithm import Algorithm
 from oasis_fx.runtime.optim.coordinates import transport_pending
-from oasis_fx.runtime.optim.group_settings import rename_settings
+from oasis_fx.runtime.optim.group_settings import is_on_device, rename_settings
 from oasis_fx.runtime.optim.items import Item, find_items
 from oasis_fx.runtime.optim.loading import prepared
 from oasis_fx.runtime.optim.resizing import resize_checkpoint, resize_live
@@ -118,7 +118,7 @@ class SubspaceOptimizer(Algorithm):
 
     def _look_for_subspaces(self, items: list[Item]) -> None:
         """Warn about dense steps, at the first step that moves anything."""
-        if self._has_looked or all(float(group["lr"]) == 0 for group in self.param_groups):
+        if self._has_looked or all(_is_zero(group["lr"]) for group in self.param_groups):
             return  # torch.distributed.checkpoint makes states by a step of length 0
         self._has_looked = True
         warn_of_dense_steps(self, items)
@@ -238,3 +238,8 @@ class SubspaceOptimizer(Algorithm):
                     group.setdefault(key, value)
         if "defaults" in state:  # of a copy or a pickle; a loaded state dict has none
             restore_copy(self, self.__dict__.pop("_resized", ()))
+
+
+def _is_zero(lr: float | torch.Tensor) -> bool:
+    """Whether a learning rate is known to be 0; one on a GPU is not looked at."""
+    return not is_on_device(lr) and float(lr) == 0

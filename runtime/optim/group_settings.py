@@ -138,6 +138,17 @@ def is_on_device(value: object) -> bool:
     return value.numel() == 1 and value.is_floating_point()
 
 
+def learning_rate(group: Mapping[str, Any]) -> float | torch.Tensor:
+    """Return ``lr`` as a float; as a tensor without dimensions where the host would wait for it.
+
+    That is the case for a tensor on the device of all parameters of the group, as schedules within CUDA graphs have it.
+    """
+    value = group["lr"]
+    if is_on_device(value) and all(weight.device == value.device for weight in group["params"]):
+        return value.detach().reshape(())  # type: ignore[no-any-return]
+    return float(value)
+
+
 def _is_decay(value: object, *, tensors: bool = False) -> bool:
     number = as_number(value, tensors=tensors)
     return number is not None and 0 <= number < 1

@@ -23,6 +23,7 @@ from oasis_fx.runtime.optim.group_settings import (
     check_flags,
     check_numbers,
     check_rounding,
+    learning_rate,
     rounds_stochastically,
 )
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, in_wide_dtype, real_update
@@ -33,7 +34,7 @@ from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weights
 class LionSettings:
     """The settings of one parameter group at one step, for weights of one dtype."""
 
-    lr: float
+    lr: float | torch.Tensor
     beta1: float
     beta2: float
     weight_decay: float
@@ -87,7 +88,7 @@ class OasisLion(SubspaceOptimizer):
         beta1, beta2 = (float(beta) for beta in group["betas"])
         rounding = rounds_stochastically(group, dtype)
         decay, scaling = float(group["weight_decay"]), bool(group.get("rank_scaling", False))
-        return LionSettings(float(group["lr"]), beta1, beta2, decay, rounding, scaling)
+        return LionSettings(learning_rate(group), beta1, beta2, decay, rounding, scaling)
 
     def mean_decay(self, group: Mapping[str, Any]) -> float:
         return float(group["betas"][1])

@@ -34,6 +34,7 @@ from oasis_fx.runtime.optim.group_settings import (
     check_momentum,
     check_numbers,
     check_rounding,
+    learning_rate,
     rounds_stochastically,
 )
 from oasis_fx.runtime.optim.kernels import dispatch
@@ -114,7 +115,7 @@ class OasisMuon(SubspaceOptimizer):
         beta1, beta2 = (float(beta) for beta in group["betas"])
         rounding = rounds_stochastically(group, dtype)
         adam = AdamWSettings(
-            float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), rounding
+            learning_rate(group), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), rounding
         )
         scaling = bool(group.get("rank_scaling", False))
         return MuonSettings(adam, float(group["momentum"]), float(group["scale"]), float(group["limit"]), scaling)

@@ -21,6 +21,7 @@ from oasis_fx.runtime.optim.group_settings import (
     check_momentum,
     check_numbers,
     check_rounding,
+    learning_rate,
     rounds_stochastically,
 )
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, in_wide_dtype
@@ -31,7 +32,7 @@ from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weights
 class SGDSettings:
     """The settings of one parameter group at one step, for weights of one dtype."""
 
-    lr: float
+    lr: float | torch.Tensor
     momentum: float
     weight_decay: float
     nesterov: bool
@@ -83,7 +84,7 @@ class OasisSGD(SubspaceOptimizer):
 
     def settings_of(self, group: Mapping[str, Any], dtype: torch.dtype) -> SGDSettings:
         return SGDSettings(
-            float(group["lr"]),
+            learning_rate(group),
             float(group["momentum"]),
             float(group["weight_decay"]),
             bool(group["nesterov"]),

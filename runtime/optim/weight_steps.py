@@ -18,7 +18,7 @@ class WeightSettings(Protocol):
     """The settings of an optimizer that the step of a weight reads."""
 
     @property
-    def lr(self) -> float: ...
+    def lr(self) -> float | torch.Tensor: ...
     @property
     def weight_decay(self) -> float: ...
     @property
@@ -56,10 +56,11 @@ def step_weights(
 
 def step_weight(update: LowRankUpdate, minus_u: torch.Tensor, step: Step[WeightSettings], lr_factor: float) -> None:
     """Step one weight as `step_weights` does, by torch's operators."""
-    weight, basis = update.weight, update.basis
-    alpha = step.settings.lr * lr_factor
+    weight, basis, lr = update.weight, update.basis, step.settings.lr
     full = weight if weight.dtype == basis.dtype else weight.to(basis.dtype)
-    add_product_(full, minus_u, basis, update.features, beta=_decay(full, step), alpha=alpha)
+    if isinstance(lr, torch.Tensor):
+        minus_u, lr = minus_u * lr, 1.0
+    add_product_(full, minus_u, basis, update.features, beta=_decay(full, step), alpha=lr * lr_factor)
     store_weight(weight, full, step)
 
 
@@ -73,16 +74,24 @@ def step_dense_weight(weight: torch.Tensor, minus_u: torch.Tensor, step: Step[We
     keep = _decay(full, step)
     if keep != 1:
         full.mul_(keep)
-    full.add_(minus_u, alpha=step.settings.lr)
+    add_scaled_(full, minus_u, step.settings.lr)
     store_weight(weight, full, step)
 
 
+def add_scaled_(full: torch.Tensor, change: torch.Tensor, lr: float | torch.Tensor) -> None:
+    """Add ``lr`` times a change of equal shape and dtype; a tensor is not read."""
+    if isinstance(lr, torch.Tensor):
+        full.add_(change * lr)
+    else:
+        full.add_(change, alpha=lr)
+
+
 def _decay(full: torch.Tensor, step: Step[WeightSettings]) -> float:
-    """Apply weight decay where there is a gate; return the factor that the caller has to apply, 1 then."""
+    """Apply weight decay where it depends on the device; return the factor that the caller has to apply, 1 then."""
     keep = 1 - step.settings.lr * step.settings.weight_decay
-    if step.gate is None or keep == 1:
+    if not isinstance(keep, torch.Tensor) and (step.gate is None or keep == 1):
         return keep
-    full.mul_(torch.where(step.gate, keep, 1.0))
+    full.mul_(keep if step.gate is None else torch.where(step.gate, keep, 1.0))
     return 1.0
 
 

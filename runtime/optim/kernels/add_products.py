@@ -27,18 +27,18 @@ _INTERPRETED = (9, 0)  # whose tiles a CPU takes in Triton's interpreter
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load_part(places, ks, rank, factor, EVEN: tl.constexpr, DTYPE: tl.constexpr):
-    """A part of a factor in the dtype of products, zeros beyond the rank."""
+def _load_part(places, ks, rank, EVEN: tl.constexpr):
+    """A part of a factor, zeros beyond the rank."""
     if EVEN:
         part = tl.load(places)
     else:
         part = tl.load(places, mask=ks < rank, other=0.0)
-    return (part * factor).to(DTYPE)
+    return part
 
 
 @triton.jit(do_not_specialize=["seed"])  # type: ignore[untyped-decorator]
 def add_products_kernel(
-    weights, bank, bases, gate, lr, decay, factor, seed, m, n, stride, rank,
+    weights, bank, bases, gate, lr, decay, seed, m, n, stride, rank,
     DTYPE: tl.constexpr, TURNED: tl.constexpr, GATED: tl.constexpr, LR_ON_DEVICE: tl.constexpr, ROUND: tl.constexpr,
     ALIGNED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, PART: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
@@ -46,8 +46,9 @@ def add_products_kernel(
     """Some chunks of the k-th weight, as it lies in memory: [m, n], its rows ``stride`` apart.
 
     Args:
-        weights, bases: addresses, int64 [k]. bank: U, float32 [k, m, r], or [k, n, r] of turned weights.
-        lr: float, or the address of one. decay, factor: floats; ``keep = 1 - lr decay``, ``alpha = lr factor``.
+        weights, bases: addresses, int64 [k]. bank: alpha U [k, m, r], or [k, n, r] of turned weights.
+        lr: float, or the address of one. decay: float; ``keep = 1 - lr decay``.
+        HALF: whether bank and bases are bfloat16; else they are float32.
     """
     open_gate = True
     if GATED:
@@ -57,11 +58,11 @@ def add_products_kernel(
             rate = tl.load(lr).to(tl.float32)
         else:
             rate = lr
-        keep, alpha = 1 - rate * decay, rate * factor
+        keep = 1 - rate * decay
         operand: tl.constexpr = tl.bfloat16 if HALF else tl.float32
         k = tl.program_id(1)
         target = tl.load(weights + k).to(tl.pointer_type(DTYPE), bitcast=True)
-        basis = tl.load(bases + k).to(tl.pointer_type(tl.float32), bitcast=True)
+        basis = tl.load(bases + k).to(tl.pointer_type(operand), bitcast=True)
         if ALIGNED:
             target, basis = tl.multiple_of(target, 16), tl.multiple_of(basis, 16)
         if TURNED:
@@ -75,7 +76,7 @@ def add_products_kernel(
         # Rows beyond the last are that one again: what comes of them is not stored.
         lefts = left + row.to(tl.int64) * rank + tl.minimum(rows, m - 1 - row)[:, None] * rank + ks[None, :]
         if not LOOP:
-            a = _load_part(lefts, ks[None, :], rank, alpha, EVEN, operand)
+            a = _load_part(lefts, ks[None, :], rank, EVEN)
         places = target + row.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
         eighths = rows[:, None] * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
         for chunk in tl.range(0, tl.minimum(CHUNKS, tl.cdiv(n - first, COLUMNS)), num_stages=1 if LOOP else STAGES):
@@ -87,11 +88,11 @@ def add_products_kernel(
             if LOOP:
                 product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
                 for start in tl.range(0, rank, PART, num_stages=STAGES):
-                    a = _load_part(lefts + start, ks[None, :], rank - start, alpha, EVEN, operand)
-                    b = _load_part(rights + start, ks[:, None], rank - start, 1.0, EVEN, operand)
+                    a = _load_part(lefts + start, ks[None, :], rank - start, EVEN)
+                    b = _load_part(rights + start, ks[:, None], rank - start, EVEN)
                     product = tl.dot(a, b, product, input_precision=PRECISION)
             else:
-                b = _load_part(rights, ks[:, None], rank, 1.0, EVEN, operand)
+                b = _load_part(rights, ks[:, None], rank, EVEN)
                 product = tl.dot(a, b, input_precision=PRECISION)
             new = tl.fma(old.to(tl.float32), keep, product)
             if ROUND:
@@ -130,18 +131,32 @@ def add_products_(
     turned, stride = layout
     m, n = first.shape[::-1] if turned else first.shape
     tile = tile_for(rank, first.dtype, _capability(first.device))
+    dtype = torch.bfloat16 if tile.half else torch.float32
+    # alpha is multiplied in here, so that U is rounded once; blocks of threads read it, and Q, several times.
+    bank = torch.mul(bank, lr * factor, out=torch.empty_like(bank, dtype=dtype))
+    if tile.half:
+        bases = _in_bfloat16(bases)
     aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (*weights, *bases))
     grid = (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns * tile.chunks), len(weights))
     add_products_kernel[grid](
         address_table(weights), bank, address_table(bases), bank if gate is None else gate,
-        lr if isinstance(lr, torch.Tensor) else float(lr), weight_decay, factor,
-        SEED_BASE + (seed or 0), m, n, stride, rank,
+        lr if isinstance(lr, torch.Tensor) else float(lr), weight_decay, SEED_BASE + (seed or 0), m, n, stride, rank,
         DTYPE=_DTYPES[first.dtype], TURNED=turned, GATED=gate is not None, LR_ON_DEVICE=isinstance(lr, torch.Tensor),
         ROUND=seed is not None, ALIGNED=aligned,
         EVEN=rank % tile.part == 0, PRECISION=tile.precision, HALF=tile.half, ROWS=tile.rows, COLUMNS=tile.columns,
         CHUNKS=tile.chunks, PART=tile.part, LOOP=tile.loop, STAGES=tile.stages, num_warps=tile.warps,
         maxnreg=tile.registers if aligned else None,  # entry by entry, more addresses are in registers
     )  # fmt: skip
+
+
+def _in_bfloat16(bases: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return bases rounded to bfloat16, those that occur several times once."""
+    known = {basis.data_ptr(): basis for basis in bases}
+    n, r = bases[0].shape
+    rounded = torch.empty(len(known), n, r, dtype=torch.bfloat16, device=bases[0].device).unbind()
+    torch._foreach_copy_(list(rounded), list(known.values()))
+    by_address = dict(zip(known, rounded, strict=True))
+    return [by_address[basis.data_ptr()] for basis in bases]
 
 
 @functools.cache

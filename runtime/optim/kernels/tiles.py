@@ -3,16 +3,17 @@
 Chosen by what ptxas makes of the kernel (`tests/runtime/optim/test_kernel_instructions.py` counts it): instructions an
 entry, registers, spills, and shared memory, of which a block of a consumer's card has 99 KiB.
 
+On an H200 the tiles for H100 and B200 were the fastest of ten or more that were tried for each of three ranks
+(`benchmarks/results/gpu`, tiles.txt): 3.0, 2.3 and 1.5 TB/s at r = 32, 128 and 256, where a copy has 4.2.
+
 Precision of the product, alpha U Q^T in float32 accumulators:
 
 - float32 weights: "tf32x3", three products of tensor cores whose error is about 1e-6 of the product, in a quarter of
   the instructions of "ieee", which spills.
-- bfloat16 and float16 weights: "tf32", which cuts U and Q to 11 bits: at most 2^-10 of each, in a product that was made
-  of a gradient of 8 bits or 11. "tf32x3" would take 20 instructions an entry at r = 32 and 33 at r = 128 on an H100;
-  this takes 16 and 18, no more than bfloat16 does. Where tensor cores are slow at tf32, which is everywhere but on an
-  H100 and a B200, U and Q are rounded to bfloat16 above r = 32, and everywhere above r = 128, where they would not fit
-  into shared memory: at most 2^-9 of each, up or down, so that no direction is preferred. Not float16: its range is
-  too small for momenta of SGD.
+- bfloat16 and float16 weights: U and Q are rounded to bfloat16, at most 2^-9 of each entry, up or down, so that no
+  direction is preferred. The gradient that U was made of has 8 bits or 11 itself. With "tf32", which would round to
+  2^-11, blocks read twice the bytes: 1.1 TB/s at r = 128 on an H200 in place of 2.3. Not float16: its range is too small
+  for momenta of SGD.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Tile:
         loop: whether the rank has several parts.
         warps: of 32 threads.
         stages: of loads in flight, over the loop of parts where there is one, else over that of chunks.
-        precision: of Triton's products, "tf32" or "tf32x3".
+        precision: of Triton's products of float32 factors.
         half: whether factors are rounded to bfloat16.
         registers: what a thread may have at most, so that a second block of threads works while one waits; None for
             any, where so few would not do.
@@ -61,13 +62,11 @@ def tile_for(rank: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile
     """
     if dtype == torch.float32:
         return Tile(128, 32, 16, min(part_of(rank), 32), rank > 32, 8, 1, "tf32x3", False)  # wider ones spill
-    fast = capability[0] in (9, 10)  # H100 and B200: tf32 by a whole warp group
-    half = rank > (128 if fast else 32)
-    if rank > 128:
-        return Tile(128, 64, 8, 64, True, 8, 2, "tf32", half)
-    # Two stages of loads of tf32 at r = 128 would take 160 KiB of an H100's shared memory, and gain nothing.
-    stages = 1 if fast and rank > 64 else 2
-    return Tile(128, 64, 8, part_of(rank), False, 8, stages, "tf32", half, 128 if rank <= 64 else None)
+    # A third stage pays where shared memory leaves room for several blocks of threads all the same.
+    stages = 3 if capability[0] in (9, 10) else 2
+    if rank <= 128:
+        return Tile(64, 64, 8, part_of(rank), False, 4, stages, "tf32", True)
+    return Tile(64, 64, 8, 64, True, 4, stages, "tf32", True)
 
 
 def part_of(rank: int) -> int:

@@ -18,7 +18,7 @@ from oasis_fx.runtime.optim.kernels.dense_adamw import BLOCK, adamw_kernel
 from oasis_fx.runtime.optim.kernels.tiles import tile_for
 
 POINTERS = {"weights": "*i64", "bases": "*i64", "bank": "*fp32", "gate": "*i1", "lr": "*fp32"}
-NUMBERS = {"decay": "fp32", "factor": "fp32", "seed": "i64"} | dict.fromkeys(("m", "n", "stride", "rank"), "i32")
+NUMBERS = {"decay": "fp32", "seed": "i64"} | dict.fromkeys(("m", "n", "stride", "rank"), "i32")
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 SHARED = {80: 163, 90: 227, 120: 99}  # KiB that a block of threads can have
 # Of bfloat16 weights with stochastic rounding, by rank.
@@ -36,7 +36,8 @@ def product(capability: int, rank: int, dtype: torch.dtype, **changed: Any) -> t
     }  # fmt: skip
     constants |= changed
     options = {"num_warps": tile.warps, "maxnreg": tile.registers if constants["ALIGNED"] else None}
-    code = sass.build(add_products_kernel, POINTERS | NUMBERS, constants, capability, **options)
+    types = POINTERS | NUMBERS | ({"bank": "*bf16"} if tile.half else {})
+    code = sass.build(add_products_kernel, types, constants, capability, **options)
     entries = tile.rows * tile.columns * tile.chunks / (32 * tile.warps)
     return code, code.executed(tile.chunks, -(-rank // tile.part)) / entries
 

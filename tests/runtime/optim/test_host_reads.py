@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,6 +75,11 @@ OPTIMIZERS = {
     "sgd": OasisSGD,
     "lion": OasisLion,
     "muon": OasisMuon,
+    "tensor lr": lambda params: OasisAdamW(params, lr=torch.tensor(1e-3)),
+    "tensor lr, sgd": lambda params: OasisSGD(params, lr=torch.tensor(1e-2)),
+    "tensor lr, lion": lambda params: OasisLion(params, lr=torch.tensor(1e-4)),
+    "tensor lr, muon": lambda params: OasisMuon(params, lr=torch.tensor([1e-3])),
+    "tensor lr, outside": lambda params: OasisAdamW(params, lr=torch.tensor(1e-3), step_outside_subspace=True),
     "outside": lambda params: OasisAdamW(params, step_outside_subspace=True),
     "nearest": lambda params: OasisAdamW(params, stochastic_rounding=False),
 }
@@ -94,3 +101,49 @@ def test_no_rule_makes_a_step_read(monkeypatch, rule) -> None:
 def test_eight_bit_states_are_not_read(monkeypatch) -> None:
     pytest.importorskip("torchao")
     assert reads_of_a_step(monkeypatch, lambda p: OasisAdamW(p, state_bits=8), torch.bfloat16, Oja()) == []
+
+
+@pytest.mark.parametrize("make", [OasisAdamW, OasisSGD, OasisLion, OasisMuon], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_learning_rate_that_is_not_read_steps_as_a_number_does(monkeypatch, make, dtype) -> None:
+    """And a schedule that changes the tensor in place is followed."""
+
+    def trained(as_tensor: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net = Net().to(dtype)
+        compiled = torch.compile(net, backend=oasis_backend(rank=8, inner="aot_eager"))
+        lr = torch.tensor(1e-2, dtype=torch.float64) if as_tensor else 1e-2
+        optimizer = make(net.parameters(), lr=lr, weight_decay=0.5, stochastic_rounding=False)
+        for _ in range(4):
+            compiled(torch.arange(5).repeat(4)).backward()
+            optimizer.step(), optimizer.zero_grad()
+            if as_tensor:
+                lr.mul_(0.5)
+            else:
+                optimizer.param_groups[0]["lr"] *= 0.5
+        return [p.detach().clone() for p in net.parameters()]
+
+    monkeypatch.setattr(host_reads, "reads_are_free", lambda device: False)
+    for one, other in zip(trained(False), trained(True), strict=True):
+        assert (one - other).norm() <= (1e-4 if dtype == torch.float32 else 4e-3) * one.norm()
+
+
+@pytest.mark.parametrize("make", [OasisAdamW, OasisSGD, OasisLion, OasisMuon], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_that_is_left_out_on_the_device_changes_nothing(monkeypatch, make, dtype) -> None:
+    """Bitwise: weights, states, bases and their counts. Moments have a bias to be divided by, so the third step is."""
+    monkeypatch.setattr(host_reads, "reads_are_free", lambda device: False)
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    compiled = torch.compile(net, backend=oasis_backend(rank=8, inner="aot_eager"))
+    optimizer = make(net.parameters(), lr=1e-2)
+    for spoilt in (1.0, 1.0, torch.inf):
+        before = copy.deepcopy(optimizer.state_dict()["state"]), [p.detach().clone() for p in net.parameters()]
+        (compiled(torch.arange(5).repeat(4)) * spoilt).backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert optimizer.num_skipped_steps == 1
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before[1], strict=True))
+    for number, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, before[0][number][key]), (number, key)
