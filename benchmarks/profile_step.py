@@ -7,35 +7,46 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import harness, models
 
-ACTIVITIES = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-
 
 def main() -> None:
     args = _parse()
     contender = harness.Contender(args.contender, args)
     model, batch, optimizer = contender.model, contender.batch, contender.optimizer
-    for _ in range(4):
-        print({part: round(seconds, 4) for part, seconds in contender.turn().items()}, flush=True)
-    with profile(activities=ACTIVITIES) as passes:
+    lines = [str({part: round(seconds, 4) for part, seconds in contender.turn().items()}) for _ in range(4)]
+    on_gpu = args.device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as passes:
         model(**batch).loss.backward()
-        torch.cuda.synchronize()
+        _wait(on_gpu)
     start = time.perf_counter()
     optimizer.step()
     host = time.perf_counter() - start
-    torch.cuda.synchronize()
-    print(f"optimizer step: {1000 * host:.1f} ms of the host, {1000 * (time.perf_counter() - start):.1f} ms in all")
+    _wait(on_gpu)
+    in_all = time.perf_counter() - start
+    lines.append(f"optimizer step: {1000 * host:.1f} ms of the host, {1000 * in_all:.1f} ms in all")
     model(**batch).loss.backward()
-    with profile(activities=ACTIVITIES) as step:
+    with profile(activities=activities) as step:
         optimizer.step()
-        torch.cuda.synchronize()
+        _wait(on_gpu)
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     for title, found in (("forward and backward", passes), ("optimizer step", step)):
-        print(f"\n{title}\n{found.key_averages().table(sort_by='self_cuda_time_total', row_limit=40)}", flush=True)
+        lines.append(f"\n{title}\n{found.key_averages().table(sort_by=order, row_limit=40)}")
+    text = "\n".join(lines)
+    print(text, flush=True)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+def _wait(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()
 
 
 def _parse() -> argparse.Namespace:
@@ -49,7 +60,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--matmul-precision", default="highest")
-    return argparse.Namespace(**vars(parser.parse_args()), device="cuda")
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, help="a file to write it to as well")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def _steps(model: str, layers: int, batch: int, seq: int, options: list[str]) ->
                      "--steps", "2"]  # fmt: skip
         else:
             sizes = ["--model", model, "--layers", str(layers), "--batch", str(batch), "--seq", str(seq),
-                     "--rank", "128", "--contenders", CONTENDERS, "--together", "4", *options]  # fmt: skip
+                     "--rank", "128", "--contenders", CONTENDERS, "--together", "4", "--steps", "4",
+                     *options]  # fmt: skip
         return ["-m", "benchmarks.run", "--out", str(out), "--device", device, "--dtype", "bfloat16", *sizes]
 
     return command
@@ -57,12 +58,24 @@ def _tests(out: Path, device: str, tiny: bool) -> list[str]:
             "--tb", "short", "-p", "benchmarks.gpu.report_at_once"]  # fmt: skip
 
 
+def _profile(out: Path, device: str, tiny: bool) -> list[str]:
+    sizes = ["--model", "64x2", "--batch", "2", "--seq", "32", "--rank", "8"] if tiny else [
+        "--model", "llama-8b", "--layers", "4", "--vocabulary", "1024", "--batch", "8", "--seq", "2048", "--rank", "128"
+    ]  # fmt: skip
+    return ["-m", "benchmarks.profile_step", "--device", device, "--out", str(out / "profile.txt"), *sizes]
+
+
+# The blocks of an 8B Llama without its vocabulary are what the backend rewrites, in the proportions of 32 blocks.
+_NO_VOCABULARY = ["--vocabulary", "1024"]
+
 PARTS = (
     Part("kernels", 60, _module("kernels")),
     Part("optimizer_step", 100, _module("optimizer_step")),
-    # The blocks of an 8B Llama without its vocabulary: what the backend rewrites, in the proportions of 32 blocks.
-    Part("steps_8b", 170, _steps("llama-8b", 4, 2, 8192, ["--vocabulary", "1024"])),
+    Part("steps_8b", 170, _steps("llama-8b", 4, 8, 2048, _NO_VOCABULARY)),
     # Inductor would start a pool of compiling processes in each of them.
     Part("tests", 120, _tests, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}),
+    Part("fits", 200, _module("fits")),
+    Part("profile", 60, _profile),
+    Part("tiles", 40, _module("tiles")),
     Part("steps_1b", 200, _steps("llama-1b", 16, 4, 4096, [])),
 )

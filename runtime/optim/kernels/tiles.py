@@ -4,16 +4,16 @@ Chosen by what ptxas makes of the kernel (`tests/runtime/optim/test_kernel_instr
 entry, registers, spills, and shared memory, of which a block of a consumer's card has 99 KiB.
 
 On an H200 the tiles for H100 and B200 were the fastest of ten or more that were tried for each of three ranks
-(`benchmarks/results/gpu`, tiles.txt): 3.0, 2.3 and 1.5 TB/s at r = 32, 128 and 256, where a copy has 4.2.
+(`benchmarks/gpu/tiles.py`): 3.0, 2.3 and 1.5 TB/s at r = 32, 128 and 256, where a copy has 4.2.
 
 Precision of the product, alpha U Q^T in float32 accumulators:
 
 - float32 weights: "tf32x3", three products of tensor cores whose error is about 1e-6 of the product, in a quarter of
   the instructions of "ieee", which spills.
-- bfloat16 and float16 weights: U and Q are rounded to bfloat16, at most 2^-9 of each entry, up or down, so that no
-  direction is preferred. The gradient that U was made of has 8 bits or 11 itself. With "tf32", which would round to
-  2^-11, blocks read twice the bytes: 1.1 TB/s at r = 128 on an H200 in place of 2.3. Not float16: its range is too small
-  for momenta of SGD.
+- bfloat16 and float16 weights: U and Q are rounded to bfloat16, at most 2^-8 of each entry, up or down, so that no
+  direction is preferred. Of the change of a weight that is 0.24 % in norm, where the gradient that U was made of has 8
+  bits or 11 itself. With "tf32", which rounds to 2^-11, blocks read twice the bytes: 1.1 TB/s at r = 128 on an H200 in
+  place of 2.3. Not float16: its range is too small for momenta of SGD.
 """
 
 from __future__ import annotations

@@ -81,9 +81,10 @@ def products() -> None:
                 assert torch.equal(weight, before)
                 continue
             expected = 0.9 * before.double() - 0.1 * u.double() @ basis.double().T
-            lost = 1e-6 if dtype == torch.float32 else 2.0**-8
+            lost = 1e-6 if dtype == torch.float32 else 1.01 * 2.0**-7  # two factors, each by half a last bit at most
             allowed = ROUNDINGS[dtype] * expected.abs() + lost * 0.1 * u.abs() @ basis.abs().T + 1e-6
-            assert ((weight.double() - expected).abs() <= allowed).all(), (dtype, r, turned, gate)
+            over = ((weight.double() - expected).abs() - allowed).max()
+            assert over <= 0, (dtype, r, turned, gate, over, settings)
 
 
 def views() -> None:
