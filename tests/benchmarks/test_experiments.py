@@ -139,6 +139,7 @@ def test_what_a_method_keeps() -> None:
     assert all(found["sum"] == sum(v for k, v in found.items() if k != "sum") for found in (adamw, oja, power))
 
 
+@pytest.mark.slow
 def test_figures_of_what_there_is(tmp_path) -> None:
     kept = runs.Runs(tmp_path / "runs", training.train)
     others = FIXED | {"data": "shakespeare", "rank_scaling": True}

@@ -181,7 +181,7 @@ def compare(spellings, inner: str, around=None) -> tuple[dict[str, bool], dict[s
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo")
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_every_spelling_is_rewritten_and_right(inner) -> None:
     low, reasons = compare(LOW_RANK, inner)
     assert all(low.values()), reasons

@@ -50,8 +50,20 @@ def assert_right(entry: Entry, name: str, found: torch.Tensor | None, expected: 
     assert error <= entry.tolerance * projected.abs().max(), f"{name}: {error}"
 
 
+# Those that take longest.
+LARGE = (
+    "UNet of diffusers", "Gemma 3", "T5 (encoder-decoder, tied embedding)", "Whisper", "Mamba-2", "CLIP",
+    "DeepSeek-V3 (MLA, experts)", "Mixtral (3-D experts, float64)", "Qwen3-MoE",
+    "LoRA of peft on Llama quantised by torchao (int8)",
+)  # fmt: skip
+
 RUNS = [
-    *(pytest.param(entry, "aot_eager", id=f"{entry.name}-aot_eager") for entry in load_all()),
+    *(
+        pytest.param(
+            entry, "aot_eager", id=f"{entry.name}-aot_eager", marks=[pytest.mark.slow] if entry.name in LARGE else []
+        )
+        for entry in load_all()
+    ),
     *(
         pytest.param(entry, "inductor", id=f"{entry.name}-inductor", marks=pytest.mark.slow)
         for entry in load_all()

@@ -35,6 +35,7 @@ def test_a_model_that_nobody_synchronizes_is_refused(tmp_path) -> None:
     assert all("call oasis_fx.distributed.prepare(model)" in found[when] for when in ("never", "no more")), found
 
 
+@pytest.mark.slow
 def test_ranks_that_change(tmp_path) -> None:
     found = result("ranks change", tmp_path)
     assert found["losses"] == pytest.approx(found["alone"], rel=1e-6) and found["equal"]
@@ -43,6 +44,7 @@ def test_ranks_that_change(tmp_path) -> None:
     assert "torch._dynamo.config.optimize_ddp = False" in found["split"]
 
 
+@pytest.mark.slow
 def test_rules_that_go_by_the_batch_are_refused(tmp_path) -> None:
     done = torchrun("batch rule", tmp_path)
     assert done.returncode != 0 and "from the batch of one rank" in done.stderr
@@ -66,6 +68,7 @@ def test_ranks_with_other_settings_are_found_out(tmp_path) -> None:
     assert done.returncode != 0 and not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["dies", "hangs"])
 def test_a_rank_that_is_lost_ends_the_job_with_an_error(tmp_path, case) -> None:
     start = time.monotonic()

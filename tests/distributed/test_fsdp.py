@@ -27,6 +27,7 @@ def test_it_trains_as_one_process_on_the_joint_batch(tmp_path, world) -> None:
         assert found["auto"]["ranks"] != [16, 51], "no rank has changed"
 
 
+@pytest.mark.slow
 def test_checkpoints_on_as_many_ranks_and_on_others(tmp_path) -> None:
     """By torch.distributed.checkpoint; a checkpoint of all rows, which `resize_checkpoint` makes, loads too."""
     saved = result("save", tmp_path, 2)

@@ -51,6 +51,7 @@ def result(folder: Path) -> dict:
     return json.loads((folder / "out" / "results.json").read_text())["results"]
 
 
+@pytest.mark.slow
 def test_comparison(folder: Path) -> None:
     done = run(folder, "--steps", 12, "--lr", 3e-3, "--compare", "oasis,adamw,lora")
     assert done.returncode == 0, done.stderr

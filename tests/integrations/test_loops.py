@@ -28,7 +28,7 @@ def num_low_rank(optimizer) -> int:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_accelerate(tmp_path, precision, accumulate) -> None:
     accelerate = pytest.importorskip("accelerate")
 
@@ -123,6 +123,7 @@ def test_lightning(tmp_path, precision) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(rest), weights(whole), strict=True))
 
 
+@pytest.mark.slow
 def test_trl(tmp_path) -> None:
     pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")

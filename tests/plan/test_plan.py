@@ -102,6 +102,7 @@ def test_what_is_saved_is_what_autograd_keeps(plain) -> None:
     assert counted == pytest.approx(saved_for_backward_bytes(loss, known), rel=0.05)
 
 
+@pytest.mark.slow
 def test_budgets_and_methods_stand_in_order(plain) -> None:
     found = {row.name: row for row in plain.rows(10**9)}
     totals = {name: row.memory.total for name, row in found.items()}

@@ -46,6 +46,7 @@ for step in range(begin, steps):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_where_it_would_have(tmp_path) -> None:
     """Ranks are shared out at the 20th step here: kills fall before, about and after it."""
     program, steps = tmp_path / "program.py", 60
