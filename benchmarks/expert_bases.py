@@ -26,8 +26,8 @@ from oasis_fx import OasisAdamW
 from oasis_fx.graph.matricization import LINEAR
 from oasis_fx.inspect.measure import optimizer_bytes
 from oasis_fx.runtime.gradients.slots import Group, lend
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 
 class _Product(torch.autograd.Function):

@@ -15,8 +15,8 @@ from oasis_fx.graph.edits import value
 from oasis_fx.graph.facts import DynamoFacts, WeightGroup
 from oasis_fx.graph.matricization import num_features, smaller_side
 from oasis_fx.passes.group_by_activation import WeightUse, group_by_activation
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 from oasis_fx.settings import Settings
 
 

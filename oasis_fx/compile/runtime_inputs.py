@@ -20,9 +20,10 @@ from oasis_fx.graph.runtime_inputs import RuntimeInputs
 from oasis_fx.runtime.gradients.in_graph import control_of, stand_in
 from oasis_fx.runtime.gradients.slots import Group, lend
 from oasis_fx.runtime.subspaces.rules import BatchRule, StatisticRule
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.state import Family, basis_dtype
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec
+from oasis_fx.runtime.subspaces.subspace import Subspace
 from oasis_fx.runtime.subspaces.versions import Versions
 
 Compiled = Callable[..., Any]

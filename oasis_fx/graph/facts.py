@@ -19,7 +19,7 @@ from oasis_fx.graph.matricization import Features
 from oasis_fx.graph.runtime_inputs import RuntimeInputs
 
 if TYPE_CHECKING:
-    from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
+    from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 
 
 @dataclass(frozen=True)

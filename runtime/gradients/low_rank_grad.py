@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 
+from oasis_fx._torch.callers import asked_by_compiler
 from oasis_fx.graph.matricization import LINEAR, Features
 from oasis_fx.runtime.gradients.cell import Cell
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.state import SubspaceState
-from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec
+from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
 class LowRankGradWarning(UserWarning):
@@ -167,13 +168,13 @@ class LowRankGrad(torch.Tensor):
 
     def data_ptr(self) -> int:
         """As torch's: the address of the matrix that the gradient turns into."""
-        if _asked_by_compiler():
+        if asked_by_compiler():
             return super().data_ptr()
         return self.become_dense().data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """As torch's: the storage of the matrix that the gradient turns into."""
-        if _asked_by_compiler():
+        if asked_by_compiler():
             return super().untyped_storage()
         return self.become_dense().untyped_storage()
 
@@ -206,16 +207,6 @@ class LowRankGrad(torch.Tensor):
         from oasis_fx.runtime.gradients.operators import run  # it imports this module
 
         return run(func, args, kwargs or {})
-
-
-def _asked_by_compiler() -> bool:
-    """Whether torch.compile asks our caller: it looks at the gradients of its inputs too, to tell memory apart.
-
-    That happens whenever a graph is compiled while gradients are there, as in the middle of an accumulation. Nothing is
-    read or written then.
-    """
-    name = str(sys._getframe(2).f_globals.get("__name__"))
-    return name.startswith(("torch._subclasses", "torch._dynamo", "torch._functorch", "torch._inductor"))
 
 
 def _wrap(cell: Cell, like: torch.Tensor) -> LowRankGrad:

@@ -16,16 +16,10 @@ from oasis_fx.runtime.optim.group_settings import is_on_device, rename_settings
 from oasis_fx.runtime.optim.items import Item, find_items
 from oasis_fx.runtime.optim.loading import prepared
 from oasis_fx.runtime.optim.resizing import resize_checkpoint, resize_live
+from oasis_fx.runtime.optim.restoring import restore_copy, restore_state
+from oasis_fx.runtime.optim.state_checks import check_state
 from oasis_fx.runtime.optim.state_numbers import pack_numbers, unpack_numbers
-from oasis_fx.runtime.optim.states import (
-    check_state,
-    gather_states,
-    pack_state,
-    restore_copy,
-    restore_state,
-    scatter_states,
-    whole_states,
-)
+from oasis_fx.runtime.optim.states import gather_states, pack_state, scatter_states, whole_states
 from oasis_fx.runtime.optim.step import are_finite, take_step, warn_of_dense_steps
 from oasis_fx.runtime.subspaces import host_reads
 from oasis_fx.runtime.subspaces.shards import is_sharded, local_gradient

@@ -20,19 +20,20 @@ import torch
 from oasis_fx.ranks import columns_of
 from oasis_fx.runtime.optim.states import note_basis, saved_states
 from oasis_fx.runtime.optim.updates import State
+from oasis_fx.runtime.subspaces.initial import initial_basis
 from oasis_fx.runtime.subspaces.rank_allocation import Spectrum, joined, share_out
 from oasis_fx.runtime.subspaces.rules import RULES
 from oasis_fx.runtime.subspaces.state import Family, SubspaceState
 from oasis_fx.runtime.subspaces.store import STORE, SavedSubspace
-from oasis_fx.runtime.subspaces.subspace import Subspace, initial_basis
+from oasis_fx.runtime.subspaces.subspace import Subspace
 
 if TYPE_CHECKING:
-    from oasis_fx.runtime.optim.algorithm import Algorithm as SubspaceOptimizer
+    from oasis_fx.runtime.optim.algorithm import Algorithm
 
 Group = Mapping[str, Any]
 
 
-def resize_live(optimizer: SubspaceOptimizer, rank: int | float) -> None:
+def resize_live(optimizer: Algorithm, rank: int | float) -> None:
     """Give every subspace of an optimizer another rank: columns, or a fraction of its n."""
     families = _waiting(optimizer)
     ranks = {subspace: columns_of(rank, subspace.shape[0]) for subspace in optimizer.subspaces()}
@@ -59,7 +60,7 @@ def resize_live(optimizer: SubspaceOptimizer, rank: int | float) -> None:
             STORE.load(weight, replace(saved, state=resized, overrides=True))
 
 
-def spend_budget(optimizer: SubspaceOptimizer) -> None:
+def spend_budget(optimizer: Algorithm) -> None:
     """Share the columns of ``rank=AutoRank(...)`` out anew, by the statistics of this step.
 
     A family without a whole set of statistics keeps its rank.
@@ -77,7 +78,7 @@ def spend_budget(optimizer: SubspaceOptimizer) -> None:
     _resize_all(optimizer, {subspace: rank for members, rank in ranks for subspace in members})
 
 
-def resize_checkpoint(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any], rank: int | float) -> dict[str, Any]:
+def resize_checkpoint(optimizer: Algorithm, state_dict: Mapping[str, Any], rank: int | float) -> dict[str, Any]:
     """A state dict of ``optimizer``'s kind with all subspaces at another rank; the given one is not changed."""
     states = state_dict["state"].items()  # those of no parameter may be of any type
     packed = {**state_dict, "state": {key: dict(state) if isinstance(state, dict) else state for key, state in states}}
@@ -117,7 +118,7 @@ def _rules_behind(code: torch.Tensor | None, r: int) -> str:
     return " or ".join(repr(rule.name) for rule in fixed) or "a rule of your own"
 
 
-def _waiting(optimizer: SubspaceOptimizer) -> dict[SavedSubspace, list[torch.Tensor]]:
+def _waiting(optimizer: Algorithm) -> dict[SavedSubspace, list[torch.Tensor]]:
     """Bases from a checkpoint that no graph has asked for yet, with their weights; binds those that one has."""
     families: dict[object, tuple[SavedSubspace, list[torch.Tensor]]] = {}
     bound = {weight for weights in optimizer.subspaces().values() for weight in weights}
@@ -135,7 +136,7 @@ def _waiting(optimizer: SubspaceOptimizer) -> dict[SavedSubspace, list[torch.Ten
     return dict(families.values())
 
 
-def _resize_all(optimizer: SubspaceOptimizer, ranks: Mapping[Subspace, int]) -> None:
+def _resize_all(optimizer: Algorithm, ranks: Mapping[Subspace, int]) -> None:
     members, groups = optimizer.subspaces(), optimizer.groups_by_weight()
     changed = {subspace: rank for subspace, rank in ranks.items() if rank != subspace.shape[1]}
     for subspace, rank in changed.items():
@@ -160,7 +161,7 @@ def _resize_all(optimizer: SubspaceOptimizer, ranks: Mapping[Subspace, int]) -> 
         torch.compiler.reset()
 
 
-def _resized(optimizer: SubspaceOptimizer, before: SubspaceState, basis: torch.Tensor, state: State) -> SubspaceState:
+def _resized(optimizer: Algorithm, before: SubspaceState, basis: torch.Tensor, state: State) -> SubspaceState:
     """The state of a subspace under its new basis, with the momentum of its weight, which has been resized."""
     after = before.resized(basis)
     if before.momentum is not None:
@@ -170,7 +171,7 @@ def _resized(optimizer: SubspaceOptimizer, before: SubspaceState, basis: torch.T
 
 
 def _resize(
-    optimizer: SubspaceOptimizer,
+    optimizer: Algorithm,
     states: Sequence[tuple[State, Group]],
     basis: torch.Tensor,
     gram: torch.Tensor,
@@ -197,7 +198,7 @@ def _resize(
     return torch.cat([kept, completed[:, kept.shape[1] :]], dim=1).contiguous()
 
 
-def _gram(optimizer: SubspaceOptimizer, states: Sequence[tuple[State, Group]], r: int) -> torch.Tensor:
+def _gram(optimizer: Algorithm, states: Sequence[tuple[State, Group]], r: int) -> torch.Tensor:
     """What the coordinates carry, by the first state of each weight: ``sum of m^T m`` [r, r]; I where none has one."""
     means = [optimizer.decoded(state)[optimizer.states[0]] for state, _ in states]
     return torch.stack([mean.mT @ mean for mean in means]).sum(dim=0) if means else torch.eye(r)

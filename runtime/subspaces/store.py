@@ -10,8 +10,10 @@ import torch
 
 from oasis_fx.graph.matricization import Features, num_features
 from oasis_fx.runtime.subspaces.by_tensor import ByTensor
+from oasis_fx.runtime.subspaces.initial import initial_basis, new_subspace
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.state import SubspaceState, basis_dtype
-from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis, new_subspace
+from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
 from oasis_fx._torch.tensors import version_of
-from oasis_fx.runtime.subspaces.seeds import generator_of
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec  # pickles of 0.2 look for it in this module
 from oasis_fx.runtime.subspaces.state import SAVED_FIELDS, SAVED_KEYS, SubspaceState
-
-if TYPE_CHECKING:
-    from oasis_fx.runtime.subspaces.rules import Rule
 
 # Of these fields new objects come; others are changed in place. A subspace that replaces another has other counts.
 _REPLACEABLE = [(name, SAVED_KEYS[name]) for name in ("num_updates", "stored_basis", "code", "error", "last_move")]
@@ -23,32 +20,6 @@ _REPLACEABLE = [(name, SAVED_KEYS[name]) for name in ("num_updates", "stored_bas
 # By number, since a compiled graph takes tensors alone: how an operator within one finds its subspace.
 BY_HANDLE: WeakValueDictionary[int, Subspace] = WeakValueDictionary()
 _handles = itertools.count(1)
-
-
-@dataclass(frozen=True)
-class SubspaceSpec:
-    """What a subspace is asked to be.
-
-    Attributes:
-        rank: columns of the basis, from 1.
-        rule: how the basis is chosen and moves, with its settings; a name stands for the rule with its defaults.
-        budget: share of n to begin with, where ``rank`` is shared out during training
-            (`oasis_fx.runtime.subspaces.rank_allocation`).
-
-    Raises:
-        ValueError: naming the value and what is allowed.
-    """
-
-    rank: int
-    rule: Rule = "oja"  # type: ignore[assignment]
-    budget: float | None = None
-
-    def __post_init__(self) -> None:
-        from oasis_fx.runtime.subspaces.rules import rule_of  # they import this module
-
-        object.__setattr__(self, "rule", rule_of(self.rule))
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank!r}: it must be a whole number from 1")
 
 
 @dataclass(frozen=True)
@@ -243,43 +214,6 @@ class Subspace(SubspaceState):
         self._num_recoded += self.code is not None
         self.forget_pending_move()
         self.drop_statistic()
-
-
-def new_subspace(basis: torch.Tensor, spec: SubspaceSpec, seed: int = 0) -> Subspace:
-    """Return a subspace that has not moved yet.
-
-    Args:
-        basis: Q [n, r] to start from, taken over without a copy; of a coded rule, for its shape, dtype and device.
-        spec: what is asked for.
-        seed: tells subspaces of one shape apart where the rule draws at random.
-    """
-    n, r = basis.shape
-    coded, dtype, device = spec.rule.coded, basis.dtype, basis.device
-    state = SubspaceState(
-        (n, r),
-        dtype,
-        device,
-        # A basis that waits for data is random: it is due at the first step, not at the k-th.
-        steps_since_due=torch.tensor(_first_count(spec), device="cpu"),
-        stored_basis=None if coded else basis.detach().contiguous(),
-        code=spec.rule.first_code(r, seed) if coded else None,
-        seed=seed,
-    )
-    return Subspace(spec, state)
-
-
-def _first_count(spec: SubspaceSpec) -> int:
-    from oasis_fx.runtime.subspaces.rules import BatchRule, DrawnRule
-
-    if isinstance(spec.rule, DrawnRule):
-        return 0
-    return spec.rule.every if isinstance(spec.rule, BatchRule) else spec.rule.every - 1
-
-
-def initial_basis(n: int, r: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """Return a random orthonormal n x r matrix: a function of the arguments only, so the same on every run and rank."""
-    gaussian = torch.randn(n, r, dtype=torch.float64, generator=generator_of(seed, n, r), device="cpu")
-    return torch.linalg.qr(gaussian).Q.to(device=device, dtype=dtype).contiguous()
 
 
 def drift_of(overlap: torch.Tensor) -> torch.Tensor:

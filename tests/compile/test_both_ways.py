@@ -11,8 +11,8 @@ from oasis_fx.graph.matricization import as_rows
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad as Gradient
 from oasis_fx.runtime.optim.items import find_items
 from oasis_fx.runtime.optim.sgd import OasisSGD
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::oasis_fx.LowRankGradWarning")
 

@@ -19,7 +19,8 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed import distributed_c10d as c10d
 
 from oasis_fx import LowRankGrad
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec, initial_basis, new_subspace
+from oasis_fx.runtime.subspaces.initial import initial_basis, new_subspace
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 
 ROWS, WIDTH, RANK = 6, 8, 3
 

@@ -11,8 +11,8 @@ from oasis_fx.inspect.measure import saved_for_backward_bytes
 from oasis_fx.inspect.report import report
 from oasis_fx.inspect.tracing import trace_model
 from oasis_fx.memory.node_costs import matmul_flops
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 from oasis_fx.settings import Settings
 from tests.tiny_llama import VOCABULARY, llama
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from oasis_fx.runtime.gradients.slots import Group, lend
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 
 class _LowRankProduct(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """The rules by which subspaces are chosen and move: one file each."""
 
-from oasis_fx.runtime.subspaces.rules.base import RULES, BatchRule, DrawnRule, Rule, StatisticRule, register, rule_of
+from oasis_fx.runtime.subspaces.rules.base import BatchRule, DrawnRule, Rule, StatisticRule
 from oasis_fx.runtime.subspaces.rules.dct import DCT
 from oasis_fx.runtime.subspaces.rules.gradient_oja import GradientOja
 from oasis_fx.runtime.subspaces.rules.gradient_power import GradientPower
@@ -9,6 +9,7 @@ from oasis_fx.runtime.subspaces.rules.oja import Oja
 from oasis_fx.runtime.subspaces.rules.pca import PCA
 from oasis_fx.runtime.subspaces.rules.principal_random import PrincipalRandom
 from oasis_fx.runtime.subspaces.rules.random import Random
+from oasis_fx.runtime.subspaces.rules.registry import RULES, register, rule_of
 from oasis_fx.runtime.subspaces.rules.sampled import Sampled
 
 __all__ = [

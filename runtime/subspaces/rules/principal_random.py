@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from oasis_fx.runtime.subspaces.rules.base import BatchRule, top_right_singular_vectors
+from oasis_fx.runtime.subspaces.rules.base import BatchRule
+from oasis_fx.runtime.subspaces.rules.singular_vectors import top_right_singular_vectors
 
 if TYPE_CHECKING:
     from oasis_fx.runtime.subspaces.subspace import Subspace

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from oasis_fx.runtime.subspaces.basis_updates import update_bases
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::oasis_fx.LowRankGradWarning", "ignore::oasis_fx.OasisWarning")
 SPEC = SubspaceSpec(16)

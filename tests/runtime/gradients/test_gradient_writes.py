@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::oasis_fx.LowRankGradWarning")
 

@@ -14,8 +14,8 @@ from oasis_fx.graph.matricization import LINEAR
 from oasis_fx.runtime.gradients import at_full_size as module
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad, LowRankGradWarning, _rebuild
 from oasis_fx.runtime.gradients.slots import Group, lend
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 SPEC = SubspaceSpec(3)
 

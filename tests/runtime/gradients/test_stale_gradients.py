@@ -11,8 +11,8 @@ from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.optim.sgd import OasisSGD
 from oasis_fx.runtime.subspaces.basis_updates import move_bases
 from oasis_fx.runtime.subspaces.rules import Random
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::oasis_fx.LowRankGradWarning")
 SPEC, FULL = SubspaceSpec(3), SubspaceSpec(8)

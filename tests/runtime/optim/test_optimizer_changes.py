@@ -10,8 +10,8 @@ from oasis_fx.runtime.optim.items import find_items
 from oasis_fx.runtime.optim.preparation import prepare_state
 from oasis_fx.runtime.optim.step import begin_step, step_low_rank
 from oasis_fx.runtime.subspaces.rules import Oja
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 SPEC = SubspaceSpec(3, Oja(lr=0.7))
 BETAS = (0.8, 0.95)

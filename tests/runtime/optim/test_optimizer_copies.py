@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 SPEC = SubspaceSpec(3)
 ALL = [OasisAdamW, OasisSGD, OasisLion, OasisMuon]

@@ -10,8 +10,8 @@ import torch
 
 from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD
 from oasis_fx.errors import OasisWarning
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 SPEC = SubspaceSpec(3)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from oasis_fx.runtime.optim.adamw import OasisAdamW
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 SPEC = SubspaceSpec(3)
 

@@ -9,8 +9,8 @@ import torch
 
 from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.subspaces.rules import Oja
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 EVERY_3 = SubspaceSpec(3, Oja(every=3))
 

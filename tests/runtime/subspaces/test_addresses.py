@@ -11,8 +11,8 @@ from oasis_fx.backend import OasisBackend
 from oasis_fx.compile.lowering import run_node_by_node
 from oasis_fx.runtime.gradients.slots import Group, lend
 from oasis_fx.runtime.optim.adamw import OasisAdamW
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 from oasis_fx.settings import Settings
 
 SPEC = SubspaceSpec(3)

@@ -12,9 +12,10 @@ import torch
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows
 from oasis_fx.runtime.subspaces.basis_updates import move_bases
+from oasis_fx.runtime.subspaces.initial import initial_basis, new_subspace
 from oasis_fx.runtime.subspaces.rules import DCT, DrawnRule, GradientPower, Random, rule_of
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec, initial_basis, new_subspace
 from tests.rules import moving_every
 
 RANK, EVERY = 3, 2

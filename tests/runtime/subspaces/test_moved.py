@@ -10,9 +10,10 @@ import torch
 from oasis_fx import OasisAdamW, oasis_backend
 from oasis_fx.runtime.subspaces.momentum import Momentum
 from oasis_fx.runtime.subspaces.rules import GradientPower, rule_of
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.state import SubspaceState
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec
+from oasis_fx.runtime.subspaces.subspace import Subspace
 
 FIELDS = {field.name: field.metadata for field in fields(SubspaceState)}
 SIZES = {"statistic": (6, 3), "overlap": (3, 3), "error": (5, 6), "last_move": (4, 3)}

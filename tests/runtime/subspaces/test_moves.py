@@ -10,9 +10,11 @@ import torch
 from oasis_fx.runtime.optim.updates import all_finite
 from oasis_fx.runtime.subspaces import orthonormalize as module
 from oasis_fx.runtime.subspaces.basis_updates import move_bases
+from oasis_fx.runtime.subspaces.initial import initial_basis, new_subspace
 from oasis_fx.runtime.subspaces.orthonormalize import orthonormalize
 from oasis_fx.runtime.subspaces.rules import Oja
-from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis, new_subspace
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
+from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
 def subspace(n: int = 9, r: int = 3, seed: int = 0, **spec) -> Subspace:

@@ -9,8 +9,10 @@ import torch
 
 from oasis_fx.runtime.subspaces.basis_updates import move_bases, update_bases
 from oasis_fx.runtime.subspaces.batched_moves import POWER_STEP
+from oasis_fx.runtime.subspaces.initial import initial_basis, new_subspace
 from oasis_fx.runtime.subspaces.rules import Oja
-from oasis_fx.runtime.subspaces.subspace import Subspace, SubspaceSpec, initial_basis, new_subspace
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
+from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
 def subspace(n=12, r=4, eta=1.0, dtype=torch.float64, updates=1, seed=0) -> Subspace:

@@ -24,7 +24,7 @@ from oasis_fx.runtime.subspaces.rules import (
     StatisticRule,
     rule_of,
 )
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from oasis_fx import OasisAdamW, oasis_backend
 from oasis_fx.runtime.subspaces.batched_moves import POWER_STEP
 from oasis_fx.runtime.subspaces.rules import DCT, GradientOja, GradientPower, PrincipalRandom, Rule, rule_of
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec
 
 from . import two_weights
 from .two_weights import Net

@@ -9,10 +9,11 @@ import weakref
 import torch
 
 from oasis_fx.graph.matricization import LINEAR
+from oasis_fx.runtime.subspaces.initial import initial_basis
 from oasis_fx.runtime.subspaces.rules import Oja
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.state import SubspaceState
 from oasis_fx.runtime.subspaces.store import SavedSubspace, SubspaceStore
-from oasis_fx.runtime.subspaces.subspace import SubspaceSpec, initial_basis
 
 SPEC = SubspaceSpec(3)
 

@@ -1,0 +1,31 @@
+"""What is asked of a subspace, which never changes: its rank and its rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oasis_fx.runtime.subspaces.rules import Rule, rule_of
+
+
+@dataclass(frozen=True)
+class SubspaceSpec:
+    """What a subspace is asked to be.
+
+    Attributes:
+        rank: columns of the basis, from 1.
+        rule: how the basis is chosen and moves, with its settings; a name stands for the rule with its defaults.
+        budget: share of n to begin with, where ``rank`` is shared out during training
+            (`oasis_fx.runtime.subspaces.rank_allocation`).
+
+    Raises:
+        ValueError: naming the value and what is allowed.
+    """
+
+    rank: int
+    rule: Rule = "oja"  # type: ignore[assignment]
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rule", rule_of(self.rule))
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank!r}: it must be a whole number from 1")
