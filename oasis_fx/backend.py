@@ -96,6 +96,7 @@ class OasisBackend:
         self.settings = settings
         self._inner_compile = inner_compile
         self._records: list[CompiledGraph] = []
+        # What its own graphs have used, of the store that all backends share (`runtime_inputs.OnUse`).
         self._subspaces: WeakKeyDictionary[Subspace, tuple[str, ...]] = WeakKeyDictionary()
         self._unmatched = set(settings.globs())
         self._lock = threading.Lock()

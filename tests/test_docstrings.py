@@ -1,4 +1,4 @@
-"""Docstrings of what users call: each says what is raised, and begins with a sentence."""
+"""Docstrings of what users call, and of the runtime: each says what is raised, and begins with a sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILES = sorted(
     [
         *(ROOT / "oasis_fx").glob("*.py"),
         *(file for room in ("cli", "distributed", "integrations") for file in (ROOT / "oasis_fx" / room).glob("*.py")),
-        *(ROOT / "runtime/subspaces/rules").glob("*.py"),
+        *(ROOT / "runtime").rglob("*.py"),
     ]
 )
 SPECIAL = ("__init__", "__post_init__", "__new__")  # what they raise is said where the class is described
@@ -50,3 +50,19 @@ def test_a_docstring_begins_with_a_sentence(file: Path) -> None:
         if text is not None:
             first = text.split("\n\n")[0]
             assert first[0] == first[0].upper() and first.endswith((".", ":")), node.name
+
+
+# A sentence about what a function does begins with its verb; what begins with one of these is a fragment.
+FRAGMENTS = {"A", "An", "All", "Another", "As", "Each", "How", "Of", "The", "What", "Where", "Whether", "Which"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_docstring_of_a_function_begins_with_a_verb(file: Path) -> None:
+    """An IDE shows a first line alone. That of a property says what its value is, as that of a class does."""
+    for node in public(ast.parse(file.read_text()).body):
+        text = ast.get_docstring(node)
+        is_function = isinstance(node, ast.FunctionDef) and not any(
+            "property" in ast.unparse(d) for d in node.decorator_list
+        )
+        if text is not None and is_function:
+            assert text.split()[0] not in FRAGMENTS and text[0].isalpha(), node.name

@@ -34,7 +34,7 @@ def trace(args: argparse.Namespace, settings: Settings) -> list[CompiledGraph]:
 
 
 def explain(records: Sequence[CompiledGraph]) -> str:
-    """The text of ``explain``: one table for each graph."""
+    """Return the text of ``explain``: one table for each graph."""
     from oasis_fx.inspect.report import report
 
     tables = [str(graph) for graph in report(records)]
@@ -44,7 +44,7 @@ def explain(records: Sequence[CompiledGraph]) -> str:
 
 
 def report_as_page(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
-    """The page of ``explain --html``.
+    """Return the page of ``explain --html``.
 
     Raises:
         ValueError: ``--only`` names nothing of the model.

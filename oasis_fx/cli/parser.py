@@ -88,7 +88,7 @@ def plan_settings_of(args: argparse.Namespace) -> Settings:
 
 
 def parse_rank(text: str) -> Any:
-    """The rank that a text stands for: a number, ``auto:0.25``, or a JSON dict of globs to numbers.
+    """Return the rank that a text stands for: a number, ``auto:0.25``, or a JSON dict of globs to numbers.
 
     Raises:
         ValueError: the text is nothing of that form.

@@ -27,6 +27,8 @@ from oasis_fx.runtime.subspaces.subspace import Subspace
 from oasis_fx.runtime.subspaces.versions import Versions
 
 Compiled = Callable[..., Any]
+# How a backend hears which subspaces its graphs use, for its statistics. The store cannot tell it: it is one for all
+# backends of the process, and knows subspaces by their weights, not by the graphs that take them.
 OnUse = Callable[[Subspace, tuple[str, ...]], Any]
 
 

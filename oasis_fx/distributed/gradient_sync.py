@@ -19,7 +19,9 @@ from oasis_fx.runtime.subspaces.rules import BatchRule
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
-_syncs = ByTensor()  # weak references, by weight
+# What averages the gradient of a weight, by weak references. The store of subspaces is no place for it: weights in
+# no subspace have one too, and it lasts as long as the object that `prepare` returned, not as long as a basis.
+_syncs = ByTensor()
 
 
 def sync_of(weight: torch.Tensor) -> GradientSync | None:

@@ -52,13 +52,13 @@ class Cell:
         return not self.is_dense and (self.is_mixed or self.version != self.subspace.version)
 
     def is_alongside(self, other: Cell) -> bool:
-        """Whether both are in the coordinates of one subspace, be it at different moments."""
+        """Return whether two cells are in the coordinates of one subspace, be it at different moments."""
         return not (self.is_dense or other.is_dense) and (
             self.subspace is other.subspace and self.features == other.features
         )
 
     def has_coordinates_of(self, other: Cell) -> bool:
-        """Whether the values of both can be added."""
+        """Return whether the values of two cells can be added."""
         if self.is_dense and other.is_dense:
             return True
         return self.is_alongside(other) and self.version == other.version and not (self.is_mixed or other.is_mixed)
@@ -81,7 +81,7 @@ class Cell:
             )
 
     def matrix(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """The whole gradient in the weight's shape: the values themselves where they are dense, else G Q^T."""
+        """Return the whole gradient in the weight's shape: the values themselves where they are dense, else G Q^T."""
         if self.is_dense:
             return self.values
         self.check()

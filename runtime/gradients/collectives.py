@@ -47,7 +47,7 @@ def _ranks(group: Any) -> frozenset[int]:
 
 
 def _is_linear(reduce_op: Any) -> bool:
-    """Whether a collective is linear in what it is given: a sum, an average, or without an operation (None) a copy."""
+    """Return whether a collective is linear in what it is given: a sum, an average, or (for None) a copy."""
     if reduce_op is None:
         return True
     from torch.distributed import ReduceOp

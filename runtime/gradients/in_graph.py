@@ -125,14 +125,14 @@ def _move_if_due(subspace: Subspace, batch: torch.Tensor) -> torch.Tensor | None
 
 
 def _chosen_basis(subspace: Subspace, batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The basis [n, r] of a rule that chooses one for each batch."""
+    """Return the basis [n, r] of a rule that chooses one for each batch."""
     found = _choose(subspace, batch, generator)
     rule = _rule(subspace)
     return rule.expand(found, *subspace.shape, subspace.dtype, subspace.device) if rule.coded else found
 
 
 def _choose(subspace: Subspace, batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What the rule chooses from the batch.
+    """Return what the rule chooses from the batch.
 
     Raises:
         RuntimeError: it has another shape than a basis (or a code) of the subspace: to copy it would fail, or repeat

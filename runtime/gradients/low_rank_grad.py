@@ -128,12 +128,12 @@ class LowRankGrad(torch.Tensor):
         return _unpickled, (self.factor, *known, self.shape, self.stride(), self.features, self.cell.is_dense)
 
     def with_values(self, values: torch.Tensor) -> LowRankGrad:
-        """A gradient in the same coordinates with other values, of its own cell."""
+        """Return a gradient in the same coordinates with other values, in a cell of its own."""
         like = torch.empty_strided(self.shape, self.stride(), device="meta", dtype=values.dtype)
         return _wrap(self.cell.with_values(values), like)
 
     def alias(self) -> LowRankGrad:
-        """Another tensor that shares the cell."""
+        """Return another tensor that shares the cell of this one."""
         return _wrap(self.cell, torch.empty_strided(self.shape, self.stride(), device="meta", dtype=self.dtype))
 
     # What torch does in C++ with the memory of a tensor, without an operator that could be intercepted. Each hands out
@@ -146,6 +146,11 @@ class LowRankGrad(torch.Tensor):
 
     @data.setter
     def data(self, new: torch.Tensor) -> None:
+        """Make another tensor the values of this gradient; other aliases keep theirs.
+
+        Raises:
+            ValueError: the tensor has another shape, dtype or device, and is no low-rank gradient of this shape.
+        """
         if isinstance(new, LowRankGrad) and new.shape == self.shape:  # as of `model.to(dtype)`
             torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]  # dtype and device
             self.cell = new.cell
@@ -159,27 +164,27 @@ class LowRankGrad(torch.Tensor):
         self.cell.is_dense, self.cell.is_mixed = True, False
 
     def numpy(self, *, force: bool = False) -> Any:
-        """As torch's: the array shares the memory of the gradient, which turns dense."""
+        """Return an array as torch does: it shares the memory of the gradient, which turns dense."""
         return self.become_dense().numpy(force=force)
 
     def tolist(self) -> Any:
-        """As torch's."""
+        """Return the numbers of the whole gradient as nested lists."""
         return self.to_dense().tolist()
 
     def data_ptr(self) -> int:
-        """As torch's: the address of the matrix that the gradient turns into."""
+        """Return the address of the matrix that the gradient turns into."""
         if asked_by_compiler():
             return super().data_ptr()
         return self.become_dense().data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """As torch's: the storage of the matrix that the gradient turns into."""
+        """Return the storage of the matrix that the gradient turns into."""
         if asked_by_compiler():
             return super().untyped_storage()
         return self.become_dense().untyped_storage()
 
     def storage(self) -> Any:
-        """As torch's: the storage of the matrix that the gradient turns into."""
+        """Return the typed storage of the matrix that the gradient turns into."""
         return self.become_dense().storage()  # type: ignore[no-untyped-call]
 
     def _typed_storage(self) -> Any:
@@ -193,12 +198,12 @@ class LowRankGrad(torch.Tensor):
         return self.become_dense().__cuda_array_interface__
 
     def apply_(self, function: Any) -> LowRankGrad:  # type: ignore[override]
-        """As torch's."""
+        """Apply a function to each number in place, as torch does; the gradient turns dense."""
         self.become_dense().apply_(function)
         return self
 
     def map_(self, tensor: torch.Tensor, function: Any) -> LowRankGrad:  # type: ignore[override]
-        """As torch's."""
+        """Apply a function to each pair of numbers in place, as torch does; the gradient turns dense."""
         self.become_dense().map_(tensor.to_dense() if isinstance(tensor, LowRankGrad) else tensor, function)
         return self
 
@@ -238,6 +243,6 @@ def _unpickled(
 def _rebuild(
     factor: torch.Tensor, basis: torch.Tensor, code: torch.Tensor | None, spec: SubspaceSpec, *rest: Any
 ) -> LowRankGrad:
-    """What pickles of 0.2 name; it goes with the old names of modules."""
+    """Make the gradient that a pickle of 0.2 holds; this function goes with the old names of modules."""
     entries = {"basis": basis} if code is None else {"basis_code": code}
     return _unpickled(factor, spec, entries, (basis.shape[0], basis.shape[1]), basis.dtype, *rest)

@@ -47,7 +47,7 @@ def _handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _is_scalar(value: object) -> bool:
-    """Whether a factor can be scaled by a value: a number, or a tensor of one element and at most two dimensions."""
+    """Return whether a value can scale a factor: a number, or a tensor of one element and at most two dimensions."""
     if isinstance(value, LowRankGrad):
         return False
     return not isinstance(value, torch.Tensor) or (value.numel() == 1 and value.dim() <= 2)

@@ -1,4 +1,4 @@
-"""AdamW on weights in a subspace, all in one call of torch's fused kernel, and on bfloat16 weights.
+"""Step weights in a subspace by AdamW, all in one call of torch's fused kernel, and dense bfloat16 weights.
 
 In the coordinates of Q [n, r], with G [m, r] the low-rank gradient and hats bias-corrected at step t:
 
@@ -7,7 +7,7 @@ In the coordinates of Q [n, r], with G [m, r] the low-rank gradient and hats bia
 
 The entries of U are about 1, whatever the gradient: U Q^T is shorter than a step in all n coordinates by sqrt(r / n),
 and the factor makes up for it, so that a learning rate that suits AdamW suits every rank. It is ours (docs/results.md
-has what it is worth); ``rank_scaling=False`` leaves it out.
+says what it is worth); ``rank_scaling=False`` leaves it out.
 
 Source: AdamW, arXiv 1711.05101; in a subspace, GaLore, arXiv 2403.03507, and OASIS, arXiv 2604.09406.
 """
@@ -46,8 +46,8 @@ class AdamWSettings:
 def step_low_rank(updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -> None:
     """Update the moments [m, r] and the weights of one device, in place.
 
-    Moments and directions of all of them are one call of torch's fused AdamW: on parameters of zero, at a learning
-    rate of 1 and without decay, what it leaves in them is -U.
+    One call of torch's fused AdamW updates the moments of all of them and computes their directions U [m, r]: given
+    parameters of zero, a learning rate of 1 and no decay, it leaves -U in the parameters.
     """
     settings = step.settings
     states = [update.state for update in updates]
@@ -71,7 +71,7 @@ def step_low_rank(updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -
 
 
 def _step_outside(update: LowRankUpdate, minus_u: torch.Tensor, step: Step[AdamWSettings]) -> None:
-    """Step a weight by the part of a dense gradient outside of the subspace, scaled as AdamW scaled the part inside:
+    """Step a weight by the part of a dense gradient outside of the subspace, scaled as AdamW scaled the part inside.
 
         W = W - lr phi (dW - G Q^T),   phi = ||U|| / ||G|| of each row
 
@@ -95,12 +95,19 @@ def step_fused(
     settings: AdamWSettings,
     gate: torch.Tensor | None,
 ) -> None:
-    """Step tensors of one device, of any strides, by torch's fused AdamW; where ``gate`` is false nothing changes.
+    """Step tensors of one device, of any strides, in place by torch's fused AdamW.
 
-    The kernel pairs elements by their order in memory (`oasis_fx.runtime.optim.strides`): what is laid out otherwise
-    than its weight goes in as a copy, and what the kernel has written to a copy comes back. Complex numbers are pairs
-    of real ones, as in torch's AdamW. The kernel does not bump versions, which autograd compares to find out whether a
-    saved weight has changed: it is done here.
+    The kernel pairs elements by their order in memory (`oasis_fx.runtime.optim.strides`): a tensor that is laid out
+    otherwise than its weight goes in as a copy, and what the kernel has written to a copy is copied back. Complex
+    numbers are pairs of real ones, as in torch's AdamW. The kernel does not raise the versions by which autograd tells
+    whether a saved weight has changed, so they are raised here.
+
+    Args:
+        weights: of one device, of any floating point or complex dtypes.
+        gradients: of each weight, of its shape.
+        states: of each weight, with ``exp_avg``, ``exp_avg_sq`` and ``step``.
+        settings: for all of them.
+        gate: bool scalar on the device; where it is false, nothing changes. None for true.
     """
     means, seconds = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
     written = [weights, means, seconds]
@@ -135,10 +142,10 @@ def step_fused(
 
 
 def step_dense_bfloat16(weight: torch.Tensor, gradient: torch.Tensor, state: State, step: Step[AdamWSettings]) -> None:
-    """Step a bfloat16 weight by AdamW in float32, and round weight and moments stochastically.
+    """Step a bfloat16 weight by AdamW in float32, and round the weight and its moments stochastically.
 
-    Moments stay in bfloat16 as in torch's AdamW. Rounded to nearest, the second moment could not move by
-    less than its last digit, which `1 - beta2` = 0.001 of it is.
+    Moments are kept in bfloat16, as by torch's AdamW. Rounded to nearest, the second moment could not change by less
+    than its last digit, and a step changes it by about ``1 - beta2`` = 0.001 of it, which is less.
     """
     settings, count = step.settings, state["step"] + 1
     g = gradient.float()

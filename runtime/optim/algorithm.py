@@ -62,6 +62,9 @@ class Algorithm(torch.optim.Optimizer):
         """Return the settings that a group has at this step for its weights of one dtype.
 
         Weights of one device and equal settings are stepped together.
+
+        Raises:
+            NotImplementedError: the class does not define this.
         """
         raise NotImplementedError
 
@@ -69,15 +72,26 @@ class Algorithm(torch.optim.Optimizer):
         """Step weights in place that have a gradient G [m, r] and states [m, r], and update these states in place.
 
         Where ``step.gate`` is false, weights and states must stay as they are.
+
+        Raises:
+            NotImplementedError: the class does not define this.
         """
         raise NotImplementedError
 
     def step_dense(self, updates: Sequence[DenseUpdate], step: Step[Any]) -> None:
-        """Step weights in place whose gradient and states have the shape of the weight, as `step_low_rank` does."""
+        """Step weights in place whose gradient and states have the shape of the weight, as `step_low_rank` does.
+
+        Raises:
+            NotImplementedError: the class does not define this.
+        """
         raise NotImplementedError
 
     def mean_decay(self, group: Mapping[str, Any]) -> float:
-        """Return the factor by which `mean_state` decays in a step."""
+        """Return the factor by which `mean_state` decays in a step.
+
+        Raises:
+            NotImplementedError: the class does not define this.
+        """
         raise NotImplementedError
 
     def transport(self, states: Sequence[State], overlap: torch.Tensor, group: Mapping[str, Any]) -> None:

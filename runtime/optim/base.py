@@ -235,5 +235,5 @@ class SubspaceOptimizer(Algorithm):
 
 
 def _is_zero(lr: float | torch.Tensor) -> bool:
-    """Whether a learning rate is known to be 0; one on a GPU is not looked at."""
+    """Return whether a learning rate is known to be 0; one on a GPU is not read."""
     return not is_on_device(lr) and float(lr) == 0

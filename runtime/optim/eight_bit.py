@@ -1,10 +1,10 @@
-"""Optimizer states in eight bits: blocks of 256 codes and a scale each, by torchao's functions.
+"""Keep optimizer states in eight bits: codes in blocks of 256, and a scale for each block, by torchao's functions.
 
-A state ``exp_avg`` of m x r is kept as ``exp_avg``, uint8 codes of the same shape, and ``exp_avg_scale``, float32:
-8.1 bits a number. While a weight is stepped its states are float32. States of under 4096 numbers, or of a number that
-blocks do not divide, stay as they are.
+A state ``exp_avg`` [m, r] is kept as ``exp_avg``, uint8 codes of the same shape, and ``exp_avg_scale``, float32
+[m r / 256]: 8.1 bits a number. While a weight is stepped, its states are float32. States of fewer than 4096 numbers, or
+of a count that 256 does not divide, stay in floating point.
 
-Source: 8-bit optimizers, arXiv 2110.02861; dynamic maps and rounding are torchao's.
+Source: 8-bit optimizers, arXiv 2110.02861; the code tables and the rounding are torchao's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 def require_torchao() -> None:
-    """Raise ValueError where torchao is missing."""
+    """Check that torchao can be imported.
+
+    Raises:
+        ValueError: it cannot; the message says how to install it.
+    """
     try:
         import torchao.optim.quant_utils  # noqa: F401
     except ImportError as error:
@@ -30,7 +34,7 @@ def require_torchao() -> None:
 
 
 def quantizes(like: torch.Tensor) -> bool:
-    """Whether a state of this shape is kept in eight bits."""
+    """Return whether a state with the shape and the dtype of ``like`` is kept in eight bits."""
     return (
         like.numel() >= SMALLEST
         and like.numel() % BLOCK == 0
@@ -40,16 +44,20 @@ def quantizes(like: torch.Tensor) -> bool:
 
 
 def new_codes(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of zeros."""
+    """Return codes, uint8 in the shape of ``like``, and scales, float32 [numel / 256], that stand for zeros."""
     codes = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
     return codes, torch.zeros(like.numel() // BLOCK, dtype=torch.float32, device=like.device)
 
 
 @contextmanager
 def in_float32(state: Mapping[str, Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The state with its codes as float32 tensors; what they are at the end is quantised into the codes again.
+    """Yield the state of a weight with its codes decoded to float32, and encode these tensors again at the end.
 
-    What has not changed keeps its codes: decoding and coding again is not the identity.
+    A tensor that has not changed keeps its codes, since decoding and encoding again is not the identity.
+
+    Args:
+        state: of one weight; its codes and scales are overwritten in place.
+        names: of the states to decode. Those that are not codes are yielded as they are.
     """
     from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
 

@@ -1,4 +1,4 @@
-"""What `load_state_dict` is given, made into what our optimizers keep, or refused before anything has changed.
+"""Turn what `load_state_dict` is given into what our optimizers keep, or refuse it before anything has changed.
 
 A checkpoint may be one of ours, of any age, or of the optimizer of torch's that has the same states: AdamW's for
 `OasisAdamW` (and what `OasisMuon` steps by AdamW), SGD's for `OasisSGD`. Moments of torch's have the weight's shape and
@@ -24,13 +24,18 @@ _WITHOUT = {"amsgrad": False, "maximize": False, "dampening": 0, "differentiable
 
 
 def prepared(optimizer: Algorithm, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with all settings and counts that ours have; the given one is not changed.
+    """Return a copy of a state dict with all settings and counts that our optimizers have.
 
-    Settings that are missing are those that the optimizer has now. States that have not begun (of SGD without
-    momentum) are left out. What is of no parameter, and what is not known in a state, stays as it is, as in torch.
+    Settings that are missing are taken from the optimizer as it is now. States that have not begun (of SGD without
+    momentum) are left out. Entries of no parameter, and unknown keys in a state, stay as they are, as in torch.
+
+    Args:
+        optimizer: into which the state dict is to be loaded; not changed.
+        state_dict: of one of our optimizers, of any age, or of torch's AdamW or SGD; not changed.
 
     Raises:
-        ValueError: naming the setting, or the parameter and what its state lacks.
+        ValueError: the state dict or one of its entries has the wrong type, lacks something, or has a setting that is
+            not allowed. The message names the setting, or the parameter and what its state lacks.
     """
     for key in ("state", "param_groups"):
         if not isinstance(state_dict, Mapping) or key not in state_dict:

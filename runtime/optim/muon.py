@@ -173,7 +173,7 @@ def orthogonalize(m: torch.Tensor) -> torch.Tensor:
 
 
 def _rank_scale(update: LowRankUpdate, m: int) -> float:
-    """What makes a step O Q^T as long as that of an orthogonalised dense gradient.
+    """Return the factor that makes a step O Q^T as long as that of an orthogonalised dense gradient.
 
     O is as long as min(m, r) says and not as r, and a dense one as min(m, n): `LowRankUpdate.rank_scale` has neither.
     """

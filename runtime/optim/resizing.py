@@ -34,7 +34,15 @@ Group = Mapping[str, Any]
 
 
 def resize_live(optimizer: Algorithm, rank: int | float) -> None:
-    """Give every subspace of an optimizer another rank: columns, or a fraction of its n."""
+    """Change the rank of every subspace of an optimizer, and resize the states of its weights.
+
+    Args:
+        optimizer: whose states are in the present coordinates of their bases.
+        rank: columns, from 1, or a fraction of each subspace's n; checked before.
+
+    Raises:
+        ValueError: the rule of a subspace has bases that cannot change their rank; no rank is changed then.
+    """
     families = _waiting(optimizer)
     ranks = {subspace: columns_of(rank, subspace.shape[0]) for subspace in optimizer.subspaces()}
     for subspace in ranks:
@@ -61,9 +69,9 @@ def resize_live(optimizer: Algorithm, rank: int | float) -> None:
 
 
 def spend_budget(optimizer: Algorithm) -> None:
-    """Share the columns of ``rank=AutoRank(...)`` out anew, by the statistics of this step.
+    """Redistribute the columns of ``rank=AutoRank(...)`` over the subspaces, by the statistics of this step.
 
-    A family without a whole set of statistics keeps its rank.
+    A family of subspaces, one of which has no usable statistic, keeps its rank.
     """
     families: dict[Family, dict[Subspace, Spectrum | None]] = {}
     for subspace, weights in optimizer.subspaces().items():
@@ -79,7 +87,16 @@ def spend_budget(optimizer: Algorithm) -> None:
 
 
 def resize_checkpoint(optimizer: Algorithm, state_dict: Mapping[str, Any], rank: int | float) -> dict[str, Any]:
-    """A state dict of ``optimizer``'s kind with all subspaces at another rank; the given one is not changed."""
+    """Return a copy of a state dict with all subspaces at another rank.
+
+    Args:
+        optimizer: of the kind that the state dict is of; not changed.
+        state_dict: with all rows of sharded weights; not changed.
+        rank: columns, from 1, or a fraction of each subspace's n; checked before.
+
+    Raises:
+        ValueError: the rule of a saved basis does not let it change its rank.
+    """
     states = state_dict["state"].items()  # those of no parameter may be of any type
     packed = {**state_dict, "state": {key: dict(state) if isinstance(state, dict) else state for key, state in states}}
     families: dict[int, list[tuple[State, Group]]] = {}
@@ -111,7 +128,7 @@ def _refusal(rank: int | float, rules: str) -> ValueError:
 
 
 def _rules_behind(code: torch.Tensor | None, r: int) -> str:
-    """The rules that may have made a basis of rank r in a checkpoint, which does not name its own, as text."""
+    """Return, as text, the rules that may have made a basis of rank r in a checkpoint, which does not name its own."""
     fixed = [rule for rule in RULES.values() if not rule.resizable and rule.coded == (code is not None)]
     if code is not None:
         fixed = [rule for rule in fixed if rule.first_code(r, 0).shape == code.shape]
@@ -119,7 +136,7 @@ def _rules_behind(code: torch.Tensor | None, r: int) -> str:
 
 
 def _waiting(optimizer: Algorithm) -> dict[SavedSubspace, list[torch.Tensor]]:
-    """Bases from a checkpoint that no graph has asked for yet, with their weights; binds those that one has."""
+    """Return bases from a checkpoint that no graph has asked for yet, with their weights; bind the other weights."""
     families: dict[object, tuple[SavedSubspace, list[torch.Tensor]]] = {}
     bound = {weight for weights in optimizer.subspaces().values() for weight in weights}
     for weight in optimizer.groups_by_weight():
@@ -162,7 +179,7 @@ def _resize_all(optimizer: Algorithm, ranks: Mapping[Subspace, int]) -> None:
 
 
 def _resized(optimizer: Algorithm, before: SubspaceState, basis: torch.Tensor, state: State) -> SubspaceState:
-    """The state of a subspace under its new basis, with the momentum of its weight, which has been resized."""
+    """Return the state of a subspace under its new basis, with the resized momentum of its weight."""
     after = before.resized(basis)
     if before.momentum is not None:
         assert optimizer.mean_state is not None
@@ -199,13 +216,13 @@ def _resize(
 
 
 def _gram(optimizer: Algorithm, states: Sequence[tuple[State, Group]], r: int) -> torch.Tensor:
-    """What the coordinates carry, by the first state of each weight: ``sum of m^T m`` [r, r]; I where none has one."""
+    """Return what the coordinates carry: ``sum of m^T m`` [r, r], m the first state of each weight; I of none."""
     means = [optimizer.decoded(state)[optimizer.states[0]] for state, _ in states]
     return torch.stack([mean.mT @ mean for mean in means]).sum(dim=0) if means else torch.eye(r)
 
 
 def _spectrum(subspace: Subspace, weights: Sequence[torch.Tensor]) -> Spectrum | None:
-    """What each direction of the basis captures of ||A||^2; None where the step's statistic is of no use."""
+    """Return what each direction of the basis captures of ||A||^2; None where the step's statistic is of no use."""
     statistic, energy, basis = subspace.statistic, subspace.energy_sum, subspace.basis.detach()
     if statistic is None or energy is None:
         return None

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 def restore_copy(optimizer: Algorithm, resized: Iterable[torch.Tensor]) -> None:
     """Give the weights of a copied or unpickled optimizer the bases that its states are in.
 
+    Weights that are in a subspace already stay there.
+
     Args:
-        resized: those whose rank is not the one that the settings of a backend ask for.
+        resized: weights whose rank is not the one that the settings of a backend ask for.
     """
     packed = pack_state(torch.optim.Optimizer.state_dict(optimizer))
     fresh = {key for _, weight, saved, _, key in saved_by_key(optimizer, packed) if not STORE.all_of(weight)}
@@ -35,11 +37,14 @@ def restore_copy(optimizer: Algorithm, resized: Iterable[torch.Tensor]) -> None:
 def restore_state(
     optimizer: Algorithm, state_dict: dict[str, Any], resized: AbstractSet[torch.Tensor] = frozenset()
 ) -> None:
-    """Take bases over, and low-rank states in the dtype that they were saved in.
+    """Take over the bases and the states of a checkpoint, each in the dtype that it trains in.
 
-    torch's loading, which came before, casts states to the dtype of the parameter.
+    torch's own loading, which comes before, has cast states to the dtype of the parameter. Where weights leave
+    subspaces that they share here, or come back at another rank, graphs are recompiled (`torch.compiler.reset`).
 
     Args:
+        optimizer: into which torch has loaded the state dict.
+        state_dict: checked by `oasis_fx.runtime.optim.state_checks.check_state`.
         resized: weights for which the saved rank counts, and not the one that a backend asks for.
     """
     recompile = _part(optimizer, state_dict)
@@ -84,9 +89,12 @@ def _load_subspace(
 
 
 def _part(optimizer: Algorithm, state_dict: dict[str, Any]) -> bool:
-    """Take weights out of subspaces that they share here, and did not in the run that was saved.
+    """Take weights out of subspaces that they share here and did not share in the run that was saved.
 
-    So it is where layers were unfrozen one after another: each has got a basis of its own then.
+    That is the case where layers were unfrozen one after another: each then has a basis of its own.
+
+    Returns:
+        Whether there were any.
     """
     numbers = {weight: saved.get("subspace") for _, weight, saved, _ in saved_states(optimizer, state_dict)}
     members: dict[Subspace, dict[Any, list[torch.Tensor]]] = {}
@@ -106,7 +114,7 @@ def _part(optimizer: Algorithm, state_dict: dict[str, Any]) -> bool:
 
 
 def _own_copy(loaded: torch.Tensor, saved: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What torch has loaded, laid out as a state of the weight, and in no memory that the checkpoint goes on using."""
+    """Return a state that torch has loaded, laid out as one of the weight, in memory of its own."""
     laid_out = state_layout(loaded, weight) if loaded.shape == weight.shape else loaded
     same = laid_out.device == saved.device and laid_out.data_ptr() == saved.data_ptr()
     return laid_out.clone() if same else laid_out

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
 
 def check_state(optimizer: Algorithm, state_dict: dict[str, Any], *, live: bool = True) -> None:
-    """Raise ValueError where a saved state does not fit its parameter or, with ``live``, its subspace."""
+    """Check that each saved state fits its parameter and, with ``live``, the subspaces that the parameter is in.
+
+    Args:
+        optimizer: whose parameters count.
+        state_dict: as `oasis_fx.runtime.optim.loading.prepared` returns it.
+        live: whether it is to be loaded here, and not only resized.
+
+    Raises:
+        ValueError: a state is missing, is no tensor, or has a shape, a dtype or a rule that does not fit. The message
+            names the parameter and both shapes.
+    """
     for name, weight, saved, _ in saved_states(optimizer, state_dict):
         shape = tuple(weight.shape)
         low_rank = "features" in saved and not saved.get("full_rank")

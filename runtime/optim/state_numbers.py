@@ -1,8 +1,8 @@
-"""Numbers of a saved state as tensors of one dimension.
+"""Store the numbers of a saved state as tensors of one dimension.
 
-`torch.distributed.checkpoint.state_dict` hands on what it finds, with two exceptions: with ``full_state_dict`` it fails
-at numbers and tensors without a dimension that the optimizer does not have by itself yet, and with
-``flatten_optimizer_state_dict`` at tuples. A state dict of ours has none of these beside what torch's AdamW has too.
+`torch.distributed.checkpoint.state_dict` passes on what it finds, with two exceptions. With ``full_state_dict`` it
+fails at numbers, and at tensors without dimensions, that the optimizer does not have yet by itself; with
+``flatten_optimizer_state_dict`` it fails at tuples. A state dict of ours has none of these but what torch's AdamW has.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ _SCALARS = tuple(key for key, kind in _KINDS.items() if kind in ("count", "scala
 
 
 def pack_numbers(packed: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with tensors for all numbers that are ours, on the device of their parameter."""
+    """Return a state dict in which all numbers that are ours are tensors [1], on the device of their parameter."""
     return _map_entries(packed, _pack)
 
 
 def unpack_numbers(optimizer: Algorithm, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The other way; a state dict that was never packed, as those of earlier versions, stays as it is.
+    """Return a state dict in which what `pack_numbers` made tensors of is numbers again.
 
-    What torch has flattened holds what the optimizer had states for, so that the number of the subspace may be missing:
-    weights share a basis then where they do now.
+    One that was never packed, as those of earlier versions, stays as it is. One that torch has flattened holds only
+    what the optimizer had states for, so that the number of the subspace may be missing: weights then share a basis
+    where they share one now.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         return state_dict  # what loads it says so

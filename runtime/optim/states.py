@@ -1,4 +1,4 @@
-"""What a checkpoint of our optimizers holds, and how it is checked and taken over.
+"""What a checkpoint of our optimizers holds: the entries of a weight's state, written and read.
 
 A weight in a subspace has, beside ``step`` and the optimizer's own states:
 
@@ -13,7 +13,8 @@ A weight in a subspace has, beside ``step`` and the optimizer's own states:
     full_rank                      True where the states have the weight's own shape all the same
     subspace                       a number that weights with one basis share
 
-All plain tensors and numbers: `torch.load(weights_only=True)` reads them.
+All plain tensors and numbers: `torch.load(weights_only=True)` reads them. Keys are the format of every checkpoint there
+is, so ``full_rank`` keeps its name here, though the setting behind it is called ``full_size_states`` since 0.3.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def note_basis(state: dict[str, Any], subspace: Subspace) -> None:
-    """Put what a checkpoint needs of the subspace into the state of a weight: shared, and changing with it."""
+    """Put what a checkpoint needs of a subspace into the state of a weight; its tensors change with the subspace."""
     if subspace.is_noted_in(state):  # at every step but few
         return
     for key, value in subspace.entries().items():
@@ -43,9 +44,15 @@ def note_basis(state: dict[str, Any], subspace: Subspace) -> None:
 
 
 def basis_before(state: dict[str, Any], held: Subspace | None, subspace: Subspace) -> torch.Tensor | None:
-    """The basis that the states of a weight are in, which comes under ``subspace`` now; None where it is unknown.
+    """Return the basis Q [n, r] that the states of a weight are in, before they go over to another subspace.
 
-    ``held`` is the subspace that it was in so far; None where a checkpoint was loaded since.
+    Args:
+        state: of the weight.
+        held: the subspace that the weight was in so far; None where a checkpoint was loaded since.
+        subspace: the one that it goes over to, whose device and dtype the basis gets.
+
+    Returns:
+        The basis, or None where it is unknown: the state holds none, or the code of another rule.
     """
     if held is not None:
         return held.basis.detach().to(subspace.device, subspace.dtype)
@@ -71,17 +78,20 @@ def pack_state(packed: dict[str, Any]) -> dict[str, Any]:
 
 
 def gather_states(optimizer: Algorithm, packed: dict[str, Any]) -> dict[str, Any]:
-    """The states of sharded weights as DTensors of all rows: what torch.distributed.checkpoint saves and reshards."""
+    """Return a state dict whose states of sharded weights are DTensors, as torch.distributed.checkpoint wants them."""
     return _map_states(optimizer, packed, to_checkpoint)
 
 
 def scatter_states(optimizer: Algorithm, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The other way: of DTensors, or of all rows from a run of one process, the rows of this rank."""
+    """Return a state dict whose states of sharded weights have the rows of this rank alone.
+
+    They may come as DTensors, or with all rows from a run of one process.
+    """
     return _map_states(optimizer, state_dict, from_checkpoint)
 
 
 def whole_states(optimizer: Algorithm, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The states of sharded weights with all rows, on every rank."""
+    """Return a state dict whose states of sharded weights have all rows, on every rank."""
     return _map_states(optimizer, state_dict, full)
 
 
@@ -95,6 +105,13 @@ def _map_states(optimizer: Algorithm, packed: dict[str, Any], change: Any) -> di
 
 
 def basis_shape(weight: torch.Tensor, saved: dict[str, Any], states: tuple[str, ...]) -> tuple[int, int]:
+    """Return (n, r) of the basis that a saved state is in.
+
+    Args:
+        weight: whose state it is.
+        saved: the state, with ``features``.
+        states: names of the optimizer's states, whose columns say what r is where nothing else does.
+    """
     if "basis" in saved:
         return saved["basis"].shape[0], saved["basis"].shape[1]
     rank = saved.get("basis_rank", saved[states[0]].shape[1])  # checkpoints from before it was saved have none
@@ -104,13 +121,17 @@ def basis_shape(weight: torch.Tensor, saved: dict[str, Any], states: tuple[str, 
 def saved_states(
     optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor, dict[str, Any], dict[str, Any]]]:
-    """(name, parameter, saved state, saved group) for each parameter that has one; torch checks the groups itself."""
+    """Yield (name, parameter, saved state, saved group) for each parameter that has a saved state.
+
+    Groups that differ in length are left to torch, which refuses them.
+    """
     return (found[:4] for found in saved_by_key(optimizer, state_dict))
 
 
 def saved_by_key(
     optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor, dict[str, Any], dict[str, Any], Any]]:
+    """Yield what `saved_states` yields, and the key under which the state dict has the state."""
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=False)):
         for number, (weight, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
             if key in state_dict["state"]:

@@ -1,8 +1,8 @@
-"""Tensors of one shape laid out alike in memory, for kernels that pair their elements by memory order.
+"""Give tensors of one shape one layout in memory, for kernels that pair elements by their order in memory.
 
-torch's fused AdamW walks through the memory of a weight, its gradient and its moments side by side: on a CPU without
-looking at strides, so that a step is wrong without a word where they differ; on a GPU it refuses. Such differences are
-usual: a convolution with channels last and a contiguous gradient, an expanded gradient (of ``weight.sum()``), a
+torch's fused AdamW walks through the memory of a weight, its gradient and its moments side by side. On a CPU it does
+not look at strides, so that a step is silently wrong where they differ; on a GPU it refuses to run. Such differences
+are common: a convolution with channels last and a contiguous gradient, an expanded gradient (of ``weight.sum()``), a
 transposed parameter, moments from a checkpoint that was written contiguously.
 """
 
@@ -12,7 +12,10 @@ import torch
 
 
 def alike(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether elements at equal places of both have equal indices; strides of dimensions of size 1 say nothing."""
+    """Return whether two tensors have one shape and the same strides, so that memory order pairs equal indices.
+
+    Strides of dimensions of size 1 do not count.
+    """
     return tensor.shape == other.shape and all(
         one == another or size == 1
         for size, one, another in zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
@@ -20,7 +23,10 @@ def alike(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def is_packed(tensor: torch.Tensor) -> bool:
-    """Whether its elements fill a stretch of memory, each a place of its own, in whatever order of dimensions."""
+    """Return whether the elements of a tensor fill one stretch of memory, without gaps and without overlaps.
+
+    The order of the dimensions in memory does not matter: a transposed matrix is packed, an expanded one is not.
+    """
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -43,14 +49,24 @@ def all_plain(*columns: list[torch.Tensor]) -> bool:
 
 
 def laid_out_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``tensor`` with the strides of ``other``, which is packed, and its dtype; a copy where it has others."""
+    """Return ``tensor`` with the strides and the dtype of ``other``: itself where it has them, else a copy.
+
+    Args:
+        tensor: of the shape of ``other``.
+        other: a packed tensor (`is_packed`).
+    """
     if tensor.dtype == other.dtype and alike(tensor, other):
         return tensor
     return torch.empty_strided(other.shape, other.stride(), dtype=other.dtype, device=other.device).copy_(tensor)
 
 
 def state_layout(state: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A state of a weight's shape, with the strides that `torch.zeros_like` gives to new ones."""
+    """Return a state with the strides that `torch.zeros_like` would give it: itself where it has them, else a copy.
+
+    Args:
+        state: of the shape of the weight.
+        weight: the parameter whose state it is.
+    """
     if (state.is_contiguous() and weight.is_contiguous()) or (alike(state, weight) and is_packed(weight)):
         return state
     strides = torch.empty_like(weight, device="meta").stride()

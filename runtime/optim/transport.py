@@ -1,6 +1,6 @@
 """Transport optimizer states from one basis to another: the formulas.
 
-With R = Q^T Q+ [r, r], Q the old and Q+ the new basis; a state A [m, r] stands for A Q^T [m, n].
+Let R = Q^T Q+ [r, r], with Q the old and Q+ the new basis. A state A [m, r] stands for the matrix A Q^T [m, n].
 
 Source: LDAdam, arXiv 2410.16103, its projection-aware update, in right-projection form. Coordinates count as
 uncorrelated with variance v - m^2, which is transported by the squares of R's entries; means are transported by R.
@@ -12,14 +12,21 @@ import torch
 
 
 def transport_mean(mean: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
-    """Return ``m+ = m R``, of [L, m, r] and [L, r, r]: [L, m, r]."""
+    """Return means of gradients in the new coordinates, ``m+ = m R`` [L, m, r].
+
+    Args:
+        mean: m [L, m, r], in the old coordinates.
+        overlap: R [L, r, r].
+    """
     return mean @ overlap
 
 
 def transport_second_moment(
     second: torch.Tensor, mean: torch.Tensor, overlap: torch.Tensor, bias1: torch.Tensor, bias2: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``v+ = bias2 * |(v^ - m^2)(R o R) + (m^ R)^2|`` [L, m, r]; hats are bias-corrected, R o R is elementwise.
+    """Return Adam's second moments in the new coordinates, ``v+ = bias2 * |(v^ - m^^2)(R o R) + (m^ R)^2|`` [L, m, r].
+
+    Here m^ and v^ are the bias-corrected moments, and squares and the product R o R are taken entry by entry.
 
     Args:
         second, mean: Adam's moments [L, m, r] in the old coordinates, not bias-corrected.

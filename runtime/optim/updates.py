@@ -1,4 +1,4 @@
-"""What a step of an optimizer works on: weights, their gradients, their states."""
+"""The parts of an optimizer step: weights with their gradients and states, and whether all gradients are finite."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """One weight's share of a step: its gradient in the coordinates of a basis, and its state.
+    """One weight's share of a step whose gradient and states are in the coordinates of a basis.
 
     Attributes:
+        weight: the parameter, or its local part where it is sharded; stepped in place.
         factor: G [m, r].
-        basis: Q [n, r], ``orthonormal`` or not.
-        dense: dW, in the weight's shape, of which the factor was made here; None where the gradient came as one.
+        basis: Q [n, r].
+        features: which dimensions of the weight are n.
+        state: of the weight, changed in place.
+        orthonormal: whether ``Q^T Q = I``.
+        dense: dW, in the weight's shape, where the optimizer made the factor from it; None where the gradient came as
+            a factor.
     """
 
     weight: torch.Tensor
@@ -35,9 +40,9 @@ class LowRankUpdate:
 
     @property
     def rank_scale(self) -> float:
-        """What makes a step U Q^T as long as one of n coordinates: sqrt(n) / ||Q||_F.
+        """The factor sqrt(n) / ||Q||_F, by which a step U Q^T becomes as long as one in all n coordinates.
 
-        Of bases that are not orthonormal, `random`'s has norm sqrt(n); others are taken to have it.
+        A basis that is not orthonormal is taken to have the norm sqrt(n), as those of `Random` do.
         """
         n, r = self.basis.shape
         return math.sqrt(n / r) if self.orthonormal else 1.0
@@ -45,7 +50,7 @@ class LowRankUpdate:
 
 @dataclass(frozen=True)
 class DenseUpdate:
-    """The same for a weight whose states have its own shape."""
+    """One weight's share of a step whose gradient and states have the weight's own shape."""
 
     weight: torch.Tensor
     gradient: torch.Tensor
@@ -53,14 +58,18 @@ class DenseUpdate:
 
 
 def is_low_rank(state: State) -> bool:
-    """Whether the states of a weight are in the coordinates of a basis."""
+    """Return whether the states of a weight are in the coordinates of a basis."""
     return "features" in state and not state.get("full_rank", False)
 
 
 def all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Whether every gradient is finite, as a bool scalar on the first one's device; nothing waits for it.
+    """Return a bool scalar, on the device of the first gradient: whether every gradient is finite.
 
-    By the largest entry of each: unlike a sum of squares it is finite wherever all entries are, and NaN where one is.
+    The largest entry of each decides: unlike a sum of squares, it is finite wherever all entries are, and NaN where one
+    is. The host waits for no device.
+
+    Args:
+        gradients: at least one, of any devices and dtypes; of a low-rank gradient its factor is looked at.
     """
     by_kind: dict[Any, list[torch.Tensor]] = {}
     for gradient in gradients:
@@ -88,12 +97,12 @@ def in_wide_dtype(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def real_view(tensor: torch.Tensor) -> torch.Tensor:
-    """A complex tensor as pairs of real numbers, which is how torch's optimizers take one; any other as it is."""
+    """Return a complex tensor as a view of real pairs, [..., 2], as torch's optimizers do; any other as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def real_update(update: DenseUpdate) -> DenseUpdate:
-    """The update of a complex weight as that of a real one, which lies in the same memory; any other as it is."""
+    """Return the update of a complex weight as one of real pairs in the same memory; any other as it is."""
     if not update.weight.is_complex():
         return update
     state = {key: real_view(value) if isinstance(value, torch.Tensor) else value for key, value in update.state.items()}

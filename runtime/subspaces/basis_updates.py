@@ -1,4 +1,4 @@
-"""Move the bases at the end of an optimizer step, each by its rule."""
+"""Move bases at the end of an optimizer step, each by its rule."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) 
 
 
 def count_steps(subspaces: Iterable[Subspace]) -> list[Subspace]:
-    """Count an optimizer step of each subspace, and return those that are due to move by their statistic.
+    """Count an optimizer step of each subspace, and return those that are due to move by their statistic, each once.
 
     The others drop their statistics, which no later step uses.
     """
@@ -77,9 +77,9 @@ def _draw_due(subspaces: Iterable[Subspace]) -> dict[Subspace, torch.Tensor]:
 
 
 def update_bases(weights: Iterable[torch.Tensor]) -> None:
-    """Move the bases of the subspaces that ``weights`` are in, on behalf of an optimizer that does not.
+    """Move the bases that ``weights`` are in, where another optimizer than ours takes the steps.
 
-    Call it after `optimizer.step()` and before `zero_grad()`. Our own optimizers move their bases in `step()`.
+    Call it after `optimizer.step()` and before `zero_grad()`. Our own optimizers move the bases in `step()`.
 
     Args:
         weights: parameters; those without a gradient are passed over.

@@ -1,10 +1,10 @@
-"""Dictionaries by tensor, of weak references, that do not keep torch from swapping a tensor's contents.
+"""Make dictionaries with weak references to tensors that do not keep torch from swapping a tensor's contents.
 
 `torch.utils.swap_tensors` refuses a tensor that has weak references, and cannot be asked to move them. Modules call it
 in `model.to(...)` and `load_state_dict` under `torch.__future__.set_swap_module_params_on_conversion(True)`, and for
-DTensors and quantised weights always. All that a tensor object has is swapped but its address, so that no other
+DTensors and quantised weights always. A swap exchanges all that a tensor object has but its address, so that no other
 key would do: a token in its `__dict__` goes to the other tensor, and an address is used again once a tensor is gone. So
-the references are taken away for the time of the swap. An entry belongs to the tensor object, as an optimizer's state.
+the references are removed for the time of a swap. An entry stays with the tensor object, as an optimizer's state does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the host may look at numbers: it waits for no device then."""
+"""Tell where the host may read numbers without waiting for a device."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Return whether reading a number of a device costs nothing, as on the CPU.
+    """Return whether the host can read numbers on a device without waiting, as it can on the CPU.
 
-    Elsewhere the host would wait until the device has done all that it was asked for. An optimizer step reads nothing
-    there: what it depends on is decided on the device.
+    Elsewhere it would wait until the device has done all that it was asked for. An optimizer step reads nothing there:
+    whatever depends on a number is decided on the device.
     """
     return device.type == "cpu"

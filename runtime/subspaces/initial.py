@@ -12,7 +12,13 @@ from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
 def initial_basis(n: int, r: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """Return a random orthonormal n x r matrix: a function of the arguments only, so the same on every run and rank."""
+    """Return a random orthonormal matrix [n, r]: a function of the arguments alone, and so the same on every rank.
+
+    Args:
+        n, r: rows and columns, r <= n.
+        dtype, device: of the result.
+        seed: any whole number; other numbers give other matrices.
+    """
     gaussian = torch.randn(n, r, dtype=torch.float64, generator=generator_of(seed, n, r), device="cpu")
     return torch.linalg.qr(gaussian).Q.to(device=device, dtype=dtype).contiguous()
 

@@ -1,4 +1,4 @@
-"""Count the moves that bases miss, and warn of a basis that does not move."""
+"""Count the moves that bases miss, and warn about a basis that does not move."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ IDLE_STEPS = 10
 def note_idle(subspaces: Iterable[Subspace]) -> None:
     """Count a missed move for each subspace that nothing can move at this step, and warn at the tenth in a row.
 
+    Call it before the subspaces move.
+
     Args:
-        subspaces: those whose weights take part in the step. Call it before they move.
+        subspaces: those whose weights take part in the step.
     """
     for subspace in subspaces:
         rule = subspace.spec.rule
@@ -40,9 +42,13 @@ def note_idle(subspaces: Iterable[Subspace]) -> None:
 
 
 def note_stuck(moved: Moved, gate: torch.Tensor | None) -> None:
-    """Warn of bases that had a statistic and could not move, where it costs nothing to read which did.
+    """Count bases that had a statistic and could not move, where the host can read which; warn at the tenth in a row.
 
     They are counted on the device in any case (`Subspace.num_stuck`).
+
+    Args:
+        moved: what became of a batch of subspaces.
+        gate: bool scalar on their device; nothing is counted where it is false. None for true.
     """
     if not host_reads.reads_are_free(moved.stuck.device) or not (gate is None or bool(gate)):
         return

@@ -8,7 +8,7 @@ import torch
 
 
 def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
-    """``1 - beta^step`` in float64: in float32, 1 - 0.999 is right to four digits only."""
+    """Return ``1 - beta^step``, float64 in the shape of ``step``: in float32, 1 - 0.999 has only four right digits."""
     return 1 - beta ** step.double()
 
 
@@ -28,11 +28,11 @@ class Momentum:
     beta: float
 
     def corrected(self) -> torch.Tensor:
-        """Return the bias-corrected m^ [rows, r]: zeros before the first step."""
+        """Return the bias-corrected mean m^ [rows, r]; before the first step, zeros."""
         bias = bias_correction(self.beta, self.step)
         return self.mean / torch.where(bias > 0, bias, 1.0).to(self.mean)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Momentum:
-        """Return the moment on another device and in another dtype; the optimizer lends its own at the next step."""
+        """Return the moment on another device and in another dtype; from the next step, the optimizer lends its own."""
         mean = self.mean.to(device, dtype if self.mean.is_floating_point() else self.mean.dtype)
         return replace(self, mean=mean, step=self.step.to(device))

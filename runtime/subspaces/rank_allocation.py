@@ -2,15 +2,15 @@
 
 A column of a subspace costs the numbers that it holds: n each for the basis and its statistic, and for each row of its
 weights a gradient and two moments, so ``2 n + 3 sum of m``. The budget is what ``share * n`` columns in each subspace
-would cost. What a column is worth is the part of ||A||^2 that it captures, times the parameters that learn by it,
-``n * sum of m``. Columns go, eight at a time, where they are worth most for their cost.
+would cost. A column is worth the part of ||A||^2 that it captures, times the number of parameters that learn by it,
+``n * sum of m``. Columns go, eight at a time, to where they are worth most for their cost.
 
 Beyond the present rank the spectrum is unknown but for its sum: it is taken to fall geometrically from the last known
-value to what makes the sum right.
+value, at the ratio that makes the sum right.
 
 Subspaces that one compiled graph serves in turn, as those of equal layers compiled block by block, get one rank.
 
-No subspace gets less than half of its even share. Ours; what it is worth: docs/results.md.
+No subspace gets less than half of its even share. The method is ours; docs/results.md says what it is worth.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEAST = 0.5  # of the even share
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One subspace.
+    """What the allocation knows of one subspace, or of several that have to have one rank.
 
     Attributes:
         captured: what each direction of the basis captures of ||A||^2, falling; they sum to 1 at most.
@@ -44,21 +44,23 @@ class Spectrum:
 
     @property
     def cost(self) -> int:
+        """The numbers that one column more in each of the subspaces would hold."""
         return 2 * self.n * self.count + 3 * self.rows
 
     @property
     def even(self) -> int:
+        """The columns of its even share, from 1."""
         return max(1, round(self.share * self.n))
 
     def whole(self) -> list[float]:
-        """Captured energy of each of n directions, those beyond the rank by extrapolation."""
+        """Return the share of ||A||^2 that each of n directions captures, beyond the rank by extrapolation."""
         known = [max(value, 0.0) for value in self.captured]
         missing, rest = self.n - len(known), max(0.0, 1 - sum(known))
         return known + geometric(known[-1], rest, missing)
 
 
 def joined(spectra: Sequence[Spectrum]) -> Spectrum:
-    """One spectrum in the place of several that have to have one rank."""
+    """Return one spectrum in the place of several, of one n, rank and share, that have to have one rank."""
     columns = zip(*(spectrum.captured for spectrum in spectra), strict=True)
     first, rows = spectra[0], sum(spectrum.rows for spectrum in spectra)
     mean = [sum(values) / len(spectra) for values in columns]
@@ -66,7 +68,7 @@ def joined(spectra: Sequence[Spectrum]) -> Spectrum:
 
 
 def geometric(first: float, total: float, count: int) -> list[float]:
-    """``first * ratio^k`` for k from 1 to ``count``, which sum to ``total``; equal parts where that would rise."""
+    """Return ``first * ratio^k`` for k = 1 to ``count``, which sum to ``total``; equal ones where they would rise."""
     if count == 0:
         return []
     if total >= first * count:
@@ -80,7 +82,7 @@ def geometric(first: float, total: float, count: int) -> list[float]:
 
 
 def share_out(spectra: Sequence[Spectrum]) -> list[int]:
-    """The new rank of each; where it would change by less than `QUANTUM`, the present one."""
+    """Return the new rank of each; where it would change by less than `QUANTUM`, the present one."""
     budget = sum(s.cost * s.even for s in spectra)
     ranks = [min(s.n, max(1, round(LEAST * s.even))) for s in spectra]
     spent = sum(s.cost * rank for s, rank in zip(spectra, ranks, strict=True))

@@ -1,4 +1,4 @@
-"""Random numbers that are equal on all devices and ranks, and in a resumed run."""
+"""Make random numbers that are equal on all devices and ranks, and in a resumed run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def generator_of(*numbers: int) -> torch.Generator:
-    """Return a generator on the CPU that is seeded by whole numbers in their order, and by nothing else."""
+    """Return a generator on the CPU, seeded by whole numbers (at least one) in their order, and by nothing else."""
     seed = numbers[0]
     for number in numbers[1:]:
         seed = seed * 1_000_003 + number

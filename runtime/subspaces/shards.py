@@ -1,4 +1,4 @@
-"""Parameters that are shards of a weight: DTensors, as FSDP2's `fully_shard` makes them.
+"""Handle parameters that are shards of a weight: DTensors, as FSDP2's `fully_shard` makes them.
 
 An optimizer steps the local part, which has some rows of the weight, by the same rows of the gradient; its states have
 those rows too, and are DTensors in a state dict alone, where `torch.distributed.checkpoint` looks for them.
@@ -30,7 +30,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def local_gradient(weight: torch.Tensor) -> torch.Tensor | None:
-    """Return the gradient of the local part of a weight, or None where it has none."""
+    """Return the gradient of the local part of a weight, placed as the weight is, or None where it has none."""
     gradient = weight.grad
     if gradient is None or not is_sharded(gradient):
         return gradient
@@ -41,7 +41,12 @@ def local_gradient(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def agreed(verdict: torch.Tensor, weights: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return a bool scalar: whether ``verdict`` is true on all ranks that share one of the weights."""
+    """Return a bool scalar: whether ``verdict`` is true on all ranks that have a part of one of the weights.
+
+    Args:
+        verdict: bool scalar of this rank.
+        weights: of which sharded ones count; without any, the verdict is returned as it is.
+    """
     meshes = {weight.device_mesh: None for weight in weights if is_sharded(weight)}  # type: ignore[attr-defined]
     if not meshes:
         return verdict
@@ -53,7 +58,7 @@ def agreed(verdict: torch.Tensor, weights: Iterable[torch.Tensor]) -> torch.Tens
 
 
 def to_checkpoint(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return a state of the local rows of a weight as a DTensor of the rows of all ranks."""
+    """Return a state of the local rows of a sharded weight as a DTensor of the rows of all ranks."""
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size((weight.shape[0], *value.shape[1:]))
@@ -68,7 +73,7 @@ def full(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def from_checkpoint(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the local rows of a state: a DTensor or, from a run of one process, the rows of all ranks."""
+    """Return this rank's rows of a state that is a DTensor or, from a run of one process, has the rows of all ranks."""
     if is_sharded(value):
         return local(value)
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -18,7 +18,7 @@ class SubspaceSpec:
             (`oasis_fx.runtime.subspaces.rank_allocation`).
 
     Raises:
-        ValueError: naming the value and what is allowed.
+        ValueError: the rank is less than 1, or no rule has the name. The message has the value and what is allowed.
     """
 
     rank: int

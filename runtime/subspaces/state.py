@@ -1,8 +1,8 @@
 """The state of a subspace, and everything that happens to it as a whole.
 
-A field says once how it fares when the model is moved or cast (`SubspaceState.to`), in a checkpoint
+Each field says once what becomes of it when the model is moved or cast (`SubspaceState.to`), in a checkpoint
 (`Subspace.entries`, `SubspaceState.from_entries`, `Subspace.load`), and when the rank changes
-(`SubspaceState.resized`). All of them go over the fields, so that none can be forgotten by one of them.
+(`SubspaceState.resized`). All of these go over the fields, so that none of them can forget one.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ Kind = Literal["tensor", "scalar", "count", "number"]
 
 
 class Family:
-    """Subspaces that one compiled graph serves in turn, as those of equal layers: so they have one rank."""
+    """Subspaces that one compiled graph serves in turn, as those of equal layers, and that so have one rank."""
 
     def __init__(self) -> None:
         self._parent: Family | None = None
 
     def root(self) -> Family:
-        """Return the same object for all families that were joined."""
+        """Return the object that stands for all families that were joined with this one."""
         found = self
         while found._parent is not None:
             found = found._parent
         return found
 
     def join(self, other: Family) -> None:
-        """Make one family of two."""
+        """Make one family of this one and another."""
         one, another = self.root(), other.root()
         if one is not another:
             another._parent = one
@@ -53,7 +53,7 @@ _OF_RANK = {"of_rank": True, "on_cpu": False}
 
 
 def _saved(key: str, kind: Kind, *, of_rank: bool = False, on_cpu: bool = False) -> dict[str, Any]:
-    """What is known of a field that optimizer state dicts have under ``key``.
+    """Return the metadata of a field that optimizer state dicts have under ``key``.
 
     Args:
         key: begins with "basis".
@@ -83,13 +83,12 @@ class SubspaceState:
         momentum: first moment of the weight, for rules that use it; lent by the optimizer, which saves it itself.
         statistic: C [n, r] = A^T A Q, summed over the backward passes of this step; None before the first.
         energy_sum: scalar ||A||^2, summed likewise; None where graphs do not compute it.
-        statistic_is_local: whether the statistic has something that was not averaged over ranks, and is to be.
+        statistic_is_local: whether something in the statistic has yet to be averaged over ranks.
         has_pending_move: whether the basis has moved within a backward or forward pass since the last optimizer step.
         overlap: R = Q^T Q+ [r, r] of these moves; None for I.
         captured_energy, drift, condition: scalars of the last move, NaN before: `oasis_fx.inspect.stats.SubspaceStats`.
-        num_idle_steps: optimizer steps in a row in which the weights took part and the basis could not move for want
-            of a statistic.
-        num_missed: all of those.
+        num_idle_steps: optimizer steps in a row in which the weights took part and the basis could not move.
+        num_missed: steps, in a row or not, in which there was nothing to move the basis by.
         num_stuck: int64 scalar on the device of the basis: how often there was a statistic and the basis could not move
             by it.
         names: of the weights, as the first graph that used them knows them; empty before.
@@ -143,12 +142,16 @@ class SubspaceState:
                 setattr(self, name, first)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SubspaceState:
-        """Return a copy of the state on another device and in another dtype, as for a model that was moved or cast."""
+        """Return a copy of the state on a device and in a dtype, as for a model that was moved or cast."""
         moved = {f.name: _moved(getattr(self, f.name), _place(f.metadata, device), dtype) for f in _FIELDS}
         return SubspaceState(**moved | {"device": device, "dtype": dtype})
 
     def resized(self, basis: torch.Tensor) -> SubspaceState:
-        """Return the state under a new basis [n, another r]; it takes over all that does not depend on the rank."""
+        """Return the state under a new basis of another rank; it takes over all that does not depend on the rank.
+
+        Args:
+            basis: Q [n, another r], taken over without a copy.
+        """
         kept = {f.name: getattr(self, f.name) for f in _FIELDS if not f.metadata["of_rank"]}
         counts = {f.name: kept[f.name].clone() for f in SAVED_FIELDS if f.metadata["kind"] == "count"}
         return SubspaceState(**kept | counts, shape=(basis.shape[0], basis.shape[1]), stored_basis=basis)
@@ -157,7 +160,7 @@ class SubspaceState:
     def from_entries(
         entries: Mapping[str, Any], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> SubspaceState:
-        """Return the state that entries of an optimizer state stand for; tensors are copied.
+        """Return the state of a subspace from the entries in an optimizer's state; tensors are copied.
 
         Args:
             entries: with what `Subspace.entries` gave, of any age: what is missing is as in a new subspace.
@@ -188,7 +191,7 @@ def _place(metadata: Mapping[str, Any], device: torch.device) -> torch.device:
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A copy of a tensor, cast where it has floating point numbers; anything that is not of tensors as it is."""
+    """Return a copy of a tensor, cast where it is of floating point; anything that holds no tensors as it is."""
     if isinstance(value, Momentum):
         return value.to(device, dtype)
     if not isinstance(value, torch.Tensor):

@@ -1,17 +1,17 @@
-"""The step size that a basis finds by itself: ``Oja(lr="auto")``.
+"""Find the step size of a basis during training: ``Oja(lr="auto")``.
 
 A basis that follows its activation is a filter: each batch shows the subspace with noise, and the step size says how
-much of what one batch shows is believed. Of a filter with the right gain, successive corrections are uncorrelated
-(Kailath 1968, the innovations of a Kalman filter are white). Where they point the same way the basis lags behind: the
-step is too small. Where each takes back the one before, the basis runs after noise: it is too large. So, with D the
-move of a basis and corr the cosine between two successive ones,
+far one batch is believed. In a filter with the right gain, successive corrections are uncorrelated (Kailath 1968: the
+innovations of a Kalman filter are white). Where they point the same way, the basis lags behind: the step is too small.
+Where each takes the one before back, the basis follows noise: the step is too large. So, with D the move of a basis and
+corr the cosine between two successive ones,
 
     log eta = log eta + gain * corr(D, D_before),   eta within LOWEST to HIGHEST
 
 D is remembered as a sketch of `SKETCH_ROWS` random combinations of its rows, so that no second basis has to be kept;
 the cosine of r columns of a sketch has a standard error of 1 / sqrt(SKETCH_ROWS r) around that of the moves.
 
-Ours: the paper of OASIS names an adaptive rate as future work.
+The method is ours: the paper of OASIS names an adaptive rate as future work.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def sketch(move: torch.Tensor) -> torch.Tensor:
 
 
 def next_log_rate(log_rate: torch.Tensor, move: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Return new logarithms of step sizes [L]; one of whose moves either is zero stays as it was.
+    """Return the new logarithms of step sizes [L]; one stays as it was where either of its moves is zero.
 
     Args:
         log_rate: logarithms of the present step sizes [L].

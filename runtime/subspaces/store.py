@@ -1,4 +1,4 @@
-"""Which subspace a parameter has: looked up by the parameter object, on every call of a compiled graph."""
+"""Find the subspace of a parameter by the parameter object, on every call of a compiled graph."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from oasis_fx.runtime.subspaces.subspace import Subspace
 
 @dataclass(frozen=True, eq=False)
 class SavedSubspace:
-    """A subspace from a checkpoint; weights with an equal ``group`` share it.
+    """A subspace from a checkpoint, which waits for the first graph that asks for it.
 
     Attributes:
         state: what the checkpoint holds of it.
         features: which dimensions of the weight are n.
-        group: any hashable object.
+        group: any hashable object; weights whose groups are equal share the subspace.
         overrides: whether its rank counts, and not what the settings ask for.
         resizable: whether its rule lets the rank change.
     """
@@ -38,7 +38,7 @@ class SavedSubspace:
         """Return whether it can become a subspace of a shape (n, r).
 
         Raises:
-            ValueError: the rule cannot go on with it.
+            ValueError: it has the shape, and comes from a rule whose bases the rule of ``spec`` cannot go on with.
         """
         if self.state.shape != shape:
             return False
@@ -66,19 +66,23 @@ class SubspaceStore:
         self._wholes = ByTensor()
 
     def note_shard(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
-        """From now on take a DTensor, which an optimizer steps, for the gathered parameter that compiled graphs see."""
+        """Take a DTensor, which an optimizer steps, for the gathered parameter that graphs see, from now on."""
         self._wholes[shard] = whole
 
     def forget_shard(self, shard: torch.Tensor) -> None:
-        """Take back `note_shard`."""
+        """Take a shard for a parameter of its own again, as before `note_shard`."""
         self._wholes.pop(shard, None)
 
     def whole(self, weight: torch.Tensor) -> torch.Tensor:
-        """The parameter that compiled graphs see: the gathered one of a shard, or the weight itself."""
+        """Return the parameter that compiled graphs see: the gathered one of a shard, or the weight itself."""
         return self._wholes.get(weight, weight) if self._wholes else weight  # type: ignore[no-any-return]
 
     def existing(self, weight: torch.Tensor, spec: SubspaceSpec, features: Features | None = None) -> Subspace | None:
-        """Return the subspace of a weight that is read over ``features``, or over any for None; None before its use."""
+        """Return the subspace of a weight under a specification, or None before a graph has used one.
+
+        Args:
+            features: the dimensions that the weight is read over; None for any.
+        """
         if features is not None:
             return self._entry(weight).get((spec, features))
         return next((subspace for (present, _), subspace in self._entry(weight).items() if present == spec), None)
@@ -92,7 +96,7 @@ class SubspaceStore:
         return saved
 
     def current_spec(self, weight: torch.Tensor, asked: SubspaceSpec) -> SubspaceSpec:
-        """Return the specification that now stands for ``asked``: the rank may have changed during training."""
+        """Return the specification that now stands for ``asked``, whose rank may have changed during training."""
         with self._lock:
             entry: dict[SubspaceSpec, SubspaceSpec] = self._resized.setdefault(weight, {})
             saved: SavedSubspace | None = self._waiting.get(weight)
@@ -101,13 +105,13 @@ class SubspaceStore:
             return entry.get(asked, asked)
 
     def is_resized(self, weight: torch.Tensor) -> bool:
-        """Return whether the rank of a weight is not the one asked for: `resize_rank` or a budget has changed it."""
+        """Return whether the rank of a weight is not the one asked for, since `resize_rank` or a budget changed it."""
         saved, entry = self.waiting(weight), self._resized.get(self.whole(weight)) or {}
         overridden = saved is not None and saved.overrides
         return overridden or any(asked.rank != present.rank for asked, present in entry.items())
 
     def exchange(self, old: Subspace, new: Subspace) -> None:
-        """Put ``new``, of another rank, in the place of ``old`` for all its weights."""
+        """Put a subspace of another rank in the place of ``old``, for all weights that are in it."""
         with self._lock:
             for weight, entry in self._subspaces.items():
                 known = [features for (spec, features), subspace in entry.items() if subspace is old]
@@ -121,7 +125,7 @@ class SubspaceStore:
                 resized.update(dict.fromkeys(asked, new.spec))
 
     def forget(self, weight: torch.Tensor) -> None:
-        """Take a weight out of its subspaces, which others may go on sharing."""
+        """Take a weight out of its subspaces, which other weights may go on sharing."""
         with self._lock:
             self._subspaces.pop(self.whole(weight), None)
 
@@ -130,17 +134,20 @@ class SubspaceStore:
         return tuple(self._entry(weight).values())
 
     def read_over(self, weight: torch.Tensor) -> tuple[Features, ...]:
-        """Return which dimensions of a weight graphs have summed over so far, each combination once."""
+        """Return the combinations of dimensions of a weight that graphs have summed over so far, each once."""
         return tuple(dict.fromkeys(features for _, features in self._entry(weight)))
 
     def in_use(self, weight: torch.Tensor, *, dense: bool = False) -> tuple[Subspace, Features] | None:
         """Return the subspace in which an optimizer keeps the states of a weight, whatever kind its gradient is of.
 
-        Of several it is the first that has a statistic, else the newest. None where the weight has none.
+        Of several it is the first that has a statistic, else the newest. Bases that last for one batch do not count.
 
         Args:
-            dense: look instead for one whose rule lets gradients leave the graph dense, and so wants states at full
-                size, but has a basis that is kept from step to step.
+            dense: look instead for a subspace whose rule lets gradients leave the graph dense, and so wants states at
+                full size.
+
+        Returns:
+            The subspace, and which dimensions of the weight are n; None where the weight has none.
         """
         weight = self.whole(weight)
         found = [
@@ -156,6 +163,11 @@ class SubspaceStore:
         Weights of one group may come with different subspaces: a graph compiled for one layer is used for
         another whose weights got theirs from other graphs. They then take the first one's; the optimizer
         transports states between any two bases of one rank.
+
+        Args:
+            weights: at least one, all of one n, dtype and device.
+            spec: what the graph asks for.
+            features: of each weight, the dimensions that the graph sums over.
 
         Raises:
             ValueError: a checkpoint has given them a basis that the rule cannot go on with.
@@ -177,10 +189,14 @@ class SubspaceStore:
     def load(self, weight: torch.Tensor, saved: SavedSubspace) -> bool:
         """Give a weight a subspace from a checkpoint.
 
-        Its subspaces of that rank take the state over in place; without one, it waits for the first graph that asks.
+        Subspaces of the weight that have its rank take the state over in place; where there are none, it waits for the
+        first graph that asks.
 
         Returns:
             Whether graphs have to be recompiled: the rank comes from a budget, and was another one here.
+
+        Raises:
+            ValueError: a subspace of the weight has a rule that cannot go on with the saved basis.
         """
         weight = self.whole(weight)
         with self._lock:

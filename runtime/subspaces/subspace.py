@@ -1,4 +1,4 @@
-"""The subspace of one activation or gradient: its basis, and the data from which its rule moves it."""
+"""The subspace of one activation or gradient: its basis, the data that moves it, and what moves leave behind."""
 
 from __future__ import annotations
 
@@ -72,12 +72,17 @@ class Subspace(SubspaceState):
 
     @property
     def spoken_name(self) -> str:
-        """The names of its weights, for messages."""
+        """The names of its weights, as messages list them."""
         return ", ".join(self.names) or f"a weight with {self.shape[0]} in_features"
 
     @torch.no_grad()
     def add_statistic(self, statistic: torch.Tensor | None, energy: torch.Tensor | None) -> None:
-        """Add C [n, r] and the scalar ||A||^2 of one backward pass; the first are taken over without a copy."""
+        """Add what one backward pass has computed; the first tensors of a step are taken over without a copy.
+
+        Args:
+            statistic: C [n, r], or None where the pass computed none.
+            energy: scalar ||A||^2, or None likewise.
+        """
         if statistic is not None:
             self.statistic = statistic if self.statistic is None else self.statistic.add_(statistic)
         if energy is not None:
@@ -85,15 +90,15 @@ class Subspace(SubspaceState):
         self.statistic_is_local |= bool(self.replicas) and not (statistic is None and energy is None)
 
     def drop_statistic(self) -> None:
-        """Forget what the backward passes of this step have computed."""
+        """Forget the statistic and the energy that the backward passes of this step have computed."""
         self.statistic = self.energy_sum = None
         self.statistic_is_local = False
 
     def check_averaged(self) -> None:
-        """Raise where the basis would move by what one rank alone has seen, away from those of other ranks.
+        """Check that the statistic was averaged over ranks, without which bases would part from those of other ranks.
 
         Raises:
-            RuntimeError: naming the weights and the cure.
+            RuntimeError: it was not; the message names the weights and the cure.
         """
         if self.statistic_is_local:
             raise RuntimeError(
@@ -108,9 +113,9 @@ class Subspace(SubspaceState):
         self.latest_move = Move(before, self.version, overlap)
 
     def overlap_since(self, version: int) -> torch.Tensor | None:
-        """R = Q^T Q+ [r, r] from the basis of that version to the present one, or None where it is not known.
+        """Return R = Q^T Q+ [r, r] from the basis of a version to the present one, or None where it is not known.
 
-        It is known for the latest move alone, and not for rules that weigh the columns of their projection.
+        It is known for the latest move alone, and not for rules that weight the columns of their projection.
         """
         move = self.latest_move
         if move is None or (move.before, move.after) != (version, self.version) or self.projection_weights is not None:
@@ -119,7 +124,7 @@ class Subspace(SubspaceState):
 
     @property
     def projection_weights(self) -> torch.Tensor | None:
-        """Factors [r] of the columns in the projection of the rule; None for ones."""
+        """The factors [r] by which the rule weights the columns of its projection; None where all are 1."""
         weights = getattr(self.spec.rule, "weights", None)
         found: torch.Tensor | None = None if weights is None else weights(*self.shape)
         return found
@@ -136,7 +141,10 @@ class Subspace(SubspaceState):
 
     @property
     def is_due(self) -> bool:
-        """Whether the basis is to move. The count may be over ``every``: that of a checkpoint's run may be longer."""
+        """Whether the basis is due to move.
+
+        The count may exceed ``every``: that of a checkpoint comes from a run whose period may have been longer.
+        """
         return int(self.steps_since_due) >= self.spec.rule.every
 
     @property
@@ -146,10 +154,10 @@ class Subspace(SubspaceState):
 
     @torch.no_grad()
     def replace(self, new: torch.Tensor) -> None:
-        """Move to a basis [n, r], or a code, within a backward or forward pass; states follow at the next step.
+        """Move to a new basis within a forward or backward pass; optimizer states follow at the next step.
 
         Args:
-            new: the basis, which is copied, or the code of a coded rule.
+            new: the basis [n, r], which is copied, or the code of a coded rule, which is taken over.
         """
         old, before = self.basis.detach().clone(), self.version
         if self.stored_basis is not None:
@@ -167,19 +175,23 @@ class Subspace(SubspaceState):
         self.num_updates += 1
 
     def forget_pending_move(self) -> None:
-        """Note that states have followed the moves since the last optimizer step, or do not have to."""
+        """Note that optimizer states have followed the moves since the last step, or do not have to."""
         self.has_pending_move, self.overlap = False, None
 
     @torch.no_grad()
     def recode(self, code: torch.Tensor) -> None:
-        """Move to the basis of another code, between two steps."""
+        """Move to the basis of another code, at the end of an optimizer step.
+
+        Args:
+            code: of a coded rule, int64 on the CPU, taken over without a copy.
+        """
         old, before = self.basis, self.version
         self.code, self._num_recoded = code, self._num_recoded + 1
         self.note_move(before, old.mT @ self.basis)
         self.num_updates += 1
 
     def entries(self) -> dict[str, Any]:
-        """Return what the optimizer state of a weight in the subspace has of it, so that checkpoints do.
+        """Return the entries that the optimizer state of a weight has of its subspace, for checkpoints, by their keys.
 
         Tensors are not copied: the entries change with the subspace. An entry of None is to be left out.
         """
@@ -194,14 +206,17 @@ class Subspace(SubspaceState):
         return found
 
     def is_noted_in(self, state: Mapping[str, Any]) -> bool:
-        """Return whether a state has the present objects of all entries that others can replace."""
+        """Return whether a weight's state holds the present objects of all entries that others may replace."""
         return all(state.get(key) is getattr(self, name) for name, key in _REPLACEABLE)
 
     @torch.no_grad()
     def load(self, saved: SubspaceState) -> None:
-        """Take over all that a checkpoint holds; the basis stays where it is in memory.
+        """Take over all that a checkpoint holds of a subspace; the basis keeps its place in memory.
 
-        What the basis was to move by, and what states were to follow, is dropped.
+        The statistic of this step and moves that states have not followed yet are dropped.
+
+        Args:
+            saved: of the same shape, dtype and device, and coded where this one is.
         """
         for field in SAVED_FIELDS:
             present, value = getattr(self, field.name), getattr(saved, field.name)
@@ -217,5 +232,5 @@ class Subspace(SubspaceState):
 
 
 def drift_of(overlap: torch.Tensor) -> torch.Tensor:
-    """Return how far bases have moved, ``sqrt(1 - ||R||^2 / r)``, from R = Q^T Q+ [..., r, r]: 0 to 1."""
+    """Return how far bases have moved, ``sqrt(1 - ||R||^2 / r)`` [...], 0 to 1, from R = Q^T Q+ [..., r, r]."""
     return (1 - overlap.square().sum(dim=(-2, -1)) / overlap.shape[-1]).clamp_min(0).sqrt()

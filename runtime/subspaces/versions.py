@@ -1,4 +1,4 @@
-"""Which bases one call of a compiled graph has used, and whether they have moved since."""
+"""Note which bases one call of a compiled graph has used, and tell whether they have moved since."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _calls = itertools.count(1)
 class Versions:
     """The versions of the bases that one call of a compiled graph has used.
 
-    A basis that is chosen from the batch may move in the forward pass or, where the partitioner has P computed there,
-    in the backward pass: the operator that returns it notes which version it has returned.
+    A basis that is chosen from the batch may move in the forward pass or, where the partitioner puts the computation of
+    P there, in the backward pass: the operator that returns the basis notes which version it has returned.
 
     Attributes:
         call: the number by which operators find this object in `BY_CALL`.
@@ -30,9 +30,9 @@ class Versions:
         BY_CALL[self.call] = self
 
     def note(self, subspace: Subspace) -> None:
-        """Note that the present version of the basis is used."""
+        """Note that the call uses the present version of a basis."""
         self._used.setdefault(subspace, set()).add(subspace.version)
 
     def hold(self, subspace: Subspace) -> bool:
-        """Return whether all that was computed in the basis is still in its coordinates."""
+        """Return whether all that the call has computed in a basis is in the coordinates of its present version."""
         return self._used.get(subspace, set()) <= {subspace.version}

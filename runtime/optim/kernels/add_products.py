@@ -1,8 +1,9 @@
-"""``W = keep W + alpha U Q^T`` for all weights of one shape in one launch of a Triton kernel.
+"""Compute ``W = keep W + alpha U Q^T`` for all weights of one shape, in one launch of a Triton kernel.
 
-A weight is read and written once, in its own dtype. Blocks of threads take `oasis_fx.runtime.optim.kernels.tiles` of
-it, and go through their chunks of columns while the loads of the next are under way. Above some rank the factors are
-read part by part in a loop of the GPU's, so that neither code nor the time to compile it grows with the rank.
+A weight is read and written once, in its own dtype. Each block of threads takes a tile of it
+(`oasis_fx.runtime.optim.kernels.tiles`) and goes through its chunks of columns while the loads of the next one are
+under way. Above some rank the factors are read part by part, in a loop that runs on the GPU, so that neither the code
+nor the time to compile it grows with the rank.
 
 A transposed weight, of strides (1, m), is one whose rows lie in memory as columns: ``W^T = keep W^T + alpha Q U^T``, so
 the factors change places.
@@ -28,7 +29,7 @@ _INTERPRETED = (9, 0)  # whose tiles a CPU takes in Triton's interpreter
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load_part(places, ks, rank, EVEN: tl.constexpr):
-    """A part of a factor, zeros beyond the rank."""
+    """Load a part of a factor, with zeros beyond the rank."""
     if EVEN:
         part = tl.load(places)
     else:
@@ -43,7 +44,7 @@ def add_products_kernel(
     ALIGNED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, PART: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Some chunks of the k-th weight, as it lies in memory: [m, n], its rows ``stride`` apart.
+    """Step some chunks of the k-th weight, as it lies in memory: [m, n], its rows ``stride`` apart.
 
     Args:
         weights, bases: addresses, int64 [k]. bank: alpha U [k, m, r], or [k, n, r] of turned weights.
@@ -116,14 +117,14 @@ def add_products_(
     gate: torch.Tensor | None,
     seed: int | None,
 ) -> None:
-    """``W_k = (1 - lr weight_decay) W_k + lr factor U_k Q_k^T`` in place; nothing where ``gate`` is false.
+    """Compute ``W_k = (1 - lr weight_decay) W_k + lr factor U_k Q_k^T`` in place; nothing where ``gate`` is false.
 
     Args:
         weights: [m, n] each, of one device, dtype (float32, bfloat16, float16) and `row_stride`.
         bank: U [k, m, r], float32, contiguous. bases: Q [n, r] each, likewise; they may occur more than once.
-        lr: or a tensor with one element on the device, which no host reads.
+        lr: a number, or a tensor with one element on the device, which the host does not read.
         gate: bool scalar on the device, or None for true.
-        seed: of stochastic rounding, which is bfloat16's; None: to nearest.
+        seed: from 0, of stochastic rounding to bfloat16; None rounds to nearest.
     """
     first, rank = weights[0], bank.shape[2]
     layout = row_stride(first)

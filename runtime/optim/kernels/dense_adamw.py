@@ -1,6 +1,6 @@
-"""AdamW on all bfloat16 weights of a device in one launch of a Triton kernel, with stochastic rounding.
+"""Step all bfloat16 weights of a device by AdamW in one launch of a Triton kernel, with stochastic rounding.
 
-Tensors are cut into blocks of `BLOCK` entries, which are numbered throughout: a table says whose each one is.
+Tensors are cut into blocks of `BLOCK` entries, numbered through all tensors; a table says whose each block is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def adamw_kernel(
     addresses, layout, tensors, gate, biases, lr, beta1, beta2, eps, decay, seed,
     GATED: tl.constexpr, LR_ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one tensor, computed in float32.
+    """Step one block of one tensor, computed in float32.
 
     Args:
         addresses: int64 [4, k]: of weights, gradients, first and second moments.
@@ -87,12 +87,15 @@ def step_dense_adamw_(
     gate: torch.Tensor | None,
     seed: int,
 ) -> None:
-    """AdamW in place on bfloat16 tensors of one device, each contiguous; nothing where ``gate`` is false.
+    """Step bfloat16 weights of one device by AdamW in place; nothing changes where ``gate`` is false.
 
     Args:
-        biases: ``1 - beta^t`` of both moments of each tensor, float32 [k, 2], contiguous.
-        lr: or a tensor with one element on the device, which no host reads.
+        weights, gradients, means, seconds: k each, contiguous bfloat16; each four of one size.
+        biases: ``1 - beta^t`` of both moments of each weight, float32 [k, 2], contiguous.
+        lr: a number, or a tensor with one element on the device, which the host does not read.
+        beta1, beta2, eps, weight_decay: AdamW's.
         gate: bool scalar on the device, or None for true.
+        seed: from 0, of stochastic rounding.
     """
     tensors = [*weights, *gradients, *means, *seconds]
     sizes = tuple(weight.numel() for weight in weights)
@@ -108,7 +111,7 @@ def step_dense_adamw_(
 
 
 def _layout(sizes: Sequence[int]) -> torch.Tensor:
-    """Return sizes, the number of each one's first block, and the tensor of each block, one after the other, int64."""
+    """Return int64 [2 k + blocks]: the sizes, the number of each tensor's first block, and the tensor of each block."""
     lengths = torch.tensor(sizes, dtype=torch.int64)
     blocks = (lengths + BLOCK - 1) // BLOCK
     owners = torch.repeat_interleave(torch.arange(len(sizes)), blocks)

@@ -25,7 +25,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Kernels(NamedTuple):
-    """What launches kernels, and imports Triton."""
+    """The functions that launch kernels; their modules import Triton."""
 
     add_products: Callable[..., None]
     step_dense_adamw: Callable[..., None]
@@ -88,9 +88,10 @@ def add_products(
         us: U [m, r] of each. Those of one kind that lie side by side in memory, in order, are not copied: see
             `oasis_fx.runtime.optim.weight_steps.zero_directions`.
         factors: of each, of the learning rate, but not in weight decay.
-        lr: or a tensor with one element on the device.
+        lr: a number, or a tensor with one element on the device.
+        weight_decay: decoupled, as AdamW's.
         gate: bool scalar; where it is false, weights stay as they are. None for true.
-        generator: where weights are rounded stochastically.
+        generator: for stochastic rounding; None rounds to nearest.
 
     Returns:
         The places of the updates that no kernel has computed, in order. Their weights have not changed.
@@ -154,7 +155,7 @@ def as_bank(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def step_dense_bfloat16(updates: Sequence[DenseUpdate], step: Step[AdamWSettings]) -> list[DenseUpdate]:
     """Step bfloat16 weights of one device by AdamW with stochastic rounding, all in one kernel.
 
-    Those whose sizes or addresses 16 does not divide are a second launch, which loads entry by entry.
+    Weights whose size or addresses are not multiples of 16 take a second launch, which loads entry by entry.
 
     Returns:
         The updates that no kernel suits. Their weights and states have not changed.

@@ -1,4 +1,4 @@
-"""The layouts of matrices in memory that kernels step."""
+"""Tell the layouts of matrices in memory that kernels can step."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 
 
 def row_stride(matrix: torch.Tensor) -> tuple[bool, int] | None:
-    """Return how a matrix [m, n] lies in memory, or None where it is neither a contiguous nor a turned one.
+    """Return how a matrix [m, n] lies in memory: by rows, or turned, by columns.
 
     Returns:
-        Whether it is turned, of strides (1, ...), and the stride of its rows, or of its columns where it is.
+        Whether it is turned, and the stride between its rows, or between its columns where it is turned. None where
+        the entries of neither its rows nor its columns lie side by side.
     """
     (m, n), (down, right) = matrix.shape, matrix.stride()
     if (right == 1 or n == 1) and (down >= n or m == 1):

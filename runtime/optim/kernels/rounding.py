@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16 within Triton kernels, as `oasis_fx.runtime.optim.rounding` does it by operators.
+"""Round to bfloat16 stochastically within Triton kernels, as `oasis_fx.runtime.optim.rounding` does by operators.
 
 The noise is Philox4x32's: a function of a seed and of an entry's place, so that a run can be repeated. Seven rounds of
 it pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); the usual ten are a margin of
@@ -16,14 +16,14 @@ SEED_BASE = 1 << 40
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _product(constant: tl.constexpr, value):
-    """The upper and the lower half of a product of uint32: one instruction, where ``umulhi`` and ``*`` are two."""
+    """Return the upper and the lower half of a uint32 product: one instruction, where ``umulhi`` and ``*`` are two."""
     wide = value.to(tl.uint64) * constant
     return (wide >> 32).to(tl.uint32), wide.to(tl.uint32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def philox(seed, place, stream):
-    """Philox4x32-7: four random uint32 for each entry of ``place``, as `tl.philox` with seven rounds gives them.
+    """Return four random uint32 for each entry of ``place``, by Philox4x32-7: those of `tl.philox` with seven rounds.
 
     Args:
         seed: the key, an int64 scalar of at least `SEED_BASE`.
@@ -43,9 +43,9 @@ def philox(seed, place, stream):
 
 @triton.jit  # type: ignore[untyped-decorator]
 def sixteen_bits(seed, place, stream):
-    """Random int32 from 0 to 65535, eight for each entry of ``place`` [..., c]: [..., c, 2, 2, 2].
+    """Return random int32 from 0 to 65535, eight for each entry of ``place`` [..., c]: [..., c, 2, 2, 2].
 
-    Args: as of `philox`.
+    Args: those of `philox`.
     """
     a, b, c, d = philox(seed, place, stream)
     words = tl.join(tl.join(a, b), tl.join(c, d))
@@ -54,10 +54,11 @@ def sixteen_bits(seed, place, stream):
 
 @triton.jit  # type: ignore[untyped-decorator]
 def round_stochastically(value, noise):
-    """float32 to bfloat16, up or down with the odds of the distance; exact values, infinities and NaN stay.
+    """Round float32 to bfloat16, up or down at random, and right on average; exact values, infinities and NaN stay.
 
     Args:
-        noise: int32, from 0 to 65535.
+        value: float32, of any shape.
+        noise: int32 from 0 to 65535, of the same shape.
     """
     # bfloat16 is the upper half of float32: add noise below the cut, then cut. A GPU's arithmetic makes one NaN only,
     # 0x7FFFFFFF, to which noise would carry over into a number: its lower half goes first. That is one instruction,

@@ -1,7 +1,7 @@
-"""How `add_products` cuts a matrix up on a GPU: a table by rank, dtype and capability; nothing is tried at run time.
+"""Choose how `add_products` cuts a matrix up on a GPU, by rank, dtype and capability; nothing is tried at run time.
 
-Chosen by what ptxas makes of the kernel (`tests/runtime/optim/test_kernel_instructions.py` counts it): instructions an
-entry, registers, spills, and shared memory, of which a block of a consumer's card has 99 KiB.
+The tiles were chosen by what ptxas makes of the kernel (`tests/runtime/optim/test_kernel_instructions.py` counts it):
+instructions per entry, registers, spills, and shared memory, of which a block on a consumer's card has 99 KiB.
 
 On an H200 the tiles for H100 and B200 were the fastest of ten or more that were tried for each of three ranks
 (`benchmarks/gpu/tiles.py`): 3.0, 2.3 and 1.5 TB/s at r = 32, 128 and 256, where a copy has 4.2.
@@ -25,11 +25,11 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """How one block of threads works.
+    """How one block of threads of `add_products` works.
 
     Attributes:
-        rows, columns: of the matrix at a time.
-        chunks: of so many columns, one after the other; the first factor's rows are read once for all of them.
+        rows, columns: of the part of the matrix that it steps at a time.
+        chunks: how many such parts it steps, side by side; the first factor's rows are read once for all of them.
         part: columns of the factors at a time, a power of two from 16.
         loop: whether the rank has several parts.
         warps: of 32 threads.
@@ -53,7 +53,7 @@ class Tile:
 
 
 def tile_for(rank: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
-    """Return how matrices of a dtype are stepped by products of a rank.
+    """Return the tile by which matrices of a dtype are stepped, for products of factors of a rank.
 
     Args:
         rank: from 1.
@@ -70,5 +70,5 @@ def tile_for(rank: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile
 
 
 def part_of(rank: int) -> int:
-    """Return the power of two, from 16, that a rank fits into."""
+    """Return the smallest power of two, from 16, that is no less than a rank."""
     return int(max(16, 1 << (rank - 1).bit_length()))

@@ -171,9 +171,9 @@ class BatchRule(Rule):
         raise NotImplementedError
 
     def weights(self, n: int, r: int) -> torch.Tensor | None:
-        """The factors [r] of the columns in the projection ``A Q diag(weights)``, or None where all are 1.
+        """Return the factors [r] of the columns in the projection ``A Q diag(weights)``, or None where all are 1.
 
-        They may be 0 and more where the rule is ``dense``, and must be over 0 elsewhere.
+        They must be positive; where the rule is ``dense``, they may be 0 too.
         """
         return None
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def settings_of(rule: type[Rule]) -> tuple[str, ...]:
-    """The names of the settings that a class of rules takes."""
+    """Return the names of the settings that a class of rules takes."""
     found = tuple(entry.name for entry in fields(rule) if entry.init)
     return tuple(name for name in found if name != "every" or not getattr(rule, "each_batch", False))
 
@@ -72,5 +72,5 @@ def _has_no_use_for(rule: type[Rule], name: str) -> bool:
 
 
 def _is_default(rule: type[Rule], name: str, value: Any) -> bool:
-    """As `dataclasses.replace` gives it again."""
+    """Return whether a value is the default of a setting, which `dataclasses.replace` passes on as if it were given."""
     return any(entry.name == name and entry.init and entry.default == value for entry in fields(rule))

@@ -8,7 +8,11 @@ import torch
 def top_right_singular_vectors(a: torch.Tensor, r: int) -> torch.Tensor:
     """Compute the orthonormal [n, r] that spans the rows of ``a`` [k, n] best; columns by falling singular value.
 
-    The sign of each column is that of its largest entry. Where k < r the rest is completed to an orthonormal basis.
+    The largest entry of each column is positive. Where k < r, the columns are completed to an orthonormal basis.
+
+    Args:
+        a: finite, float32 or float64.
+        r: columns, from 1 to n.
     """
     if a.shape[0] > 2 * a.shape[1]:  # many tokens: the eigenvectors of the small Gram matrix, in float64
         wide = a.double()
