@@ -78,6 +78,34 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(optimizer, settings, rec
     assert not [w for w in recwarn if "none of the" in str(w.message)], "a step of length 0 is no training step"
 
 
+OLD = {"step_count": "rounding_seed", "step_outside_subspace": "residual", "full_size_states": "full_rank"}
+
+
+@pytest.mark.parametrize("name", ["plain", "whole", "offloaded"])
+def test_groups_of_0_2_are_loaded_under_their_present_names(name) -> None:
+    """Torch itself wants the names that the optimizer has, where it is to load a whole or a flat state dict."""
+    backend = oasis_backend(rank=4, exclude=[], inner="aot_eager")
+    model, steps = made(backend, OasisAdamW)
+    train(model, steps, range(3))
+    weights = copy.deepcopy(model.state_dict())
+    saved = copy.deepcopy(get_optimizer_state_dict(model, steps, options=StateDictOptions(**OPTIONS[name])))
+    (group,) = saved["param_groups"]
+    for new, old in OLD.items():
+        group[old] = group.pop(new)
+    train(model, steps, range(3, 7))
+    other, resumed = made(backend, OasisAdamW)
+    other.load_state_dict(weights)
+    if name != "plain":
+        with pytest.raises(KeyError, match="rounding_seed"):
+            set_optimizer_state_dict(other, resumed, saved, options=StateDictOptions(**OPTIONS[name]))
+    with pytest.warns(DeprecationWarning, match="'residual', which is called 'step_outside_subspace' since 0.3"):
+        set_optimizer_state_dict(other, resumed, saved)
+    (loaded,) = resumed.param_groups
+    assert [loaded[new] for new in OLD] == [3, False, False] and not loaded.keys() & set(OLD.values())
+    train(other, resumed, range(3, 7))
+    assert_equal(model, other, steps, resumed, name)
+
+
 def assert_equal(model, other, steps, resumed, name) -> None:
     for one, another in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, another), name
