@@ -19,7 +19,7 @@ from oasis_fx.runtime.optim.preparation import prepare_state
 from oasis_fx.runtime.optim.resizing import spend_budget
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, all_finite
 from oasis_fx.runtime.subspaces import host_reads
-from oasis_fx.runtime.subspaces.basis_updates import count_steps, move_bases
+from oasis_fx.runtime.subspaces.basis_updates import count_steps, move_due_bases
 from oasis_fx.runtime.subspaces.missed_moves import note_idle
 from oasis_fx.runtime.subspaces.shards import agreed
 from oasis_fx.runtime.subspaces.store import STORE
@@ -165,7 +165,7 @@ def move_all_bases(optimizer: Algorithm, context: StepContext) -> None:
     for subspace in dict.fromkeys([*members, *stored]):
         by_device.setdefault(subspace.device, []).append(subspace)
     for device, subspaces in by_device.items():
-        overlaps = move_bases(subspaces, context.gate_on(device))
+        overlaps = move_due_bases(subspaces, context.gate_on(device))
         overlaps = {s: overlap for s, overlap in overlaps.items() if s.spec.rule.transports}
         moves = [(weight, overlap) for s, overlap in overlaps.items() for weight in members.get(s, ())]
         transport_states(optimizer, moves)

@@ -1,4 +1,8 @@
-"""Move bases at the end of an optimizer step, each by its rule."""
+"""Move bases at the end of an optimizer step, each by its rule.
+
+`move_due_bases` is a part of a step of our own optimizers, which transport states by the overlaps that it returns.
+`update_bases` does the same for a model's weights on behalf of any other optimizer, whose states nobody transports.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
 @torch.no_grad()
-def move_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) -> dict[Subspace, torch.Tensor]:
+def move_due_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = None) -> dict[Subspace, torch.Tensor]:
     """Count an optimizer step of each subspace, move the bases that are due, and drop all statistics.
 
     Bases of a `StatisticRule` move here, batched over equal shapes. One without a statistic is left out; one whose
@@ -91,7 +95,7 @@ def update_bases(weights: Iterable[torch.Tensor]) -> None:
     for subspace in subspaces:
         subspace.check_averaged()
     note_idle(subspaces)
-    move_bases(subspaces)
+    move_due_bases(subspaces)
     for subspace in subspaces:
         subspace.forget_pending_move()  # nobody's states follow
 

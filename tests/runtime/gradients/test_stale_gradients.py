@@ -9,7 +9,7 @@ from oasis_fx.runtime.gradients.cell import StaleGradientError
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.optim.sgd import OasisSGD
-from oasis_fx.runtime.subspaces.basis_updates import move_bases
+from oasis_fx.runtime.subspaces.basis_updates import move_due_bases
 from oasis_fx.runtime.subspaces.rules import Random
 from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.store import STORE
@@ -31,7 +31,7 @@ def stale_gradient(make_weight, spec=SPEC) -> tuple[LowRankGrad, torch.Tensor]:
     before = gradient.to_dense()
     subspace.statistic = torch.randn(8, spec.rank, dtype=torch.float64)
     for _ in range(2):
-        move_bases([subspace])
+        move_due_bases([subspace])
         subspace.statistic = torch.randn(8, spec.rank, dtype=torch.float64)
     return gradient, before
 

@@ -11,7 +11,7 @@ import torch
 
 from oasis_fx import LowRankGrad, OasisAdamW, oasis_backend
 from oasis_fx.graph.matricization import as_rows
-from oasis_fx.runtime.subspaces.basis_updates import move_bases
+from oasis_fx.runtime.subspaces.basis_updates import move_due_bases
 from oasis_fx.runtime.subspaces.initial import initial_basis, new_subspace
 from oasis_fx.runtime.subspaces.rules import DCT, DrawnRule, GradientPower, Random, rule_of
 from oasis_fx.runtime.subspaces.spec import SubspaceSpec
@@ -174,13 +174,13 @@ def test_a_drawn_basis_is_drawn_anew_in_steps_that_count_alone(rule) -> None:
     subspace = new_subspace(torch.zeros(6, RANK, dtype=torch.float64), SubspaceSpec(RANK, rule_of(rule, every=2)))
     gate = {counts: torch.tensor(counts) for counts in (True, False)}
     first = subspace.basis
-    assert move_bases([subspace], gate[True]) == {}
-    assert move_bases([subspace], gate[False]) == {}  # its turn, and a step left out
+    assert move_due_bases([subspace], gate[True]) == {}
+    assert move_due_bases([subspace], gate[False]) == {}  # its turn, and a step left out
     assert torch.equal(subspace.basis, first)
-    overlaps = move_bases([subspace], gate[True])  # comes again
+    overlaps = move_due_bases([subspace], gate[True])  # comes again
     torch.testing.assert_close(overlaps[subspace], first.T @ subspace.basis)
     assert not torch.equal(subspace.basis, first)
-    assert move_bases([subspace], gate[True]) == {}
+    assert move_due_bases([subspace], gate[True]) == {}
 
 
 def test_states_follow_a_drawn_basis_whose_rule_wants_it() -> None:

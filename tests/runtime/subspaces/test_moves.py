@@ -9,7 +9,7 @@ import torch
 
 from oasis_fx.runtime.optim.updates import all_finite
 from oasis_fx.runtime.subspaces import orthonormalize as module
-from oasis_fx.runtime.subspaces.basis_updates import move_bases
+from oasis_fx.runtime.subspaces.basis_updates import move_due_bases
 from oasis_fx.runtime.subspaces.initial import initial_basis, new_subspace
 from oasis_fx.runtime.subspaces.orthonormalize import orthonormalize
 from oasis_fx.runtime.subspaces.rules import Oja
@@ -41,7 +41,7 @@ def test_the_automatic_rate_does_not_learn_from_the_first_move() -> None:
     for step in range(4):
         c = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step % 2))
         moving.statistic = c
-        move_bases([moving])
+        move_due_bases([moving])
         rates.append(math.exp(float(moving.log_rate)))
         assert (moving.last_move is not None and bool(moving.last_move.any())) == (step > 0)
     assert rates[0] == rates[1] == 1.0  # the second move is the first that is remembered: there is no other beside it
@@ -101,13 +101,13 @@ def test_a_basis_that_cannot_be_orthonormalised_stays_is_counted_and_recovers(mo
     bad.statistic, good.statistic = -c, c.clone()
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "qr", None)  # nothing calls it in a step
-        overlaps = move_bases([bad, good])
+        overlaps = move_due_bases([bad, good])
     assert torch.equal(bad.basis, before) and not torch.equal(good.basis, before)
     assert torch.equal(overlaps[bad], torch.eye(3, dtype=torch.float64))
     assert [int(s.num_updates) for s in (bad, good)] == [0, 1] and [int(s.num_stuck) for s in (bad, good)] == [1, 0]
     for each in (bad, twin):
         each.statistic = c.clone()
-        move_bases([each])
+        move_due_bases([each])
     assert torch.equal(bad.basis, twin.basis) and not torch.equal(bad.basis, before)
 
 
@@ -118,9 +118,9 @@ def test_bases_of_several_shapes_are_orthonormalised_as_each_alone() -> None:
     for one, other in zip(together, alone, strict=True):
         one.statistic = torch.randn(one.shape, dtype=torch.float64)
         other.statistic = one.statistic.clone()
-    move_bases(together)
+    move_due_bases(together)
     for one, other in zip(together, alone, strict=True):
-        move_bases([other])
+        move_due_bases([other])
         assert torch.equal(one.basis, other.basis)
         assert float(one.condition) == float(other.condition)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from oasis_fx.runtime.subspaces.basis_updates import move_bases, update_bases
+from oasis_fx.runtime.subspaces.basis_updates import move_due_bases, update_bases
 from oasis_fx.runtime.subspaces.batched_moves import POWER_STEP
 from oasis_fx.runtime.subspaces.initial import initial_basis, new_subspace
 from oasis_fx.runtime.subspaces.rules import Oja
@@ -35,7 +35,7 @@ def test_one_step_is_the_equation_and_returns_the_overlap() -> None:
         x = torch.randn(50, s.basis.shape[0], dtype=torch.float64)
         s.statistic = x.T @ (x @ s.basis.detach())
     expected = [oja_reference(q, s.statistic, 0.3) for q, s in zip(old, batch, strict=True)]
-    overlaps = move_bases(batch)
+    overlaps = move_due_bases(batch)
     for s, q, new in zip(batch, old, expected, strict=True):
         torch.testing.assert_close(s.basis.detach(), new, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(overlaps[s], q.T @ new, rtol=1e-10, atol=1e-10)
@@ -47,7 +47,7 @@ def test_first_step_is_a_power_step() -> None:
     x = torch.randn(50, 12, dtype=torch.float64)
     s.statistic = x.T @ (x @ s.basis.detach())
     expected = oja_reference(s.basis.detach(), s.statistic, POWER_STEP)
-    move_bases([s])
+    move_due_bases([s])
     torch.testing.assert_close(s.basis.detach(), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -59,7 +59,7 @@ def test_converges_to_the_principal_subspace(eta) -> None:
     s = subspace(eta=eta, updates=0)
     for _ in range(60):
         s.statistic = x.T @ (x @ s.basis.detach())
-        move_bases([s])
+        move_due_bases([s])
     principal = torch.linalg.svd(x).Vh[:4].T
     captured = (principal.T @ s.basis.detach()).norm() ** 2
     assert captured > 4 - 1e-3
@@ -70,7 +70,7 @@ def test_orthonormal_after_a_thousand_steps() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(1000):
         s.statistic = torch.randn(40, 8, generator=generator) * 10.0 ** torch.randint(-6, 6, (1,), generator=generator)
-        move_bases([s])
+        move_due_bases([s])
     q = s.basis.detach().double()
     assert (q.T @ q - torch.eye(8)).abs().max() < 1e-5
 
@@ -80,7 +80,7 @@ def test_units_of_the_statistic_do_not_matter(scale) -> None:
     one, other = subspace(dtype=torch.float32), subspace(dtype=torch.float32)
     c = torch.randn(12, 4)
     one.statistic, other.statistic = c.clone(), c * scale
-    move_bases([one]), move_bases([other])
+    move_due_bases([one]), move_due_bases([other])
     torch.testing.assert_close(one.basis.detach(), other.basis.detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_a_useless_statistic_leaves_the_basis_bitwise(bad) -> None:
     fine.statistic = torch.randn(12, 4, dtype=torch.float64)
     spoilt.statistic = torch.full((12, 4), bad, dtype=torch.float64)
     before, fine_before = spoilt.basis.detach().clone(), fine.basis.detach().clone()
-    overlaps = move_bases([fine, spoilt])
+    overlaps = move_due_bases([fine, spoilt])
     assert torch.equal(spoilt.basis, before) and int(spoilt.num_updates) == 1
     assert torch.equal(overlaps[spoilt], torch.eye(4, dtype=torch.float64))
     assert not torch.equal(fine.basis, fine_before) and spoilt.statistic is None
@@ -100,7 +100,7 @@ def test_a_closed_gate_moves_nothing() -> None:
     s = subspace()
     s.statistic = torch.randn(12, 4, dtype=torch.float64)
     before = s.basis.detach().clone()
-    move_bases([s], torch.tensor(False))
+    move_due_bases([s], torch.tensor(False))
     assert torch.equal(s.basis, before) and int(s.num_updates) == 1
 
 
@@ -153,7 +153,7 @@ def auto(n: int, tokens: int, steps: int, drift: float, seed: int = 0) -> tuple[
         captured.append(float((subspace.basis.detach().T @ best.T).square().sum() / 4))
         subspace.statistic = x.T @ (x @ subspace.basis.detach())
         subspace.energy_sum = x.square().sum()
-        move_bases([subspace])
+        move_due_bases([subspace])
     return math.exp(float(subspace.log_rate)), captured
 
 
@@ -179,7 +179,7 @@ def test_an_automatic_rate_follows_about_as_well_as_the_best_fixed_one() -> None
                 if number >= 100:
                     total.append(float((subspace.basis.detach().T @ turn[:4].T).square().sum() / 4))
                 subspace.statistic = x.T @ (x @ subspace.basis.detach())
-                move_bases([subspace])
+                move_due_bases([subspace])
         return sum(total) / len(total)
 
     fixed = {rate: captured(rate) for rate in (0.001, 0.01, 0.1, 1.0, 10.0)}
