@@ -55,7 +55,7 @@ def report_as_page(records: Sequence[CompiledGraph], args: argparse.Namespace) -
 
 
 def print_graphs(records: Sequence[CompiledGraph], args: argparse.Namespace) -> str:
-    """The text of ``print``, in the format that was asked for.
+    """Return the text of ``print``, in the format that was asked for.
 
     Raises:
         ValueError: ``--only`` names nothing of the model.

@@ -74,7 +74,7 @@ def cholesky_orthonormalize(batches: Sequence[torch.Tensor]) -> list[Orthonormal
         defect = (gram - eye).abs().amax(dim=(-2, -1))
         done = ~(failed_once | failed_twice) & (defect <= tolerance)  # false for NaN
     lengths = [len(a) for a in batches]
-    columns = zip(twice, done.split(lengths), condition.split(lengths), strict=True)
+    columns = zip(twice, torch.split(done, lengths), torch.split(condition, lengths), strict=True)
     return [Orthonormalized(q, of_batch, its_condition) for q, of_batch, its_condition in columns]
 
 
