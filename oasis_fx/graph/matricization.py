@@ -79,10 +79,12 @@ def add_product_(
 
 
 def rows_view(weight: torch.Tensor, features: Features) -> torch.Tensor | None:
-    """Return the weight as a view [m, n]; None where strides do not allow one.
+    """Return the weight as a view [m, n], itself where it is stored as one; None where strides do not allow one.
 
     They do not for experts stored [experts, n, m], nor for convolutions with channels last.
     """
+    if weight.dim() == 2 and features == LINEAR:
+        return weight
     try:
         return weight.permute(rows_first(weight.dim(), features)).view(-1, num_features(weight.shape, features))
     except RuntimeError:

@@ -26,6 +26,7 @@ from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.strides import all_plain, is_packed, laid_out_as
 from oasis_fx.runtime.optim.updates import LowRankUpdate, State, real_view
 from oasis_fx.runtime.optim.weight_steps import add_scaled_, step_weights, store_weight, zero_directions
+from oasis_fx.runtime.subspaces.banks import in_dtypes_of
 from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
@@ -55,7 +56,7 @@ def step_low_rank(updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -
     directions = zero_directions(updates, means)
     step_fused(
         directions,
-        [update.factor.to(mean.dtype) for update, mean in zip(updates, means, strict=True)],
+        in_dtypes_of([update.factor for update in updates], means),
         states,
         replace(settings, lr=1.0, weight_decay=0.0),
         step.gate,

@@ -216,15 +216,15 @@ class OasisAdamW(SubspaceOptimizer):
                     self.transport([plain], r[None], group)
             return
         mean, second = (torch.stack([s[key] for s in states]) for key in self.states)
-        step = torch.stack([s["step"] for s in states]).view(-1, 1, 1)
+        step = torch.stack([s["step"] for s in states]).view(-1, 1, 1).double()
         bias1, bias2 = (bias_correction(float(beta), step).to(mean.dtype) for beta in group["betas"])
         moved = transport_second_moment(second, mean, overlap, bias1, bias2)
         if not host_reads.reads_are_free(overlap.device):
             # Bases may not have moved, as in a step that is left out: what divides and multiplies would not be exact.
             eye = torch.eye(overlap.shape[-1], dtype=overlap.dtype, device=overlap.device)
             moved = torch.where((overlap == eye).all(dim=(-2, -1)).view(-1, 1, 1), second, moved)
-        torch._foreach_copy_([s["exp_avg_sq"] for s in states], list(moved))
-        torch._foreach_copy_([s["exp_avg"] for s in states], list(transport_mean(mean, overlap)))
+        torch._foreach_copy_([s["exp_avg_sq"] for s in states], moved.unbind())
+        torch._foreach_copy_([s["exp_avg"] for s in states], transport_mean(mean, overlap).unbind())
 
 
 def _in_codes(state: State) -> bool:

@@ -104,7 +104,7 @@ class Algorithm(torch.optim.Optimizer):
         """
         for name in self.states:
             moved = torch.stack([state[name] for state in states]) @ overlap
-            torch._foreach_copy_([state[name] for state in states], list(moved))
+            torch._foreach_copy_([state[name] for state in states], moved.unbind())
 
     def projected_states(
         self, state: State, basis: torch.Tensor, features: Features, group: Mapping[str, Any]

@@ -107,7 +107,7 @@ def _low_rank_update(optimizer: Algorithm, item: Item, bases: dict[Subspace, tor
     weights: torch.Tensor | None = None
     if subspace is not None:
         if subspace not in bases:
-            bases[subspace] = subspace.basis.detach().to(item.weight.device)
+            bases[subspace] = subspace.basis.to(item.weight.device)
         basis, orthonormal = bases[subspace], subspace.spec.rule.orthonormal
     elif "basis" in state:  # loaded from a checkpoint, and not compiled since
         basis, orthonormal = state["basis"], True  # others are coded

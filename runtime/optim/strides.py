@@ -41,11 +41,14 @@ def is_packed(tensor: torch.Tensor) -> bool:
 
 def all_plain(*columns: list[torch.Tensor]) -> bool:
     """Whether, place by place, all have one real dtype and are contiguous: the usual case, quickly told."""
-    return all(
-        tensor.is_contiguous() and tensor.dtype == row[0].dtype and not tensor.is_complex()
-        for row in zip(*columns, strict=True)
-        for tensor in row
-    )
+    for row in zip(*columns, strict=True):
+        dtype = row[0].dtype
+        if dtype.is_complex:
+            return False
+        for tensor in row:
+            if tensor.dtype != dtype or not tensor.is_contiguous():
+                return False
+    return True
 
 
 def laid_out_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

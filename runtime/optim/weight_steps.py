@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -12,6 +12,7 @@ from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.kernels import dispatch
 from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.updates import LowRankUpdate
+from oasis_fx.runtime.subspaces.banks import new_in_banks
 
 
 class WeightSettings(Protocol):
@@ -110,15 +111,8 @@ def zero_directions(updates: Sequence[LowRankUpdate], like: Sequence[torch.Tenso
 
     Those of weights of one shape lie side by side, so that `step_weights` reads them as one tensor.
     """
-    kinds: dict[Any, dict[Any, list[int]]] = {}
-    for place, (update, tensor) in enumerate(zip(updates, like, strict=True)):
-        of_dtype = kinds.setdefault(tensor.dtype, {})
-        of_dtype.setdefault((tensor.shape, update.basis.shape, update.orthonormal), []).append(place)
-    zeros: dict[int, torch.Tensor] = {}
-    for dtype, of_dtype in kinds.items():
-        places = [place for group in of_dtype.values() for place in group]
-        sizes = [like[place].numel() for place in places]
-        buffer = torch.zeros(sum(sizes), dtype=dtype, device=like[0].device)
-        for place, part in zip(places, torch.split(buffer, sizes), strict=True):
-            zeros[place] = part.view(like[place].shape)
-    return [zeros[place] for place in range(len(like))]
+    kinds = [
+        (tensor.dtype, tensor.shape, update.basis.shape, update.orthonormal)
+        for update, tensor in zip(updates, like, strict=True)
+    ]
+    return new_in_banks(like, kinds, torch.zeros)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from oasis_fx._torch.precision import whole_float32_products
+from oasis_fx.runtime.subspaces.banks import as_bank
 from oasis_fx.runtime.subspaces.orthonormalize import Orthonormalized, cholesky_orthonormalize
 from oasis_fx.runtime.subspaces.rules import StatisticRule
 from oasis_fx.runtime.subspaces.step_size import next_log_rate, sketch
@@ -20,6 +21,7 @@ from oasis_fx.runtime.subspaces.subspace import Subspace, drift_of
 # Q + eta C / s has singular values from 1 to 1 + eta sqrt(r). At 100, C outweighs Q and yet the Gram matrix stays
 # positive definite in float32, whatever the data. No step size of a rule counts as more.
 POWER_STEP = 100.0
+_MEASURES = ("captured_energy", "drift", "condition")
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,9 @@ def _settle(batch: Batch, wanted: torch.Tensor, found: Orthonormalized, gate: to
     if subspaces[0].finds_step_size:
         _adapt_rates(subspaces, new - old, has_moved)
     before = [subspace.version for subspace in subspaces]
-    torch._foreach_copy_([subspace.basis for subspace in subspaces], list(new))
-    torch._foreach_add_([subspace.num_updates for subspace in subspaces], list(has_moved.long()))
-    torch._foreach_add_([subspace.num_stuck for subspace in subspaces], list(stuck.long()))
+    torch._foreach_copy_([subspace.basis for subspace in subspaces], new.unbind())
+    torch._foreach_add_([subspace.num_updates for subspace in subspaces], has_moved.long().unbind())
+    torch._foreach_add_([subspace.num_stuck for subspace in subspaces], stuck.long().unbind())
     overlaps = overlap.unbind()
     for subspace, version, r in zip(subspaces, before, overlaps, strict=True):
         subspace.drop_statistic()
@@ -139,11 +141,13 @@ def _measure(batch: Batch, overlap: torch.Tensor, moved: torch.Tensor, condition
         condition: [L], as of `Orthonormalized`.
     """
     captured = (batch.basis * batch.statistic).sum(dim=(-2, -1)) / batch.energy  # ||A Q||^2 = <Q, C>
-    drift = drift_of(overlap)
-    for name, values in (("captured_energy", captured), ("drift", drift), ("condition", condition)):
-        last = torch.stack([getattr(s, name) for s in batch.subspaces])
-        for subspace, value in zip(batch.subspaces, torch.where(moved, values, last), strict=True):
-            setattr(subspace, name, value)
+    values = torch.stack([captured, drift_of(overlap), condition])
+    # Side by side in memory, so that at the next step nothing has to be stacked.
+    last = [getattr(subspace, name) for name in _MEASURES for subspace in batch.subspaces]
+    found = torch.where(moved, values, as_bank(last).view_as(values)).flatten().unbind()
+    count = len(batch.subspaces)
+    for place, subspace in enumerate(batch.subspaces):
+        subspace.captured_energy, subspace.drift, subspace.condition = found[place::count]
 
 
 def _adapt_rates(subspaces: Sequence[Subspace], move: torch.Tensor, moved: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from oasis_fx.graph.matricization import rows_view
 from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.kernels.layouts import row_stride
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
+from oasis_fx.runtime.subspaces.banks import as_bank
 from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 if TYPE_CHECKING:
@@ -138,18 +139,6 @@ def _matrix_of(update: LowRankUpdate, u: torch.Tensor) -> torch.Tensor | None:
         return None
     rows = rows_view(weight, update.features)
     return None if rows is None or row_stride(rows) is None else rows
-
-
-def as_bank(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return contiguous tensors of one shape as one [k, ...]: a view where they lie side by side, in order."""
-    first, size = tensors[0], tensors[0].numel()
-    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
-    if all(
-        tensor.untyped_storage().data_ptr() == storage and tensor.storage_offset() == start + number * size
-        for number, tensor in enumerate(tensors)
-    ):
-        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
-    return torch.stack(list(tensors))
 
 
 def step_dense_bfloat16(updates: Sequence[DenseUpdate], step: Step[AdamWSettings]) -> list[DenseUpdate]:

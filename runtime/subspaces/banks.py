@@ -1,0 +1,60 @@
+"""Many tensors of one shape side by side in memory, so that one operator reads, writes or clears all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+
+def as_bank(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return contiguous tensors of one shape as one [k, ...]: a view where they lie side by side, in order."""
+    first = tensors[0]
+    place, size = first.data_ptr(), first.numel() * first.element_size()
+    # Within one storage: what comes after its end may be another, and is none that a view can reach.
+    last = first.untyped_storage().data_ptr() + first.untyped_storage().nbytes()
+    if place + len(tensors) * size > last:
+        return torch.stack(list(tensors))
+    for tensor in tensors:
+        if tensor.data_ptr() != place:
+            return torch.stack(list(tensors))
+        place += size
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+
+
+def new_in_banks(
+    like: Sequence[torch.Tensor], kinds: Sequence[Hashable], make: Callable[..., torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return new tensors of the shapes and dtypes of tensors of one device, in one allocation for each dtype.
+
+    Those of one kind lie side by side, in order, so that `as_bank` views them.
+
+    Args:
+        kinds: of each; tensors of one kind have one shape and one dtype.
+        make: `torch.zeros` or `torch.empty`.
+    """
+    by_dtype: dict[torch.dtype, dict[Any, list[int]]] = {}
+    for place, (tensor, kind) in enumerate(zip(like, kinds, strict=True)):
+        by_dtype.setdefault(tensor.dtype, {}).setdefault(kind, []).append(place)
+    found: dict[int, torch.Tensor] = {}
+    for dtype, by_kind in by_dtype.items():
+        sizes = [len(places) * like[places[0]].numel() for places in by_kind.values()]
+        buffer = make(sum(sizes), dtype=dtype, device=like[0].device)
+        for places, part in zip(by_kind.values(), buffer.split(sizes), strict=True):
+            found.update(zip(places, part.view(len(places), *like[places[0]].shape).unbind(), strict=True))
+    return [found[place] for place in range(len(like))]
+
+
+def in_dtypes_of(tensors: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors of one device in the dtypes of others of their shapes; all that have another are one copy."""
+    places = [place for place, tensor in enumerate(tensors) if tensor.dtype != like[place].dtype]
+    cast = list(tensors)
+    if not places:
+        return cast
+    wanted = [like[place] for place in places]
+    copies = new_in_banks(wanted, [(tensor.dtype, tensor.shape) for tensor in wanted], torch.empty)
+    torch._foreach_copy_(copies, [tensors[place] for place in places])
+    for place, copy in zip(places, copies, strict=True):
+        cast[place] = copy
+    return cast

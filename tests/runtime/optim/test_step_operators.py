@@ -1,0 +1,61 @@
+"""What a step asks of the host does not grow with the depth of a model: it is asked for all weights of a shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from oasis_fx import OasisAdamW, oasis_backend
+from oasis_fx.runtime.optim.kernels import dispatch
+from oasis_fx.runtime.subspaces import host_reads
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(16)
+        self.up = torch.nn.Linear(16, 32)
+        self.down = torch.nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def operators_and_launches(layers: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Of the fourth step: the first ones make states, and first moves."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(Block() for _ in range(layers))).to(dtype)
+    compiled = torch.compile(net, backend=oasis_backend(rank=4, inner="aot_eager"))
+    optimizer = OasisAdamW(net.parameters())
+    launches: list[int] = []
+    made = dispatch.Kernels(lambda *_, **__: launches.append(1), lambda *_, **__: launches.append(1))
+    with pytest.MonkeyPatch.context() as patch:  # the path that a GPU takes
+        patch.setattr(host_reads, "reads_are_free", lambda device: False)
+        patch.setattr(dispatch, "DEVICES", ("cpu",))
+        patch.setattr(dispatch, "_kernels", lambda: made)
+        for _ in range(4):
+            compiled(torch.randn(8, 16, dtype=dtype)).square().mean().backward()
+            launches.clear()
+            with Calls() as calls:
+                optimizer.step()
+            optimizer.zero_grad()
+    return calls.count, len(launches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neither_operators_nor_launches_grow_with_depth(dtype) -> None:
+    (few, launches), (many, launches_of_many) = (operators_and_launches(layers, dtype) for layers in (2, 6))
+    assert many <= 1.1 * few + 5 and launches_of_many == launches
+    assert few <= 400
