@@ -18,6 +18,7 @@ from oasis_fx.graph.matricization import Features, as_rows
 from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.transport import fit_columns
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
+from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
@@ -48,6 +49,9 @@ class Algorithm(torch.optim.Optimizer):
     renamed_settings: ClassVar[Mapping[str, str]] = {}
 
     bindings: dict[torch.Tensor, Binding]
+
+    # The subspaces of the weights of all groups, and what they are a function of: see `stored_subspaces`.
+    _stored: tuple[object, tuple[Subspace, ...]] | None = None
 
     # What a subclass overrides
 
@@ -152,6 +156,15 @@ class Algorithm(torch.optim.Optimizer):
         groups = {weight: group for group in self.param_groups for weight in group["params"]}
         return dict.fromkeys(self.bindings, self.defaults) | groups
 
+    def stored_subspaces(self) -> tuple[Subspace, ...]:
+        """Return the subspaces that the store has of the weights, those that no states are in too, each once."""
+        matrices = [weight for weight in self.weights() if weight.dim() >= 2]
+        # Numbers of weights, which hold none of them. One that is used again is that of a weight whose entry has gone.
+        key = STORE.state_of_entries, tuple(map(id, matrices))
+        if self._stored is None or self._stored[0] != key:
+            self._stored = key, tuple(dict.fromkeys(s for weight in matrices for s in STORE.all_of(weight)))
+        return self._stored[1]
+
     def bind(self, weight: torch.Tensor, subspace: Subspace) -> None:
         """Note that the states of a weight are in the present coordinates of ``subspace``."""
         self.bindings[weight] = Binding(subspace, subspace.version)
@@ -161,7 +174,8 @@ class Algorithm(torch.optim.Optimizer):
         members: dict[Subspace, list[torch.Tensor]] = {}
         cleared = []
         for weight, binding in self.bindings.items():
-            if "features" in self.state.get(weight, {}):
+            state = self.state.get(weight)
+            if state is not None and "features" in state:
                 members.setdefault(binding.subspace, []).append(weight)
             else:
                 cleared.append(weight)

@@ -49,6 +49,22 @@ class Step(Generic[S_co]):
             torch._foreach_add_(counts, self.gate.to(counts[0].dtype), alpha=1)
 
 
+class Generators(dict[torch.device, torch.Generator]):
+    """Random generators of one step, by device, each made and seeded when it is asked for.
+
+    Args:
+        seed: of all of them.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def __missing__(self, device: torch.device) -> torch.Generator:
+        self[device] = torch.Generator(device).manual_seed(self.seed)
+        return self[device]
+
+
 @dataclass(frozen=True)
 class StepContext:
     """One optimizer step on all devices.

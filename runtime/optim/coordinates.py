@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,18 +23,22 @@ def transport_states(optimizer: Algorithm, moves: Sequence[tuple[torch.Tensor, t
     """
     if not moves or not optimizer.states:
         return
-    groups = optimizer.groups_by_weight()
+    first = optimizer.states[0]
+    # By numbers, as many weights are looked up at each step, and torch hashes a tensor in Python.
+    groups: dict[int, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        groups.update(dict.fromkeys(map(id, group["params"]), group))
+    by_id = {id(group): group for group in (*optimizer.param_groups, optimizer.defaults)}
     batches: dict[Any, list[tuple[State, torch.Tensor]]] = {}
     for weight, overlap in moves:
         state = optimizer.state[weight]
         if is_low_rank(state):
-            shape = state[optimizer.states[0]].shape
-            key = id(groups[weight]), shape, overlap.dtype, overlap.device
+            # The defaults count for a bound weight that was removed from its group.
+            key = id(groups.get(id(weight), optimizer.defaults)), state[first].shape, overlap.dtype, overlap.device
             batches.setdefault(key, []).append((state, overlap))
-    by_id = {id(group): group for group in groups.values()}
-    for (group, *_), batch in batches.items():
+    for (number, *_), batch in batches.items():
         overlaps = torch.stack([overlap for _, overlap in batch])
-        optimizer.transport([state for state, _ in batch], overlaps, by_id[group])
+        optimizer.transport([state for state, _ in batch], overlaps, by_id[number])
 
 
 def transport_pending(optimizer: Algorithm) -> None:
@@ -74,11 +78,17 @@ def bind_resting(optimizer: Algorithm, active: Iterable[torch.Tensor]) -> None:
     Args:
         active: the weights that take part.
     """
+    # Keys that are no tensors are foreign; torch.distributed.checkpoint leaves some with our entries.
+    unbound = [
+        (weight, state)
+        for weight, state in optimizer.state.items()
+        if isinstance(weight, torch.Tensor) and "features" in state and weight not in optimizer.bindings
+    ]
+    if not unbound:  # at every step but few
+        return
     active = set(active)
-    for weight, state in optimizer.state.items():
-        if not isinstance(weight, torch.Tensor):  # foreign; torch.distributed.checkpoint leaves some with our entries
-            continue
-        if "features" not in state or weight in active or weight in optimizer.bindings:
+    for weight, state in unbound:
+        if weight in active:
             continue
         for subspace in STORE.all_of(weight):
             if "basis" not in state or subspace.shape == state["basis"].shape:
@@ -89,9 +99,13 @@ def bind_resting(optimizer: Algorithm, active: Iterable[torch.Tensor]) -> None:
                 break
 
 
-def bind_all(optimizer: Algorithm) -> None:
-    """Bind all states to the bases as they are now, and write into them what a checkpoint needs of these bases."""
-    for subspace, weights in optimizer.subspaces().items():
+def bind_all(optimizer: Algorithm, members: Mapping[Subspace, Sequence[torch.Tensor]] | None = None) -> None:
+    """Bind all states to the bases as they are now, and write into them what a checkpoint needs of these bases.
+
+    Args:
+        members: what `Algorithm.subspaces` returns now, where the caller has it.
+    """
+    for subspace, weights in (optimizer.subspaces() if members is None else members).items():
         # What moved before the first step of its weights moved from a random start: there is nothing to transport.
         subspace.forget_pending_move()
         binding = Binding(subspace, subspace.version)

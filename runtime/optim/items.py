@@ -18,7 +18,7 @@ from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Item:
     """A parameter that takes part in a step, with what the step will use.
 
@@ -80,9 +80,8 @@ def _item(optimizer: Algorithm, weight: torch.Tensor, group: Mapping[str, Any], 
     assert gradient is not None
     data = local(weight)
     subspace, features = _subspace_of(optimizer, weight, gradient, state)
-    if is_low_rank(state):
-        low_rank = True
-    else:  # states of the weight's own shape, or none yet
+    begun_low_rank = low_rank = is_low_rank(state)
+    if not low_rank:  # states of the weight's own shape, or none yet
         full_size = state.get("full_rank") or group.get("full_size_states")
         low_rank = subspace is not None and not subspace.spec.rule.dense and not full_size
     if subspace is not None and low_rank:
@@ -92,7 +91,7 @@ def _item(optimizer: Algorithm, weight: torch.Tensor, group: Mapping[str, Any], 
                 f"parameter {name} has moments in a basis of dimensions {state['features']} and a gradient in one of "
                 f"{features}: a graph reads it the other way round. Take them away by optimizer.state.pop(parameter)"
             )
-    _check_shapes(optimizer.states_of(is_low_rank(state)), name, data, gradient, state, subspace if low_rank else None)
+    _check_shapes(optimizer.states_of(begun_low_rank), name, data, gradient, state, subspace if low_rank else None)
     if isinstance(gradient, LowRankGrad):
         if not gradient.is_low_rank:
             gradient = gradient.factor
@@ -146,6 +145,17 @@ def _check_shapes(
         ValueError: naming the parameter and both shapes.
     """
     shape, low_rank = data.shape, is_low_rank(state)
+    # What has fitted once does again: all that the checks look at is in the key.
+    key = (
+        shape,
+        gradient.shape,
+        tuple(state["features"]) if low_rank else None,
+        state["basis"].shape if low_rank and "basis" in state else None,
+        None if subspace is None else subspace.shape,
+        tuple([state[kind].shape for kind in kinds if kind in state]),
+    )
+    if key in _FITTING:
+        return
     if gradient.shape != shape:
         raise ValueError(
             f"parameter {name} has shape {tuple(shape)} and a gradient of shape {tuple(gradient.shape)}: it "
@@ -168,6 +178,13 @@ def _check_shapes(
                 f"parameter {name} has {_SPOKEN.get(kind, kind)} of shape {tuple(found)} and a gradient of shape "
                 f"{(rows, subspace.shape[1])}: its rank has changed since they began"
             )
+    if len(_FITTING) == _LIMIT:  # no model has as many shapes; a program that makes them without end has
+        _FITTING.clear()
+    _FITTING.add(key)
+
+
+_LIMIT = 4096
+_FITTING: set[object] = set()
 
 
 _SPOKEN = {"exp_avg": "moments", "exp_avg_sq": "moments", "momentum_buffer": "a momentum"}

@@ -12,7 +12,7 @@ from oasis_fx.errors import warn_user
 from oasis_fx.graph.matricization import as_rows
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.algorithm import Algorithm
-from oasis_fx.runtime.optim.context import StepContext
+from oasis_fx.runtime.optim.context import Generators, StepContext
 from oasis_fx.runtime.optim.coordinates import bind_all, bind_resting, transport_pending, transport_states
 from oasis_fx.runtime.optim.items import Item
 from oasis_fx.runtime.optim.preparation import prepare_state
@@ -55,7 +55,8 @@ def take_step(optimizer: Algorithm, items: Sequence[Item], finite: torch.Tensor)
 
 def are_finite(items: Sequence[Item]) -> torch.Tensor:
     """Return whether every gradient is finite, on all ranks that share a weight: a bool scalar on a device."""
-    return agreed(all_finite([item.gradient for item in items]), [item.weight for item in items])
+    sharded = [item.weight for item in items if item.data is not item.weight]
+    return agreed(all_finite([item.gradient for item in items]), sharded)
 
 
 def leave_out(optimizer: Algorithm, items: Iterable[Item]) -> None:
@@ -87,14 +88,13 @@ def begin_step(optimizer: Algorithm, gate: torch.Tensor | None) -> StepContext:
     group = optimizer.param_groups[0]
     seed = group["step_count"]
     group["step_count"] = seed + 1
-    devices = {weight.device for weight in optimizer.weights()}
-    return StepContext(gate, {device: torch.Generator(device).manual_seed(seed) for device in devices})
+    return StepContext(gate, Generators(seed))
 
 
 def step_low_rank(optimizer: Algorithm, items: Iterable[Item], context: StepContext) -> None:
     """Step the weights whose states are in the coordinates of a basis."""
     batches: dict[Any, list[LowRankUpdate]] = {}
-    bases: dict[Subspace, torch.Tensor] = {}  # a coded one is made once
+    bases: dict[Subspace, tuple[torch.Tensor, bool]] = {}  # a coded one is made once
     for item in items:
         update = _low_rank_update(optimizer, item, bases)
         batches.setdefault((item.weight.device, item.settings), []).append(update)
@@ -102,13 +102,15 @@ def step_low_rank(optimizer: Algorithm, items: Iterable[Item], context: StepCont
         optimizer.step_low_rank(updates, context.on(device, settings))
 
 
-def _low_rank_update(optimizer: Algorithm, item: Item, bases: dict[Subspace, torch.Tensor]) -> LowRankUpdate:
+def _low_rank_update(
+    optimizer: Algorithm, item: Item, bases: dict[Subspace, tuple[torch.Tensor, bool]]
+) -> LowRankUpdate:
     state, subspace = optimizer.state[item.weight], item.subspace
     weights: torch.Tensor | None = None
     if subspace is not None:
         if subspace not in bases:
-            bases[subspace] = subspace.basis.to(item.weight.device)
-        basis, orthonormal = bases[subspace], subspace.spec.rule.orthonormal
+            bases[subspace] = subspace.basis.to(item.weight.device), subspace.spec.rule.orthonormal
+        basis, orthonormal = bases[subspace]
     elif "basis" in state:  # loaded from a checkpoint, and not compiled since
         basis, orthonormal = state["basis"], True  # others are coded
     else:
@@ -159,8 +161,7 @@ def move_all_bases(optimizer: Algorithm, context: StepContext) -> None:
     """Move the bases, and transport the states of every weight in one, those without a gradient too."""
     members = optimizer.subspaces()
     # Those of weights that keep dense states, or that another graph has put into a second one, move as well.
-    matrices = [weight for weight in optimizer.weights() if weight.dim() >= 2]
-    stored = (s for weight in matrices for s in STORE.all_of(weight) if s.statistic is not None)
+    stored = (subspace for subspace in optimizer.stored_subspaces() if subspace.statistic is not None)
     by_device: dict[torch.device, list[Subspace]] = {}
     for subspace in dict.fromkeys([*members, *stored]):
         by_device.setdefault(subspace.device, []).append(subspace)
@@ -169,7 +170,7 @@ def move_all_bases(optimizer: Algorithm, context: StepContext) -> None:
         overlaps = {s: overlap for s, overlap in overlaps.items() if s.spec.rule.transports}
         moves = [(weight, overlap) for s, overlap in overlaps.items() for weight in members.get(s, ())]
         transport_states(optimizer, moves)
-    bind_all(optimizer)
+    bind_all(optimizer, members)
 
 
 def warn_of_dense_steps(optimizer: Algorithm, items: Sequence[Item]) -> None:

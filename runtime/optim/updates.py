@@ -15,7 +15,7 @@ from oasis_fx.runtime.subspaces import host_reads
 State = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # frozen, it would take three times as long to make one
 class LowRankUpdate:
     """One weight's share of a step whose gradient and states are in the coordinates of a basis.
 
@@ -48,7 +48,7 @@ class LowRankUpdate:
         return math.sqrt(n / r) if self.orthonormal else 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class DenseUpdate:
     """One weight's share of a step whose gradient and states have the weight's own shape."""
 
@@ -75,8 +75,11 @@ def all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
     for gradient in gradients:
         values = gradient.factor if isinstance(gradient, LowRankGrad) else gradient
         if values.numel():
-            by_kind.setdefault((values.device, values.dtype), []).append(real_view(values))
-    verdicts = [_are_finite(batch) for batch in by_kind.values()]
+            by_kind.setdefault((values.device, values.dtype), []).append(values)
+    verdicts = [
+        _are_finite([real_view(values) for values in batch] if dtype.is_complex else batch)
+        for (_, dtype), batch in by_kind.items()
+    ]
     device = gradients[0].device
     if not verdicts:
         return torch.ones((), dtype=torch.bool, device=device)

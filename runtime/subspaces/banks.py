@@ -41,7 +41,7 @@ def new_in_banks(
     for dtype, by_kind in by_dtype.items():
         sizes = [len(places) * like[places[0]].numel() for places in by_kind.values()]
         buffer = make(sum(sizes), dtype=dtype, device=like[0].device)
-        for places, part in zip(by_kind.values(), buffer.split(sizes), strict=True):
+        for places, part in zip(by_kind.values(), torch.split(buffer, sizes), strict=True):
             found.update(zip(places, part.view(len(places), *like[places[0]].shape).unbind(), strict=True))
     return [found[place] for place in range(len(like))]
 

@@ -15,6 +15,7 @@ from oasis_fx._torch.precision import whole_float32_products
 from oasis_fx.runtime.subspaces.banks import as_bank
 from oasis_fx.runtime.subspaces.orthonormalize import Orthonormalized, cholesky_orthonormalize
 from oasis_fx.runtime.subspaces.rules import StatisticRule
+from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.step_size import next_log_rate, sketch
 from oasis_fx.runtime.subspaces.subspace import Subspace, drift_of
 
@@ -77,8 +78,13 @@ def move_by_statistics(subspaces: Iterable[Subspace], gate: torch.Tensor | None)
 
 def _batches(subspaces: Iterable[Subspace]) -> Iterator[Batch]:
     found: dict[object, list[Subspace]] = {}
+    equal: dict[SubspaceSpec, int] = {}
+    numbers: dict[int, int] = {}  # of specifications by their identity: to hash one takes as long as all else here
     for subspace in subspaces:
-        found.setdefault((subspace.shape, subspace.dtype, subspace.device, subspace.spec), []).append(subspace)
+        number = numbers.get(id(subspace.spec))
+        if number is None:
+            number = numbers[id(subspace.spec)] = equal.setdefault(subspace.spec, len(equal))
+        found.setdefault((subspace.shape, subspace.dtype, subspace.device, number), []).append(subspace)
     for batch in found.values():
         basis = torch.stack([subspace.basis for subspace in batch])
         statistic = torch.stack([subspace.statistic for subspace in batch])  # type: ignore[misc]

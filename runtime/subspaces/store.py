@@ -64,14 +64,25 @@ class SubspaceStore:
         self._waiting = ByTensor()
         self._resized = ByTensor()
         self._wholes = ByTensor()
+        self._writes = 0
+
+    @property
+    def state_of_entries(self) -> tuple[int, int, int]:
+        """Numbers that are equal at two moments only if the subspaces of all weights were the same at both.
+
+        Writes are counted, and entries, as one goes with its weight.
+        """
+        return self._writes, len(self._subspaces), len(self._wholes)
 
     def note_shard(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
         """Take a DTensor, which an optimizer steps, for the gathered parameter that graphs see, from now on."""
         self._wholes[shard] = whole
+        self._writes += 1
 
     def forget_shard(self, shard: torch.Tensor) -> None:
         """Take a shard for a parameter of its own again, as before `note_shard`."""
         self._wholes.pop(shard, None)
+        self._writes += 1
 
     def whole(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the parameter that compiled graphs see: the gathered one of a shard, or the weight itself."""
@@ -113,6 +124,7 @@ class SubspaceStore:
     def exchange(self, old: Subspace, new: Subspace) -> None:
         """Put a subspace of another rank in the place of ``old``, for all weights that are in it."""
         with self._lock:
+            self._writes += 1
             for weight, entry in self._subspaces.items():
                 known = [features for (spec, features), subspace in entry.items() if subspace is old]
                 if not known:
@@ -128,6 +140,7 @@ class SubspaceStore:
         """Take a weight out of its subspaces, which other weights may go on sharing."""
         with self._lock:
             self._subspaces.pop(self.whole(weight), None)
+            self._writes += 1
 
     def all_of(self, weight: torch.Tensor) -> tuple[Subspace, ...]:
         """Return the subspaces of a weight, one for each specification that a graph has asked for."""
@@ -178,6 +191,7 @@ class SubspaceStore:
             if all(self.existing(weight, spec, dims) is first for weight, dims in pairs[1:]):
                 return first
         with self._lock:
+            self._writes += 1
             known = [s for weight, dims in pairs if (s := self.existing(weight, spec, dims)) is not None]
             subspace = known[0] if known else self._make(weights, spec, features)
             if not _fits(subspace, weights[0]):
@@ -200,6 +214,7 @@ class SubspaceStore:
         """
         weight = self.whole(weight)
         with self._lock:
+            self._writes += 1
             rank, entry = saved.state.shape[1], self._entry(weight)
             of_other_rank = [key for key in entry if key[0].budget is not None and key[0].rank != rank]
             for key in of_other_rank:

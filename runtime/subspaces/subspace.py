@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,8 +21,7 @@ BY_HANDLE: WeakValueDictionary[int, Subspace] = WeakValueDictionary()
 _handles = itertools.count(1)
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """One move of a basis, between two versions of it, with R = Q^T Q+ [r, r]."""
 
     before: int
@@ -207,7 +205,11 @@ class Subspace(SubspaceState):
 
     def is_noted_in(self, state: Mapping[str, Any]) -> bool:
         """Return whether a weight's state holds the present objects of all entries that others may replace."""
-        return all(state.get(key) is getattr(self, name) for name, key in _REPLACEABLE)
+        own = vars(self)
+        for name, key in _REPLACEABLE:  # a loop, since it is asked for each weight at each step
+            if state.get(key) is not own[name]:
+                return False
+        return True
 
     @torch.no_grad()
     def load(self, saved: SubspaceState) -> None:

@@ -97,13 +97,16 @@ def add_products(
     Returns:
         The places of the updates that no kernel has computed, in order. Their weights have not changed.
     """
+    if not updates or not _usable(updates[0].weight) or updates[0].weight.dtype not in _DTYPES:
+        return list(range(len(updates)))
     kinds: dict[Any, list[int]] = {}
     rows: dict[int, torch.Tensor] = {}
     for place, (update, u, factor) in enumerate(zip(updates, us, factors, strict=True)):
         view = _matrix_of(update, u)
-        if view is not None:
+        layout = None if view is None else row_stride(view)
+        if view is not None and layout is not None:
             rows[place] = view
-            kinds.setdefault((view.shape, row_stride(view), view.dtype, u.shape, factor), []).append(place)
+            kinds.setdefault((view.shape, layout, u.shape, factor), []).append(place)
     left = set(range(len(updates)))
     for (*_, factor), places in kinds.items():
         weights, bases = [rows[place] for place in places], [updates[place].basis for place in places]
@@ -131,14 +134,13 @@ def _add_products(
 
 
 def _matrix_of(update: LowRankUpdate, u: torch.Tensor) -> torch.Tensor | None:
-    """Return a weight as the matrix [m, n] that the kernel steps; None where it would not."""
+    """Return a weight as the matrix [m, n] that the kernel steps, if `row_stride` allows; None where it would not."""
     weight, basis = update.weight, update.basis
-    if not _usable(weight) or weight.dtype not in _DTYPES or weight.numel() == 0:
+    if u.dtype != torch.float32 or basis.dtype != torch.float32 or weight.numel() == 0:
         return None
-    if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in (u, basis)):
+    if not u.is_contiguous() or not basis.is_contiguous():
         return None
-    rows = rows_view(weight, update.features)
-    return None if rows is None or row_stride(rows) is None else rows
+    return rows_view(weight, update.features)
 
 
 def step_dense_bfloat16(updates: Sequence[DenseUpdate], step: Step[AdamWSettings]) -> list[DenseUpdate]:
