@@ -23,8 +23,9 @@ from oasis_fx.runtime.optim.updates import State
 from oasis_fx.runtime.subspaces.initial import initial_basis
 from oasis_fx.runtime.subspaces.rank_allocation import Spectrum, joined, share_out
 from oasis_fx.runtime.subspaces.rules import RULES
+from oasis_fx.runtime.subspaces.saved import SavedSubspace
 from oasis_fx.runtime.subspaces.state import Family, SubspaceState
-from oasis_fx.runtime.subspaces.store import STORE, SavedSubspace
+from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ import torch
 from oasis_fx.runtime.optim.states import basis_shape, pack_state, saved_by_key, saved_states
 from oasis_fx.runtime.optim.strides import state_layout
 from oasis_fx.runtime.subspaces.momentum import Momentum
+from oasis_fx.runtime.subspaces.saved import SavedSubspace
 from oasis_fx.runtime.subspaces.shards import local
 from oasis_fx.runtime.subspaces.state import SAVED_KEYS, SubspaceState, basis_dtype
-from oasis_fx.runtime.subspaces.store import STORE, SavedSubspace
+from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ import torch
 from oasis_fx.graph.matricization import LINEAR
 from oasis_fx.runtime.subspaces.initial import initial_basis
 from oasis_fx.runtime.subspaces.rules import Oja
+from oasis_fx.runtime.subspaces.saved import SavedSubspace
 from oasis_fx.runtime.subspaces.spec import SubspaceSpec
 from oasis_fx.runtime.subspaces.state import SubspaceState
-from oasis_fx.runtime.subspaces.store import SavedSubspace, SubspaceStore
+from oasis_fx.runtime.subspaces.store import SubspaceStore
 
 SPEC = SubspaceSpec(3)
 
