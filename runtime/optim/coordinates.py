@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from oasis_fx._torch.precision import whole_float32_products
 from oasis_fx.runtime.optim.algorithm import Algorithm, Binding
 from oasis_fx.runtime.optim.states import basis_before, note_basis
 from oasis_fx.runtime.optim.updates import State, is_low_rank
@@ -38,7 +39,8 @@ def transport_states(optimizer: Algorithm, moves: Sequence[tuple[torch.Tensor, t
             batches.setdefault(key, []).append((state, overlap))
     for (number, *_), batch in batches.items():
         overlaps = torch.stack([overlap for _, overlap in batch])
-        optimizer.transport([state for state, _ in batch], overlaps, by_id[number])
+        with whole_float32_products(overlaps.device.type):  # a product with I, where no basis has moved, is exact
+            optimizer.transport([state for state, _ in batch], overlaps, by_id[number])
 
 
 def transport_pending(optimizer: Algorithm) -> None:

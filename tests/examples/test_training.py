@@ -103,6 +103,24 @@ def test_a_second_backward_through_a_retained_graph() -> None:
     torch.testing.assert_close(model[0].up.weight.grad.factor, 2 * once)
 
 
+def test_what_a_graph_keeps_of_its_own_may_be_donated_to_a_backward_pass() -> None:
+    """Torch refuses to retain such a graph, and names its setting, with which it is right."""
+    model, x = torch.nn.Linear(6, 4, bias=False), torch.randn(2, 6)
+    for donates in (True, False):
+        torch._dynamo.reset()
+        backend = oasis_backend(rank=3, subspace="dct", inner="aot_eager")
+        with torch._functorch.config.patch(donated_buffer=donates):
+            loss = torch.compile(model, backend=backend, dynamic=True)(x).sin().sum()
+            if donates:
+                with pytest.raises(RuntimeError, match="donated_buffer=False"):
+                    loss.backward(retain_graph=True)
+                continue
+            loss.backward(retain_graph=True)
+            once = model.weight.grad.factor.clone()
+            loss.backward()
+            torch.testing.assert_close(model.weight.grad.factor, 2 * once)
+
+
 def test_an_eager_pass_in_the_middle_of_an_accumulation_adds_exactly() -> None:
     """As when Dynamo's recompile limit falls back to eager."""
     model, reference = net(), net()
