@@ -95,7 +95,9 @@ def test_methods_are_compared_seed_by_seed() -> None:
     assert scratch.table(known, ["adamw"], 3, [0.1], "oja", **FIXED)[0][4] == "0.1333 ± 0.1434"
 
 
-@pytest.mark.parametrize("method", ["oja", "oja-growing", "oja-exact20"])
+@pytest.mark.parametrize(
+    "method", ["oja", *(pytest.param(name, marks=pytest.mark.slow) for name in ("oja-growing", "oja-exact20"))]
+)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_losses(tmp_path, method) -> None:
     s = training.settings(method, 3e-3, 0, **{**FIXED, "steps": 6})
     whole = training.train(s, runs.Checkpoint(tmp_path / "none.pt"))

@@ -83,6 +83,7 @@ def test_a_basis_that_goes_by_the_batch_is_found_from_a_warm_cache(site: Path, c
     assert results[0]["factors"] == results[1]["factors"]
 
 
+@pytest.mark.slow
 def test_caches(site: Path, cache: Path) -> None:
     both = {"0.weight", "2.weight"}
     cold = run(site, cache, rank=3)

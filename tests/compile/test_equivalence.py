@@ -81,8 +81,8 @@ def dense_in_coordinates(gradient: LowRankGrad, dense: torch.Tensor) -> torch.Te
     ("dtype", "inner"),
     [
         pytest.param(torch.float64, "aot_eager", id="f64-aot_eager"),
-        pytest.param(torch.float64, "inductor", id="f64-inductor"),
-        pytest.param(torch.float32, "aot_eager", id="f32-aot_eager"),
+        pytest.param(torch.float64, "inductor", id="f64-inductor", marks=pytest.mark.slow),
+        pytest.param(torch.float32, "aot_eager", id="f32-aot_eager", marks=pytest.mark.slow),
         pytest.param(torch.float32, "inductor", id="f32-inductor", marks=pytest.mark.slow),
     ],
 )
@@ -129,6 +129,7 @@ def test_full_rank_gradients_are_the_dense_ones(inner) -> None:
             torch.testing.assert_close(weight.grad, dense.grad, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     leading=st.lists(st.integers(0, 4), min_size=0, max_size=3),

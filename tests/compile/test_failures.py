@@ -128,6 +128,7 @@ def test_a_wrong_value_of_a_pass_is_caught(monkeypatch, surviving) -> None:
     assert "PassError: project_activations at" in text and "claims" in text
 
 
+@pytest.mark.slow
 def test_a_failure_is_left_out_of_the_caches(tmp_path, monkeypatch, break_at, surviving) -> None:
     """Else another process would find dense gradients in the cache, and no warning."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -50,7 +50,7 @@ def assert_right(entry: Entry, name: str, found: torch.Tensor | None, expected: 
     assert error <= entry.tolerance * projected.abs().max(), f"{name}: {error}"
 
 
-# Those that take longest.
+# Those that take longest; and of those that are alike one is enough.
 LARGE = (
     "UNet of diffusers", "Gemma 3", "T5 (encoder-decoder, tied embedding)", "Whisper", "Mamba-2", "CLIP",
     "DeepSeek-V3 (MLA, experts)", "Mixtral (3-D experts, float64)", "Qwen3-MoE",
@@ -60,7 +60,10 @@ LARGE = (
 RUNS = [
     *(
         pytest.param(
-            entry, "aot_eager", id=f"{entry.name}-aot_eager", marks=[pytest.mark.slow] if entry.name in LARGE else []
+            entry,
+            "aot_eager",
+            id=f"{entry.name}-aot_eager",
+            marks=[pytest.mark.slow] if entry.alike or entry.name in LARGE else [],
         )
         for entry in load_all()
     ),

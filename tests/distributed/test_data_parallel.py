@@ -29,6 +29,7 @@ def test_it_trains_as_one_process_on_the_joint_batch(tmp_path, world) -> None:
             assert dense == found["plain"][3][2]
 
 
+@pytest.mark.slow
 def test_a_model_that_nobody_synchronizes_is_refused(tmp_path) -> None:
     """Nor one whose synchronization was taken away."""
     found = result("unsynchronized", tmp_path)
@@ -63,6 +64,7 @@ def test_weights_of_tensor_parallelism_stay_dense(tmp_path) -> None:
     assert found["tensor parallel"] < 1e-6 and found["stepped"] < 1e-6 and found["reasons"] == ["it is a DTensor"]
 
 
+@pytest.mark.slow
 def test_ranks_with_other_settings_are_found_out(tmp_path) -> None:
     done = torchrun("disagree", tmp_path)
     assert done.returncode != 0 and not (tmp_path / "result.json").exists()

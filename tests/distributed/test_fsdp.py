@@ -11,7 +11,8 @@ from . import jobs
 result = partial(jobs.result, "fsdp_program.py")
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_it_trains_as_one_process_on_the_joint_batch(tmp_path, world) -> None:
     """Losses and clipped norms; each rank has the moments of its rows, and the same bases."""
     found = result("equal", tmp_path, world)

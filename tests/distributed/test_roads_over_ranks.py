@@ -9,6 +9,8 @@ import pytest
 
 from .jobs import results_of_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:

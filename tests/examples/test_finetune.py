@@ -90,6 +90,7 @@ def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(folder: Pat
     assert resumed["losses"] == whole["losses"] and resumed["heldout_after"] == whole["heldout_after"]
 
 
+@pytest.mark.slow
 def test_a_saved_model_loads_anywhere(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 

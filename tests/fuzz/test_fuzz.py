@@ -31,7 +31,10 @@ def few_collections() -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.mark.parametrize("first", range(0, COUNT, AT_ONCE))
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(first, marks=[pytest.mark.slow] if first >= 100 else []) for first in range(0, COUNT, AT_ONCE)],
+)
 def test_random_programs(first: int) -> None:
     kinds: Counter[str] = Counter()
     for seed in range(first, first + AT_ONCE):

@@ -27,7 +27,7 @@ def num_low_rank(optimizer) -> int:
     return sum("features" in state for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_accelerate(tmp_path, precision, accumulate) -> None:
     accelerate = pytest.importorskip("accelerate")

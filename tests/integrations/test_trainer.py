@@ -80,7 +80,7 @@ def test_grad_norm_is_that_of_the_low_rank_gradients(tmp_path) -> None:
     assert logged == pytest.approx(found, rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", [OasisAdamW, OasisLion], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("optimizer", [OasisAdamW, pytest.param(OasisLion, marks=pytest.mark.slow)])
 def test_resumed_is_the_uninterrupted_run(tmp_path, optimizer) -> None:
     arguments = {"save_strategy": "steps", "save_steps": 5, "gradient_accumulation_steps": 2, "optimizer": optimizer}
     whole = trainer(tmp_path / "whole", **arguments)

@@ -53,6 +53,7 @@ def fewer(monkeypatch) -> None:
         monkeypatch.setattr(methods, name, values)
 
 
+@pytest.mark.slow
 def test_states_and_gradients_are_those_of_real_tensors(plain) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config())
@@ -160,6 +161,7 @@ def test_the_built_in_list(name) -> None:
     assert load_config(name.lower()).vocab_size > 30_000
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys) -> None:
     config().save_pretrained(tmp_path)
     files = {kind: tmp_path / f"plan.{kind}" for kind in ("svg", "png", "json")}
