@@ -9,7 +9,6 @@ peak says how much is missing.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
 from argparse import Namespace
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import models
+from benchmarks.gpu.arguments import parser
 from benchmarks.gpu.record import Record
 from oasis_fx import OasisAdamW, oasis_backend
 
@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {"rank": 128, "memory_budget": 0.1}
 
 
 def main() -> None:
-    args = _parse()
+    args = parser(__doc__).parse_args()
     record = Record(args.out, "fits", args.device)
     for limited in (True, False):
         found = _train(limited, args)
@@ -68,14 +68,6 @@ def _train(limited: bool, args: Namespace) -> dict[str, Any]:
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return found
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

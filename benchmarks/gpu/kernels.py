@@ -11,7 +11,6 @@ kernels in Triton's interpreter.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from benchmarks.gpu.arguments import parser
 from benchmarks.gpu.record import Record
 
 DRAWS = 64
@@ -27,7 +27,7 @@ TIMES = 15
 
 
 def main() -> None:
-    args = _parse()
+    args = parser(__doc__).parse_args()
     record = Record(args.out, "kernels", args.device)
     record.add({"runs": args.device == "cuda"})
     if args.device != "cuda":
@@ -172,14 +172,6 @@ def _errors(dtype: torch.dtype, rank: int, turned: bool) -> dict[str, Any]:
     add_products_(weights, bank, bases, lr=0.1, weight_decay=0.5, factor=1.0, gate=shut, seed=None)
     same = all(torch.equal(one, other) for one, other in zip(weights, kept, strict=True))
     return {"relative_error": error, "stays": same}
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--tiny", action="store_true", help="fewer ranks")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

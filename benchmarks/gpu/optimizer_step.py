@@ -12,7 +12,6 @@ most of it. Of another one: ``waits``, operations that made the host wait for th
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import time
@@ -25,6 +24,7 @@ from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import models
+from benchmarks.gpu.arguments import parser
 from benchmarks.gpu.record import Record
 from oasis_fx import OasisAdamW, oasis_backend
 
@@ -34,7 +34,9 @@ STEPS = 9
 
 
 def main() -> None:
-    args = _parse()
+    arguments = parser(__doc__)
+    arguments.add_argument("--cases", type=int, nargs="*", help="places of some of the cases alone")
+    args = arguments.parse_args()
     record = Record(args.out, "optimizer_step", args.device)
     cases = TINY if args.tiny else [CASES[place] for place in args.cases or range(len(CASES))]
     for model, layers, rank in cases:
@@ -137,15 +139,6 @@ def _waits(optimizer: torch.optim.Optimizer, device: str) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in seen)
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--cases", type=int, nargs="*", help="places of some of the cases alone")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ rounding, a gate; each entry counts as read once and written once. They are comp
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import statistics
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.arguments import parser
 from benchmarks.gpu.record import Record
 
 COUNT, M, N = 4, 14336, 4096
@@ -30,7 +30,7 @@ TIMES = 12
 
 
 def main() -> None:
-    args = _parse()
+    args = parser(__doc__).parse_args()
     record = Record(args.out, "tiles", args.device)
     record.add({"runs": args.device == "cuda"})
     if args.device != "cuda":
@@ -89,14 +89,6 @@ def _bandwidth(rank: int, tile: Any) -> float:
     torch.cuda.synchronize()
     milliseconds = statistics.median(begin.elapsed_time(end) for begin, end in marks)
     return 4 * COUNT * M * N / milliseconds / 1e6
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--tiny", action="store_true", help="nothing changes")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

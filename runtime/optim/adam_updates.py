@@ -130,7 +130,8 @@ def step_fused(
         amsgrad=False,
         beta1=settings.beta1,
         beta2=settings.beta2,
-        lr=settings.lr,
+        # On a GPU the kernel takes a learning rate that is a tensor as float32 alone.
+        lr=settings.lr.float() if isinstance(settings.lr, torch.Tensor) else settings.lr,
         weight_decay=settings.weight_decay,
         eps=settings.eps,
         maximize=False,

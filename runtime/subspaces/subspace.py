@@ -209,7 +209,9 @@ class Subspace(SubspaceState):
         for name, key in _REPLACEABLE:  # a loop, since it is asked for each weight at each step
             if state.get(key) is not own[name]:
                 return False
-        return True
+        # These are in the states of some rules alone; `load` replaces them.
+        same_rate = state.get(SAVED_KEYS["log_rate"], own["log_rate"]) is own["log_rate"]
+        return same_rate and bool(state.get(SAVED_KEYS["seed"], own["seed"]) == own["seed"])
 
     @torch.no_grad()
     def load(self, saved: SubspaceState) -> None:

@@ -33,7 +33,7 @@ class Code:
     shared: int
 
     def executed(self, outer: int, inner: int) -> int:
-        """Instructions of one thread, where the outermost loop goes round so many times, and the one within it."""
+        """Count the instructions that one thread executes, given the rounds of the outer loop and of the inner one."""
         loops = {
             (int(target[1], 16), place)
             for place, name, operands in self.instructions

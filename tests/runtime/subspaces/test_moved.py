@@ -150,3 +150,17 @@ def test_a_model_cast_in_the_midst_trains_on_as_one_that_was_not(rule) -> None:
         ends.append([p.detach().double() for p in model.parameters()])
     for one, other in zip(*ends, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_what_another_checkpoint_has_replaced_is_noted_again() -> None:
+    """Two optimizers may have weights in one subspace: loading a state dict of one replaces the seed for both."""
+    weight = torch.nn.Parameter(torch.randn(5, 6))
+    subspace = STORE.resolve([weight], SubspaceSpec(3, rule_of("principal_random")), [(1, 2)])
+    noted = {key: value for key, value in subspace.entries().items() if value is not None}
+    assert subspace.is_noted_in(noted)
+    subspace.seed += 1
+    assert not subspace.is_noted_in(noted)
+    noted["basis_seed"] = subspace.seed
+    assert subspace.is_noted_in(noted)
+    subspace.code = torch.zeros(1, dtype=torch.int64)
+    assert not subspace.is_noted_in(noted)

@@ -67,7 +67,7 @@ def test_products_are_whole_where_the_process_wants_fast_ones(monkeypatch, low) 
         return [torch._C._get_fp32_precision_getter(name, "matmul") for name in ("cuda", "mkldnn")]
 
     seen, real = [], module._cholesky_qr
-    monkeypatch.setattr(module, "_cholesky_qr", lambda a: seen.append(precisions()) or real(a))
+    monkeypatch.setattr(module, "_cholesky_qr", lambda *a, **k: seen.append(precisions()) or real(*a, **k))
     torch.set_float32_matmul_precision("highest")
     try:
         if low == "newer interface":

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oasis_fx.runtime.subspaces import host_reads
 from oasis_fx.runtime.subspaces import orthonormalize as module
-from oasis_fx.runtime.subspaces.orthonormalize import orthonormalize
+from oasis_fx.runtime.subspaces.orthonormalize import cholesky_orthonormalize, orthonormalize
 
 
 def defect(q: torch.Tensor) -> float:
@@ -79,3 +80,22 @@ def test_low_precision_matmuls_do_not_matter() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_square(dtype) -> None:
     assert defect(orthonormalize(torch.randn(2, 16, 16, dtype=dtype))) <= 1e-5
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_a_large_singular_value_beside_small_ones_needs_no_householder(monkeypatch, free) -> None:
+    """As of a power step of rank 4096 on activations that are nearly one vector: float32 leaves its Gram matrix
+    indefinite, and a basis that such a step does not move stays random for good."""
+    monkeypatch.setattr(host_reads, "reads_are_free", lambda device: free)
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        q = torch.linalg.qr(torch.randn(200, 64, dtype=torch.float64, generator=g)).Q
+        u = torch.nn.functional.normalize(torch.randn(64, 1, dtype=torch.float64, generator=g), dim=0)
+        hard = (q + 7000 * (q @ u) @ u.T).float()
+        easy = torch.randn(200, 64, generator=g)
+        (found,) = cholesky_orthonormalize([torch.stack([hard, easy])])
+        assert found.done.tolist() == [True, True]
+        assert defect(found.q) <= 1e-5
+        (alone,) = cholesky_orthonormalize([easy[None]])
+        assert torch.equal(found.q[1], alone.q[0])  # what did not fail is computed as ever
+        assert module._cholesky_qr([hard[None] / hard.abs().max()])[1].item()  # without the shift it fails
