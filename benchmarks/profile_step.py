@@ -31,6 +31,7 @@ def main() -> None:
     _wait(on_gpu)
     in_all = time.perf_counter() - start
     lines.append(f"optimizer step: {1000 * host:.1f} ms of the host, {1000 * in_all:.1f} ms in all")
+    optimizer.zero_grad()
     model(**batch).loss.backward()
     with profile(activities=activities) as step:
         optimizer.step()

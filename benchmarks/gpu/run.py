@@ -30,7 +30,9 @@ def main() -> None:
         if args.parts and part.name not in args.parts:
             continue
         left = end - time.monotonic()
-        ended = _run(part, min(part.seconds, left), args) if left > 0 else "no time was left"
+        # Small sizes are for the CPU of a test, which may be busy with other work.
+        limit = left if args.tiny else min(part.seconds, left)
+        ended = _run(part, limit, args) if left > 0 else "no time was left"
         summary.append(f"{part.name}: {ended}")
         print(f"== {summary[-1]}", flush=True)
         (args.out / "summary.txt").write_text("\n".join(summary) + "\n")

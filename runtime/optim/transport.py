@@ -18,7 +18,7 @@ def transport_mean(mean: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
         mean: m [L, m, r], in the old coordinates.
         overlap: R [L, r, r].
     """
-    return mean @ overlap
+    return torch.bmm(mean, overlap)
 
 
 def transport_second_moment(
@@ -37,7 +37,7 @@ def transport_second_moment(
     second_hat = second / torch.where(bias2 > 0, bias2, 1.0)
     variance = second_hat - mean_hat.square()
     # The absolute value guards against variances that rounding made negative.
-    return bias2 * (variance @ overlap.square() + (mean_hat @ overlap).square()).abs()
+    return bias2 * (torch.bmm(variance, overlap.square()) + torch.bmm(mean_hat, overlap).square()).abs()
 
 
 def fit_columns(state: torch.Tensor, columns: int, fill: torch.Tensor | None = None) -> torch.Tensor:

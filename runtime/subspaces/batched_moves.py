@@ -121,7 +121,7 @@ def _settle(batch: Batch, wanted: torch.Tensor, found: Orthonormalized, gate: to
     new = torch.where(moved, found.q, old)
     eye = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device)
     with whole_float32_products(old.device.type):
-        overlap = torch.where(moved, old.mT @ new, eye)
+        overlap = torch.where(moved, torch.bmm(old.mT, new), eye)
     has_moved = moved.flatten()
     stuck = ~has_moved if gate is None else gate & ~has_moved
     _measure(batch, overlap, has_moved, found.condition)

@@ -107,7 +107,7 @@ def _cholesky_qr(
     condition = diagonal.amax(dim=-1) / diagonal.amin(dim=-1)
     inverse = torch.linalg.solve_triangular(factor.mT, eye, upper=True)
     parts = inverse.split([len(a) for a in batches])
-    return [a @ part for a, part in zip(batches, parts, strict=True)], info != 0, condition
+    return [torch.bmm(a, part) for a, part in zip(batches, parts, strict=True)], info != 0, condition
 
 
 def _with_shift(
@@ -135,14 +135,14 @@ def _gram(a: torch.Tensor) -> torch.Tensor:
     matrices of 14336 x 128 on an H200 (benchmarks/results/gpu).
     """
     if a.device.type != "cuda":
-        return a.mT @ a
+        return torch.bmm(a.mT, a)
     length, n, r = a.shape
     blocks = length * (-(-r // _GRAM_BLOCK)) ** 2
     splits = 1
     while blocks * splits < _BUSY and n % (2 * splits) == 0 and n // (2 * splits) >= 4 * r:
         splits *= 2
     parts = a.reshape(length * splits, n // splits, r)
-    return (parts.mT @ parts).view(length, splits, r, r).sum(dim=1)
+    return torch.bmm(parts.mT, parts).view(length, splits, r, r).sum(dim=1)
 
 
 def _householder(a: torch.Tensor) -> torch.Tensor:

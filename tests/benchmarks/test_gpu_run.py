@@ -12,7 +12,7 @@ from benchmarks.gpu.parts import PARTS, Part
 
 
 def go(monkeypatch, folder, *arguments: str) -> list[str]:
-    monkeypatch.setattr(sys, "argv", ["run", "--out", str(folder), "--device", "cpu", "--tiny", *arguments])
+    monkeypatch.setattr(sys, "argv", ["run", "--out", str(folder), "--device", "cpu", *arguments])
     run.main()
     return (folder / "summary.txt").read_text().splitlines()
 
@@ -47,7 +47,7 @@ def test_an_unknown_part_is_refused(monkeypatch, tmp_path, capsys) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [part.name for part in PARTS])
 def test_every_part_runs(monkeypatch, tmp_path, name) -> None:
-    (line,) = go(monkeypatch, tmp_path, "--parts", name)
+    (line,) = go(monkeypatch, tmp_path, "--tiny", "--parts", name)
     assert "done" in line
     if name == "optimizer_step":
         found = json.loads((tmp_path / "optimizer_step.json").read_text())
