@@ -21,9 +21,10 @@ from oasis_fx._torch.compiler import (
 )
 from oasis_fx._torch.fake_tensors import known_fake
 from oasis_fx.compile.joint import Trace, observe_traces
+from oasis_fx.compile.lender import OnUse
 from oasis_fx.compile.partitioner import JointPartitioner
 from oasis_fx.compile.pipeline import dynamo_passes, run_passes
-from oasis_fx.compile.runtime_inputs import Compiled, OnUse, call_with_runtime_inputs
+from oasis_fx.compile.runtime_inputs import Compiled, call_with_runtime_inputs
 from oasis_fx.distributed.gradient_sync import GradientSync
 from oasis_fx.errors import Refused, survive
 from oasis_fx.graph.edits import copy_dynamo_graph
@@ -98,7 +99,7 @@ def lower(
         settings: of the backend.
         options: Inductor's, from the backend and from `torch.compile`.
         inner_compile: in place of Inductor's code generation, for the printer.
-        on_use: called with each subspace that a call of the graph takes, and the names of its weights.
+        on_use: called with each subspace that the graph takes, and the names of its weights.
     """
     try:
         lifted_gm = copy_dynamo_graph(gm)

@@ -9,27 +9,18 @@ from weakref import WeakSet
 
 import torch
 from torch import fx
-from torch.nn.parallel import DistributedDataParallel
 
-from oasis_fx._torch.distributed import active_ddp
 from oasis_fx._torch.fake_tensors import FakeTensor, known_fake, tracing_fake_mode
-from oasis_fx.distributed.gradient_sync import GradientSync, sync_of
+from oasis_fx.compile.lender import Lender, OnUse
+from oasis_fx.distributed.gradient_sync import GradientSync
 from oasis_fx.graph.facts import DynamoFacts, LiftedWeight, ProjectionRule, WeightGroup
 from oasis_fx.graph.matricization import num_features, num_rows
 from oasis_fx.graph.runtime_inputs import RuntimeInputs
-from oasis_fx.runtime.gradients.in_graph import control_of, stand_in
-from oasis_fx.runtime.gradients.slots import Group, lend
+from oasis_fx.runtime.gradients.in_graph import stand_in
 from oasis_fx.runtime.subspaces.rules import BatchRule, StatisticRule
-from oasis_fx.runtime.subspaces.spec import SubspaceSpec
-from oasis_fx.runtime.subspaces.state import Family, basis_dtype
-from oasis_fx.runtime.subspaces.store import STORE
-from oasis_fx.runtime.subspaces.subspace import Subspace
-from oasis_fx.runtime.subspaces.versions import Versions
+from oasis_fx.runtime.subspaces.state import basis_dtype
 
 Compiled = Callable[..., Any]
-# How a backend hears which subspaces its graphs use, for its statistics. The store cannot tell it: it is one for all
-# backends of the process, and knows subspaces by their weights, not by the graphs that take them.
-OnUse = Callable[[Subspace, tuple[str, ...]], Any]
 
 
 def describe_runtime_inputs(
@@ -104,44 +95,6 @@ def fake_runtime_inputs(
     return dict(zip(layout.names().values(), fakes, strict=True))
 
 
-def _averaging(members: Sequence[torch.Tensor], ddp: DistributedDataParallel | None) -> GradientSync | None:
-    """Return what averages the gradients of a group over ranks; None in a run of one process.
-
-    Raises:
-        RuntimeError: the model runs under DDP, and nothing averages the gradients of a weight.
-    """
-    syncs = [sync_of(weight) for weight in members]
-    if ddp is not None:
-        if None in syncs:
-            raise RuntimeError(
-                "the model runs under DistributedDataParallel, which cannot average low-rank gradients: call "
-                "oasis_fx.distributed.prepare(model) before it is wrapped"
-            )
-        for sync in syncs:
-            sync.follow(ddp)  # type: ignore[union-attr]
-    return syncs[0]
-
-
-def _check_rank(weight: torch.Tensor, spec: SubspaceSpec, split: bool, known_as: Sequence[str]) -> None:
-    """Refuse a graph of another rank than a weight has by now.
-
-    Raises:
-        RuntimeError: the rank of the weight, and so of its group, which the graph knows by these names, has changed.
-    """
-    if STORE.current_spec(weight, spec) == spec:
-        return
-    if split:
-        raise RuntimeError(
-            f"the rank of {', '.join(known_as)} has changed, and DDP's graph splitting hides the weights from their "
-            "graphs: set torch._dynamo.config.optimize_ddp = False"
-        )
-    raise RuntimeError(
-        f"layers that share the compiled graph of {', '.join(known_as)} have different ranks, from a checkpoint of a "
-        "model that was compiled otherwise: compile the whole model, or load what "
-        "resize_checkpoint(state_dict, rank) makes of it"
-    )
-
-
 def call_with_runtime_inputs(
     compiled: Compiled,
     facts: DynamoFacts,
@@ -157,42 +110,18 @@ def call_with_runtime_inputs(
     Args:
         facts: of the graph, with at least one group.
         example_inputs: the graph's own inputs at the time of the compile.
-        on_use: called with each subspace that a call takes, and the names of its weights.
+        on_use: called with each subspace that the graph takes, and the names of its weights.
         syncs: gets what averages gradients of this graph over ranks.
     """
-    groups, layout, fakes = facts.groups, facts.layout, tuple(facts.fakes.values())
-    assert layout is not None
-    names = [tuple(facts.names[index] for index in group.weights) for group in groups]
-    split = any(isinstance(example_inputs[i], FakeTensor) for group in groups for i in group.weights)
-
-    families = [Family() for _ in groups]
+    fakes = tuple(facts.fakes.values())
+    split = any(isinstance(example_inputs[i], FakeTensor) for group in facts.groups for i in group.weights)
+    static = all(isinstance(size, int) for fake in fakes for size in fake.shape)
+    lender = Lender(facts, split=split, static=static, on_use=on_use, syncs=syncs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(*args: Any) -> Any:
         if split and any(isinstance(given, FakeTensor) for given in args):
             return compiled(*args, *fakes)  # DDP's graph splitting tries its parts while it compiles
-        used: list[Group] = []
-        ddp = active_ddp()
-        for group, family, known_as in zip(groups, families, names, strict=True):
-            members = tuple(args[index] for index in group.weights)
-            sync = _averaging(members, ddp)
-            if sync is not None:
-                syncs.add(sync)
-            if split or group.spec.budget is not None:
-                _check_rank(members[0], group.spec, split, known_as)
-            subspace = STORE.resolve(members, group.spec, group.features)
-            subspace.family.join(family)
-            subspace.names = subspace.names or known_as
-            subspace.replicas = frozenset() if sync is None else sync.replicas
-            if on_use is not None:
-                on_use(subspace, known_as)
-            used.append(Group(subspace, members, group.features))
-        versions = Versions() if layout.has_control else None
-        lent = lend(used, versions)
-        if versions is not None:
-            bases = [stand_in(group.subspace.shape, group.subspace.dtype, group.subspace.device) for group in used]
-            controls = [control_of(group.subspace, versions) for group in used]
-            return compiled(*args, *layout.in_order(basis=bases, control=controls, slot=lent.slots))
-        return compiled(*args, *layout.in_order(basis=lent.bases, energy=lent.energies, slot=lent.slots))
+        return compiled(*args, *lender(args))
 
     return run

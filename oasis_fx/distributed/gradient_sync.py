@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,21 @@ from oasis_fx.runtime.subspaces.subspace import Subspace
 # What averages the gradient of a weight, by weak references. The store of subspaces is no place for it: weights in
 # no subspace have one too, and it lasts as long as the object that `prepare` returned, not as long as a basis.
 _syncs = ByTensor()
+_changes = itertools.count(1)
+_latest_change = 0
+
+
+def state_of_syncs() -> int:
+    """Return a number that is equal at two moments only if no `GradientSync` has taken over weights or let go of any.
+
+    One that is gone without having let go is not counted: its weak references tell.
+    """
+    return _latest_change
+
+
+def _note_change() -> None:
+    global _latest_change
+    _latest_change = next(_changes)
 
 
 def sync_of(weight: torch.Tensor) -> GradientSync | None:
@@ -77,6 +93,7 @@ class GradientSync:
                 self._take_over(before, weight)
             self._hooks[weight] = _hook(weight, self._complete)
             _syncs[weight] = weakref.ref(self)
+        _note_change()
         self._reset()
 
     def follow(self, ddp: DistributedDataParallel) -> None:
@@ -101,6 +118,7 @@ class GradientSync:
         for weight in list(self._hooks):
             self._let_go(weight)
             _syncs.pop(weight, None)
+        _note_change()
 
     def _let_go(self, weight: torch.nn.Parameter) -> None:
         self._hooks.pop(weight).remove()

@@ -30,15 +30,14 @@ class Cell:
 
     __slots__ = ("features", "is_dense", "is_mixed", "subspace", "values", "version")
 
-    def __init__(self, values: torch.Tensor, subspace: Subspace, features: Features) -> None:
-        self.values, self.subspace, self.features = values, subspace, features
-        self.version = subspace.version
+    def __init__(self, values: torch.Tensor, subspace: Subspace, features: Features, version: int) -> None:
+        self.values, self.subspace, self.features, self.version = values, subspace, features, version
         self.is_dense = self.is_mixed = False
 
     def with_values(self, values: torch.Tensor) -> Cell:
         """Return another cell in the same coordinates, with other values."""
-        other = Cell(values, self.subspace, self.features)
-        other.version, other.is_dense, other.is_mixed = self.version, self.is_dense, self.is_mixed
+        other = Cell(values, self.subspace, self.features, self.version)
+        other.is_dense, other.is_mixed = self.is_dense, self.is_mixed
         return other
 
     def take_over(self, other: Cell) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from oasis_fx._torch.callers import asked_by_compiler
+from oasis_fx._torch.callers import asked_by_compiler, called_by_engine
+from oasis_fx._torch.tensors import make_wrapper
 from oasis_fx.graph.matricization import LINEAR, Features
 from oasis_fx.runtime.gradients.cell import Cell
 from oasis_fx.runtime.subspaces.spec import SubspaceSpec
@@ -42,7 +43,6 @@ class LowRankGrad(torch.Tensor):
     """
 
     cell: Cell
-
     # Results of operations are plain tensors: torch's default would cast them to this class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -50,10 +50,9 @@ class LowRankGrad(torch.Tensor):
     def __new__(
         cls, factor: torch.Tensor, subspace: Subspace, like: torch.Tensor, *, features: Features = LINEAR
     ) -> LowRankGrad:
-        return _wrap(Cell(factor, subspace, features), like)
+        return wrap(Cell(factor, subspace, features, subspace.version), like.shape, like.stride())
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass  # `__new__` has made it
+    def __init__(self, *_: Any, **__: Any) -> None: ...  # `__new__` has made it
 
     @property
     def factor(self) -> torch.Tensor:
@@ -107,9 +106,8 @@ class LowRankGrad(torch.Tensor):
         if not self.cell.is_dense:
             dense = self.to_dense()
             if dense.stride() != self.stride():
-                dense = torch.empty_strided(self.shape, self.stride(), dtype=dense.dtype, device=dense.device).copy_(
-                    dense
-                )
+                laid_out = torch.empty_strided(self.shape, self.stride(), dtype=dense.dtype, device=dense.device)
+                dense = laid_out.copy_(dense)
             self.cell.values, self.cell.is_dense = dense, True
         return self.cell.values
 
@@ -129,12 +127,11 @@ class LowRankGrad(torch.Tensor):
 
     def with_values(self, values: torch.Tensor) -> LowRankGrad:
         """Return a gradient in the same coordinates with other values, in a cell of its own."""
-        like = torch.empty_strided(self.shape, self.stride(), device="meta", dtype=values.dtype)
-        return _wrap(self.cell.with_values(values), like)
+        return wrap(self.cell.with_values(values), self.shape, self.stride())
 
     def alias(self) -> LowRankGrad:
         """Return another tensor that shares the cell of this one."""
-        return _wrap(self.cell, torch.empty_strided(self.shape, self.stride(), device="meta", dtype=self.dtype))
+        return wrap(self.cell, self.shape, self.stride())
 
     # What torch does in C++ with the memory of a tensor, without an operator that could be intercepted. Each hands out
     # memory that may be written to, so the gradient lies there from now on.
@@ -209,17 +206,22 @@ class LowRankGrad(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is _DETACH:  # by which AccumulateGrad takes a gradient that nobody else has: no need for another one
+            return args[0] if called_by_engine() else args[0].alias()
         from oasis_fx.runtime.gradients.operators import run  # it imports this module
 
         return run(func, args, kwargs or {})
 
 
-def _wrap(cell: Cell, like: torch.Tensor) -> LowRankGrad:
-    gradient: LowRankGrad = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-        LowRankGrad, like.shape, strides=like.stride(), dtype=cell.values.dtype, device=cell.values.device
-    )
-    gradient.cell = cell
-    return gradient
+_DETACH = torch.ops.aten.detach.default
+
+
+def wrap(cell: Cell, shape: torch.Size, strides: tuple[int, ...]) -> LowRankGrad:
+    """Return a gradient of a shape and strides with a cell that it may share with others."""
+    form = cell.values.dtype, torch.strided, cell.values.device
+    made: LowRankGrad = make_wrapper(LowRankGrad, shape, strides, None, None, *form)
+    made.cell = cell
+    return made
 
 
 def _unpickled(
@@ -234,10 +236,9 @@ def _unpickled(
     dense: bool,
 ) -> LowRankGrad:
     subspace = Subspace(spec, SubspaceState.from_entries(entries, basis_shape, basis_dtype, factor.device))
-    like = torch.empty_strided(shape, stride, device="meta")
-    gradient = LowRankGrad(factor, subspace, like, features=features)
-    gradient.cell.is_dense = dense
-    return gradient
+    cell = Cell(factor, subspace, features, subspace.version)
+    cell.is_dense = dense
+    return wrap(cell, shape, stride)
 
 
 def _rebuild(

@@ -77,8 +77,8 @@ def _isometric(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.factor.to(basis.dtype) @ torch.linalg.cholesky(basis.mT @ basis)
 
 
-# AccumulateGrad takes a gradient over by detach; both share the memory.
-@_handles(aten.detach.default, aten.alias.default)
+# `LowRankGrad` itself answers detach, by which AccumulateGrad takes each gradient over, in the same way.
+@_handles(aten.alias.default)
 def _alias(func: Any, self: LowRankGrad) -> Any:
     return self.alias()
 

@@ -73,7 +73,6 @@ class Subspace(SubspaceState):
         """The names of its weights, as messages list them."""
         return ", ".join(self.names) or f"a weight with {self.shape[0]} in_features"
 
-    @torch.no_grad()
     def add_statistic(self, statistic: torch.Tensor | None, energy: torch.Tensor | None) -> None:
         """Add what one backward pass has computed; the first tensors of a step are taken over without a copy.
 
