@@ -35,6 +35,7 @@ def oasis_backend(
     inner: str = "inductor",
     memory_budget: float | str = 1.0,
     stats: bool = True,
+    tail: int | float | None = None,
     options: Mapping[str, Any] | None = None,
     subspace_lr: float | str | None = None,
     subspace_every: int | None = None,
@@ -65,6 +66,10 @@ def oasis_backend(
             its bytes first. 0 to 1 is a share of what it would keep without; 1 leaves torch's own setting. A size
             such as ``"12GiB"`` (or MiB, GB, ...) holds for each compiled graph, inputs aside.
         stats: let graphs compute ||X||^2 for `OasisBackend.stats`, one more sum over each activation.
+        tail: the number of columns beside each basis that are drawn anew at every optimizer step, outside of the basis:
+            a whole number from 1, or a fraction of in_features; None for none. Weight gradients have coordinates for
+            them too, moments do not: what the basis leaves out is learned at no cost in optimizer states. For
+            ``"oja"``. docs/subspaces.md says when it is worth it.
         options: options of Inductor, as in `torch.compile(options=...)`, which override these.
         subspace_lr: the old form of ``subspace=Oja(lr=...)``, which goes with the next release.
         subspace_every: the old form of ``subspace=Oja(every=...)``, which goes with the next release.
@@ -81,6 +86,7 @@ def oasis_backend(
         inner=inner,
         memory_budget=memory_budget,
         stats=stats,
+        tail=tail,
         options=dict(options or {}),
     )
     return OasisBackend(settings)

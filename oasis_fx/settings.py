@@ -48,6 +48,7 @@ class Settings:
     inner: str = "inductor"
     memory_budget: float | str = 1.0
     stats: bool = True
+    tail: int | float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,6 +67,7 @@ class Settings:
                 f"subspace={self.rule.name!r} has none; 'oja' and 'gradient_oja' have"
             )
         _check_choice("inner", self.inner, INNER_COMPILERS)
+        self._check_tail()
         budget = self.memory_budget
         if (parse_bytes(budget) is None) if isinstance(budget, str) else not (_is_number(budget) and 0 <= budget <= 1):
             raise ValueError(f"memory_budget is {budget!r}: it must be a number from 0 to 1, or a size such as '12GiB'")
@@ -75,6 +77,16 @@ class Settings:
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         if "custom_partitioner_fn" in self.options:
             raise ValueError("options names 'custom_partitioner_fn': remove it, oasis_fx sets a partitioner of its own")
+
+    def _check_tail(self) -> None:
+        if self.tail is None:
+            return
+        check_rank(self.tail, "tail", ", or None")
+        if not (isinstance(self.rule, StatisticRule) and self.rule.on == "activation" and not self.rule.dense):
+            raise ValueError(
+                f"tail is {self.tail!r}: it goes with rules that move the basis of an activation by its statistic, "
+                f"such as 'oja', and subspace={self.rule.name!r} does not"
+            )
 
     @property
     def rule(self) -> Rule:
@@ -102,6 +114,10 @@ class Settings:
         if isinstance(rank, Mapping):
             rank = next((r for glob, r in rank.items() if fnmatchcase(name, glob)), None)
         return None if rank is None else columns_of(rank, in_features)
+
+    def tail_of(self, in_features: int, rank: int) -> int:
+        """Return the number of columns of the tail beside a basis of a rank, at most all that are left."""
+        return 0 if self.tail is None else min(columns_of(self.tail, in_features), in_features - rank)
 
     def reason_to_skip(self, name: str) -> str | None:
         """Return why the settings leave the weight ``name`` alone, or None where they do not."""

@@ -6,6 +6,8 @@
              C [n,r] = X^T @ P          leaves as the gradient of Q, where the rule wants a statistic
              ||X||^2                    leaves as the gradient of Q's energy, where there is one
 
+Where Q has a tail T [n,t], ``P [N,r+t] = X @ [Q, T]``, and C is formed with the first r columns of P.
+
 Where the rule wants the batch itself, Q is what `batch_basis` makes of X (runtime/gradients/in_graph.py).
 
 The rows of X are the tokens of all experts, or the patches that a convolution reads; these are never laid out: P is
@@ -95,7 +97,7 @@ def _project(
     made = Projection(p, q if inputs.control is not None else basis)
     if not inputs.rule.statistic:
         return made, None
-    scaled = _scaled(graph, p)
+    scaled = _scaled(graph, _tracked(graph, p, 1, basis, inputs))
     return made, insert_after(graph, scaled, aten.mm.default, x_t, scaled)
 
 
@@ -111,12 +113,12 @@ def _project_batch(
         rows = last = insert_after(graph, last, aten.reshape.default, x, [-1, shape(x)[2]])
     lent, last = _lent_basis(graph, rows, basis, last, inputs)
     q = last = insert_after(graph, last, aten.unsqueeze.default, lent, 0)
-    q = last = insert_after(graph, last, aten.expand.default, q, [int(shape(x)[0]), *shape(basis)])
+    q = last = insert_after(graph, last, aten.expand.default, q, [int(shape(x)[0]), *shape(lent)])
     p = insert_after(graph, last, aten.bmm.default, x, q)
     made = Projection(p, lent if inputs.control is not None else basis)
     if not inputs.rule.statistic:
         return made, None
-    scaled = _scaled(graph, p)
+    scaled = _scaled(graph, _tracked(graph, p, 2, basis, inputs))
     c = insert_after(graph, scaled, aten.bmm.default, x_t, scaled)
     return made, insert_after(graph, c, aten.sum.dim_IntList, c, [0])
 
@@ -128,14 +130,15 @@ def _project_patches(
     kernel, (n, rank), num_dims = shape(weight)[1:], shape(basis), len(shape(weight))
     _check_features(term, torch.Size(kernel).numel(), basis)
     q, last = _lent_basis(graph, x, basis, x, inputs)
-    q = last = insert_after(graph, last, aten.view.default, q, [*kernel, rank])
+    q = last = insert_after(graph, last, aten.view.default, q, [*kernel, shape(q)[1]])
     q = last = insert_after(graph, last, aten.permute.default, q, [num_dims - 1, *range(num_dims - 1)])
     p = insert_after(graph, last, aten.convolution.default, x, q, None, *geometry)
     made = Projection(p, basis)
     if not inputs.rule.statistic:
         return made, None
-    scaled = _scaled(graph, p)
+    scaled = _scaled(graph, _tracked(graph, p, 1, basis, inputs))
     mask = [False, True, False]
+    q = _tracked(graph, q, 0, basis, inputs)
     c = last = insert_after(graph, scaled, aten.convolution_backward.default, scaled, x, q, None, *geometry, mask)
     c = last = insert_after(graph, last, operator.getitem, c, 1)
     c = last = insert_after(graph, last, aten.permute.default, c, [*range(1, num_dims), 0])
@@ -168,15 +171,24 @@ def _check_features(term: Contraction, n: Any, basis: fx.Node) -> None:
 def _lent_basis(
     graph: fx.Graph, x: fx.Node, basis: fx.Node, last: fx.Node, inputs: LiftedWeight
 ) -> tuple[fx.Node, fx.Node]:
-    """Q in the dtype of X (rows by features), and the node to insert behind: that or ``last``."""
+    """Q or [Q, T] in the dtype of X (rows by features), and the node to insert behind: that or ``last``."""
     if inputs.control is not None:
         control = input_placeholders(graph)[inputs.control]
         q = insert_after(graph, last, torch.ops.oasis_fx.batch_basis.default, x, basis, control)
         return q, q
+    if inputs.tail is not None:
+        basis = last = insert_after(graph, last, aten.cat.default, [basis, input_placeholders(graph)[inputs.tail]], 1)
     if value(basis).dtype == value(x).dtype:
         return basis, last
     cast = insert_after(graph, last, prims.convert_element_type.default, basis, value(x).dtype)
     return cast, cast
+
+
+def _tracked(graph: fx.Graph, node: fx.Node, dim: int, basis: fx.Node, inputs: LiftedWeight) -> fx.Node:
+    """What a node holds of the columns of Q, which stand before those of a tail in a dimension."""
+    if inputs.tail is None:
+        return node
+    return insert_after(graph, node, aten.slice.Tensor, node, dim, 0, shape(basis)[1])
 
 
 def _scaled(graph: fx.Graph, p: fx.Node) -> fx.Node:

@@ -24,6 +24,7 @@ class Method:
         weight_decay: at learning rates as high as SGD's the usual 0.1 would halve weights in ten steps.
         exact_every: at each so many steps the gradient is dense, by stock `torch.compile`; 0: never.
         schedule: factors of the rank, from shares of all steps on.
+        tail: columns of the tail as a multiple of the rank; 0 for none.
     """
 
     optimizer: str
@@ -33,6 +34,7 @@ class Method:
     weight_decay: float = 0.1
     exact_every: int = 0
     schedule: dict[float, float] = field(default_factory=dict)
+    tail: float = 0
 
 
 LOW = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -44,6 +46,8 @@ METHODS = {
     "oja-auto": Method("OasisAdamW", LOW, {"subspace": Oja(lr="auto")}),
     "oja-exact20": Method("OasisAdamW", LOW, {"subspace": "oja"}, {"step_outside_subspace": True}, exact_every=20),
     "oja-growing": Method("OasisAdamW", LOW, {"subspace": "oja"}, schedule={0.0: 0.5, 0.5: 1.0, 0.75: 2.0}),
+    "oja-tail": Method("OasisAdamW", LOW, {"subspace": "oja"}, tail=1),
+    "oja-tail3": Method("OasisAdamW", LOW, {"subspace": "oja"}, tail=3),
     "pca": Method("OasisAdamW", LOW, {"subspace": PCA(every=50)}),
     "random": Method("OasisAdamW", LOW, {"subspace": "random"}),
     "principal_random": Method("OasisAdamW", LOW, {"subspace": PrincipalRandom(every=50)}),
@@ -61,6 +65,7 @@ METHODS = {
     "oja-sgd": Method("OasisSGD", SGD, {"subspace": "oja"}, weight_decay=0.0),
     "oja-lion": Method("OasisLion", (1e-4, 3e-4, 1e-3, 3e-3), {"subspace": "oja"}),
     "oja-muon": Method("OasisMuon", (1e-3, 3e-3, 1e-2, 3e-2), {"subspace": "oja"}),
+    "oja-muon-tail": Method("OasisMuon", (1e-3, 3e-3, 1e-2, 3e-2), {"subspace": "oja"}, tail=1),
 }
 
 
@@ -89,6 +94,9 @@ def build(
     # Settings of runs are kept as JSON, where the step size of the rule has a name of its own and AutoRank is a text.
     rule = rule_of(method.backend["subspace"], lr=overrides.pop("subspace_lr", None))
     columns = parse_auto_rank(rank) if isinstance(rank, str) else rank
+    if method.tail:
+        assert isinstance(columns, int)
+        overrides["tail"] = round(method.tail * columns)
     model.compile(backend=oasis_fx.oasis_backend(columns, inner=inner, subspace=rule, **overrides))
     optimizer = getattr(oasis_fx, method.optimizer)
     options = dict(method.options)

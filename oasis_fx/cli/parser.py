@@ -58,6 +58,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 def _add_shared(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rank", default="32", help="number, fraction, auto:FRACTION, or JSON dict of globs")
+    command.add_argument("--tail", type=_number, metavar="X", help="columns drawn anew at each step: number, fraction")
     command.add_argument("--memory-budget", type=_budget, default=1.0, metavar="X", help="0 to 1, or a size: 12GiB")
     command.add_argument("-o", "--output", metavar="FILE", help="write there, not to the terminal")
 
@@ -75,6 +76,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         exclude=args.exclude,
         inner=args.inner,
         memory_budget=args.memory_budget,
+        tail=args.tail,
     )
 
 
@@ -84,7 +86,7 @@ def plan_settings_of(args: argparse.Namespace) -> Settings:
     Raises:
         ValueError: an argument has a value that is not allowed.
     """
-    return Settings(rank=parse_rank(args.rank), memory_budget=args.memory_budget)
+    return Settings(rank=parse_rank(args.rank), memory_budget=args.memory_budget, tail=args.tail)
 
 
 def parse_rank(text: str) -> Any:
@@ -101,6 +103,13 @@ def parse_rank(text: str) -> Any:
         raise ValueError(
             f"rank is {text!r}: give a number, auto:0.25, or a JSON dict such as '{{\"*\": 32}}'"
         ) from error
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def _budget(text: str) -> float | str:

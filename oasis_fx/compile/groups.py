@@ -118,6 +118,7 @@ def _split(
             rank=int(rank),  # where n is a symbol that decides it, torch guards on its value
             rule=settings.rule,
             budget=settings.share,
+            tail=int(settings.tail_of(n, rank)),
         )
         # Under DDP the example inputs are fake: what the real weights have is seen at run time alone.
         present: object = None

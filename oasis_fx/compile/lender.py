@@ -88,7 +88,7 @@ class Lender:
             subspace.replicas = replicas
         if not self._layout.has_control:
             lent = lend_again(known.loan, subspaces, weights)
-            return *lent.bases, *lent.energies, *lent.slots
+            return *lent.bases, *lent.tails, *lent.energies, *lent.slots
         versions = Versions()
         lent = lend_again(known.loan, subspaces, weights, versions)
         stand_ins = [stand_in(subspace.shape, subspace.dtype, subspace.device) for subspace in subspaces]

@@ -44,7 +44,8 @@ def layout_of(groups: Sequence[WeightGroup], num_inputs: int, stats: bool) -> Ru
     spec, rule = groups[0].spec, groups[0].spec.rule  # of one backend, so of all groups
     energy = isinstance(rule, StatisticRule) and (stats or rule.needs_energy or spec.budget is not None)
     num_weights = sum(len(group.weights) for group in groups)
-    return RuntimeInputs(num_inputs, len(groups), num_weights, energy, isinstance(rule, BatchRule))
+    has_tail = any(group.spec.tail for group in groups)
+    return RuntimeInputs(num_inputs, len(groups), num_weights, energy, isinstance(rule, BatchRule), has_tail)
 
 
 def lifted_weights(groups: Sequence[WeightGroup], layout: RuntimeInputs) -> tuple[LiftedWeight, ...]:
@@ -59,6 +60,7 @@ def lifted_weights(groups: Sequence[WeightGroup], layout: RuntimeInputs) -> tupl
             basis=layout.positions("basis")[index],
             energy=layout.position("energy", index),
             features=features,
+            tail=layout.position("tail", index) if group.spec.tail else None,
             control=layout.position("control", index),
             rule=projection,
         )
@@ -77,21 +79,23 @@ def fake_runtime_inputs(
     """
     mode = tracing_fake_mode()
     assert mode is not None  # Dynamo always sets one
-    bases, energies, controls, slots = [], [], [], []
+    bases, tails, energies, controls, slots = [], [], [], [], []
     with mode:
         for group in groups:
             for weight, features in zip(group.weights, group.features, strict=True):
                 w = known_fake(example_inputs[weight])
                 slot = torch.zeros(1, dtype=w.dtype, device=w.device)
-                slots.append(slot.expand(num_rows(w.shape, features), group.spec.rank).detach().requires_grad_())
-            dtype = basis_dtype(w.dtype)
-            shape = num_features(w.shape, features), group.spec.rank
+                columns = group.spec.rank + group.spec.tail
+                slots.append(slot.expand(num_rows(w.shape, features), columns).detach().requires_grad_())
+            dtype, n = basis_dtype(w.dtype), num_features(w.shape, features)
+            shape = n, group.spec.rank
             # One of a batch rule is laid out as what will come: generated code looks at the strides.
             make = stand_in if layout.has_control else torch.empty
             bases.append(make(shape, dtype=dtype, device=w.device).requires_grad_())
+            tails.append(torch.empty(n, group.spec.tail, dtype=dtype, device=w.device))
             energies.append(torch.zeros((), dtype=dtype, device=w.device).requires_grad_())
             controls.append(torch.zeros(3, dtype=torch.int64, device="cpu"))
-    fakes = layout.in_order(basis=bases, energy=energies, control=controls, slot=slots)
+    fakes = layout.in_order(basis=bases, tail=tails, energy=energies, control=controls, slot=slots)
     return dict(zip(layout.names().values(), fakes, strict=True))
 
 

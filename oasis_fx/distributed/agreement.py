@@ -39,9 +39,12 @@ class Agreement:
         self._checksum = zlib.crc32(signature.encode(), self._checksum)
 
     def fingerprint(self, subspaces: Sequence[Subspace], device: torch.device) -> torch.Tensor:
-        """Return what all ranks must have alike, float64 [2]: which weights have which gradients, and the bases."""
+        """Return what all ranks must have alike, float64 [2]: which weights have which gradients, and the
+        bases with their tails.
+        """
         signature = torch.tensor([float(self._checksum % 2**20)], dtype=torch.float64, device=device)
-        sums = [s.basis.detach().sum(dtype=torch.float64).view(1) for s in subspaces if s.code is None]
+        stored = (tensor for s in subspaces if s.code is None for tensor in (s.basis, s.tail) if tensor is not None)
+        sums = [tensor.detach().sum(dtype=torch.float64).view(1) for tensor in stored]
         bases = torch.cat(sums).sum(dim=0, keepdim=True) if sums else torch.zeros_like(signature)
         return torch.cat([signature, bases.to(device)])
 

@@ -65,6 +65,8 @@ class LiftedWeight:
         energy: position of a scalar beside Q, whose gradient will be ||X||^2; None where that is not wanted.
         features: dimensions of W, from and to, that its matmul sums over: (1, 2) of nn.Linear's [m,n], (0, 1) of
             Conv1D's [n,m], (1, 4) of a convolution's [m,c,h,w], (1, 2) of experts' [e,n,m]. The others are rows.
+        tail: position of T, the columns behind those of Q that the weight gradient has coordinates for as well; None
+            where Q has no tail.
         control: position of what the operators of `oasis_fx.runtime.gradients.in_graph` are told, where the basis is
             computed from the batch itself; Q is then a stand-in of its shape. None elsewhere.
         rule: how the bases of the graph are chosen.
@@ -75,13 +77,14 @@ class LiftedWeight:
     basis: int
     energy: int | None
     features: Features
+    tail: int | None = None
     control: int | None = None
     rule: ProjectionRule = ProjectionRule()
 
     @property
     def runtime_inputs(self) -> tuple[int, ...]:
         """The positions of all inputs that the runtime lends for this weight."""
-        positions = self.basis, self.energy, self.control, self.slot
+        positions = self.basis, self.tail, self.energy, self.control, self.slot
         return tuple(position for position in positions if position is not None)
 
 

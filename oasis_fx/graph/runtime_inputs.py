@@ -8,9 +8,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# In the order in which a graph takes them: for each group of weights a basis Q [n, r], a scalar for the energy ||A||^2
-# and what operators within the graph are told (int64[3]); then for each weight a coordinate slot S [m, r].
-RUNTIME_INPUTS = ("basis", "energy", "control", "slot")
+# In the order in which a graph takes them: for each group of weights a basis Q [n, r], a tail T [n, t], a scalar for
+# the energy ||A||^2 and what operators within the graph are told (int64[3]); then for each weight a coordinate slot
+# S [m, r + t].
+RUNTIME_INPUTS = ("basis", "tail", "energy", "control", "slot")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class RuntimeInputs:
         num_weights: weights in all groups.
         has_energy: whether each group has a scalar for its energy.
         has_control: whether each group tells the operators within the graph something.
+        has_tail: whether each group has a tail, which may have no columns.
     """
 
     first: int
@@ -30,6 +32,7 @@ class RuntimeInputs:
     num_weights: int
     has_energy: bool
     has_control: bool
+    has_tail: bool = False
 
     def positions(self, kind: str) -> range:
         """Return the positions of all inputs of one kind of `RUNTIME_INPUTS`: one a group; of slots one a weight."""
@@ -51,11 +54,21 @@ class RuntimeInputs:
         return {at: kind for kind in RUNTIME_INPUTS for at in self.positions(kind)}
 
     def in_order(
-        self, *, basis: Sequence[T], slot: Sequence[T], energy: Sequence[T] = (), control: Sequence[T] = ()
+        self,
+        *,
+        basis: Sequence[T],
+        slot: Sequence[T],
+        tail: Sequence[T] = (),
+        energy: Sequence[T] = (),
+        control: Sequence[T] = (),
     ) -> tuple[T, ...]:
-        """Return the values of all inputs in order. Energies and controls that the graph does not take are left out."""
-        return *basis, *(energy if self.has_energy else ()), *(control if self.has_control else ()), *slot
+        """Return the values of all inputs in order. Those of kinds that the graph does not take are left out."""
+        given = {"basis": basis, "tail": tail, "energy": energy, "control": control, "slot": slot}
+        return tuple(value for kind in RUNTIME_INPUTS if self._takes(kind) for value in given[kind])
+
+    def _takes(self, kind: str) -> bool:
+        return {"tail": self.has_tail, "energy": self.has_energy, "control": self.has_control}.get(kind, True)
 
     def _count(self, kind: str) -> int:
-        wanted = {"energy": self.has_energy, "control": self.has_control}.get(kind, True)
+        wanted = self._takes(kind)
         return wanted * (self.num_weights if kind == "slot" else self.num_groups)

@@ -24,7 +24,8 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
 _ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")  # what Dynamo calls the compiled module
 # What computes P from X and Q, and what Q goes through before.
 _PROJECTIONS = (aten.mm.default, aten.bmm.default, aten.convolution.default)
-_VIEWS_AND_CASTS = (
+_MADE_OF_ITS_FIRST_INPUT = (
+    aten.cat.default,  # [Q, T]
     prims.convert_element_type.default,
     aten.view.default,
     aten.permute.default,
@@ -203,8 +204,8 @@ def _marked_inputs(root: fx.Node | None, marks: Mapping[str, str]) -> Iterator[f
 
 
 def _is_basis(given: object, basis: str) -> bool:
-    while isinstance(given, fx.Node) and given.target in _VIEWS_AND_CASTS:
-        given = given.args[0]
+    while isinstance(given, fx.Node) and given.target in _MADE_OF_ITS_FIRST_INPUT:
+        given = given.all_input_nodes[0]
     return isinstance(given, fx.Node) and given.name == basis
 
 

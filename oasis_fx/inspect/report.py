@@ -176,13 +176,15 @@ def _rows(
         of_gradient = sites[0].inputs.rule.of_gradient
         note = "dW projected" if of_gradient else _note(bases, bool(own), saved_before, saved_after)
         tokens = {term.x: num_tokens(term, n) for site in sites for term in site.terms}
-        share = sum(4 * count * n * rank for count in tokens.values()) / len(sites)
+        both = rank + _known_shape(placeholders[sites[0].inputs.slot])[1]  # columns of C, and of P
+        share = sum(2 * count * n * both for count in tokens.values()) / len(sites)
         names = [record.names[site.inputs.weight] for site in sites]
         for site, name in zip(sites, names, strict=True):
             size = _known_shape(placeholders[site.inputs.weight])
             elements = sum(math.prod(_known_shape(term.dy)) for term in site.terms)  # N m each
             others = tuple(other for other in names if other != name)
-            flops = 2 * elements * n, 2 * elements * rank + share
+            columns = _known_shape(placeholders[site.inputs.slot])[1]  # of a tail too
+            flops = 2 * elements * n, 2 * elements * columns + share
             if of_gradient:  # the contraction itself is as it was
                 flops = 0, 2 * math.prod(size) * rank * (2 if site.inputs.rule.statistic else 1)
             rows.append(WeightRow(name, size, rank, others, before, after, *flops, note))

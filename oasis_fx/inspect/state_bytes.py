@@ -26,7 +26,7 @@ class StateBytes:
         dense_moments: Adam's two moments in the weight's shape and dtype.
         moments: two moments of m x r in the dtype of the basis: float32, float64 for float64 weights. Under a rule
             whose gradients are dense, two of the weight's shape and dtype.
-        bases: Q of each group, where the basis is stored.
+        bases: Q of each group, where the basis is stored, and its tail T.
     """
 
     dense_gradients: int
@@ -46,13 +46,15 @@ def state_bytes(record: CompiledGraph, trace: Trace) -> StateBytes:
     for basis, sites in sites_by_basis(trace).items():
         bases += stored * _size(placeholders, basis)
         gradients += sites[0].inputs.rule.statistic * _size(placeholders, basis)
+        tail = sites[0].inputs.tail
+        bases += 0 if tail is None else _size(placeholders, tail)
         for site in sites:
             if site.inputs.rule.dense:
                 gradients += _size(placeholders, site.inputs.weight)
                 moments += 2 * _size(placeholders, site.inputs.weight)
             else:
                 gradients += _size(placeholders, site.inputs.slot)
-                m, rank = (hint(size) for size in shape(placeholders[site.inputs.slot]))
+                m, rank = hint(shape(placeholders[site.inputs.slot])[0]), hint(shape(placeholders[basis])[1])
                 element: Any = value(placeholders[basis]).element_size()
                 moments += 2 * m * rank * element
     return StateBytes(dense, gradients, 2 * dense, moments, bases)

@@ -20,8 +20,9 @@ class Cell:
     """The value of a gradient.
 
     Attributes:
-        values: G [m, r] in the coordinates of the basis, or the whole gradient in the weight's shape.
-        subspace: whose basis Q [n, r] the factor is in.
+        values: G in the coordinates of the subspace's frame: [m, r], or [m, r + t] with a tail of t columns; or the
+            whole gradient in the weight's shape.
+        subspace: whose basis Q [n, r], or frame [Q, T], the factor is in.
         features: which dimensions of the weight are n, see `oasis_fx.graph.matricization`.
         version: of the basis when the factor was computed.
         is_dense: whether ``values`` is the whole gradient.
@@ -80,19 +81,23 @@ class Cell:
             )
 
     def matrix(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Return the whole gradient in the weight's shape: the values themselves where they are dense, else G Q^T."""
+        """Return the whole gradient in the weight's shape: the values themselves where they are dense, else G Q^T.
+
+        With a tail it is ``G [Q, T]^T``, the projection of the gradient on all columns.
+        """
         if self.is_dense:
             return self.values
         self.check()
-        basis = self.subspace.basis.detach().to(self.values.device)
-        factor = self.values.to(basis.dtype)  # Q is float32 where the weight is bfloat16
-        return from_rows(factor @ basis.T, shape, self.features).to(dtype)
+        frame = self.subspace.frame.detach().to(self.values.device)
+        factor = self.values.to(frame.dtype)  # Q is float32 where the weight is bfloat16
+        return from_rows(factor @ frame.T, shape, self.features).to(dtype)
 
     def current_factor(self) -> torch.Tensor:
-        """G [m, r] in the present coordinates of the basis.
+        """Return G in the present coordinates of the subspace.
 
         A gradient that was computed one move ago is projected on the present basis, as a dense gradient would be:
-        ``G Q^T Q+``. So an optimizer that steps twice on one gradient steps on the same one.
+        ``G Q^T Q+``. So an optimizer that steps twice on one gradient steps on the same one. Of a tail that is gone it
+        keeps nothing: its coordinates in the present tail are zero.
 
         Raises:
             StaleGradientError: the basis has moved more than once.
@@ -103,4 +108,6 @@ class Cell:
         if overlap is None:
             self.check()
         assert overlap is not None
-        return (self.values.to(overlap.dtype) @ overlap.to(self.values.device)).to(self.values.dtype)
+        tracked = self.values[:, : len(overlap)].to(overlap.dtype) @ overlap.to(self.values.device)
+        missing = self.values.shape[1] - tracked.shape[1]
+        return torch.nn.functional.pad(tracked, (0, missing)).to(self.values.dtype)

@@ -36,8 +36,9 @@ class LowRankGrad(torch.Tensor):
     The class has no ``__tensor_flatten__``: with it in ``.grad``, recompiles crash on torch up to 2.13.
 
     Args:
-        factor: G [m, r] in the weight's dtype, taken over without a copy; m counts the rows of all experts.
-        subspace: whose basis Q [n, r] the factor is in.
+        factor: G [m, r] in the weight's dtype, taken over without a copy; m counts the rows of all experts. With a tail
+            of t columns it is [m, r + t], and the gradient ``G [Q, T]^T``.
+        subspace: whose basis Q [n, r], or frame [Q, T], the factor is in.
         like: the weight, for shape and strides (autograd copies a gradient whose strides differ).
         features: which dimensions of the weight are n, see `oasis_fx.graph.matricization`.
     """
@@ -56,7 +57,7 @@ class LowRankGrad(torch.Tensor):
 
     @property
     def factor(self) -> torch.Tensor:
-        """G [m, r], or the whole gradient in the weight's shape once it has turned dense."""
+        """G [m, r], [m, r + t] with a tail; or the whole gradient in the weight's shape once it has turned dense."""
         return self.cell.values
 
     @property
@@ -76,8 +77,8 @@ class LowRankGrad(torch.Tensor):
 
     @property
     def basis(self) -> torch.Tensor | None:
-        """Q [n, r], or None once the gradient has turned dense."""
-        return None if self.cell.is_dense else self.subspace.basis
+        """Q [n, r], [Q, T] [n, r + t] with a tail; or None once the gradient has turned dense."""
+        return None if self.cell.is_dense else self.subspace.frame
 
     @property
     def is_low_rank(self) -> bool:

@@ -1,10 +1,10 @@
 """Lends one call of a compiled graph its bases and slots, and takes back what the graph returns as their gradients.
 
-The compiled graph takes, for each group of weights, a basis Q [n, r] and a scalar (the energy), and for each rewritten
-weight a slot S [m, r] that it does not read. The gradients that it returns for them are C = X^T X Q [n, r], ||X||^2 and
-G [m, r], where X is the activation that the group reads. One autograd function outside of the graph makes all of these
-inputs from the weights. Its backward pass hands C and ||X||^2 to the subspaces and turns G into a `LowRankGrad`, which
-becomes the gradient of the weight itself.
+The compiled graph takes, for each group of weights, a basis Q [n, r], a tail T [n, t] where there is one, and a scalar
+(the energy), and for each rewritten weight a slot S [m, r + t] that it does not read. The gradients that it returns for
+them are C = X^T X Q [n, r], ||X||^2 and G [m, r + t], where X is the activation that the group reads. A tail has none.
+One autograd function outside of the graph makes all other inputs from the weights. Its backward pass hands C and ||X||^2
+to the subspaces and turns G into a `LowRankGrad`, which becomes the gradient of the weight itself.
 
 So hooks, accumulation and clipping see the parameter's own gradient, and C arrives wherever the gradient does:
 `torch.autograd.grad` and ``backward(inputs=...)`` skip whatever does not lead to the gradients that were asked for, and
@@ -52,12 +52,15 @@ class Lent:
     Attributes:
         bases: the basis Q [n, r] of each group, in the dtype of its subspace. Empty where the graph itself asks for
             its bases while it runs.
+        tails: the tail T [n, t] of each group, which has no gradient; without columns for a group that has none. Empty
+            where no group has one.
         energies: a scalar for each group, whose gradient is ||X||^2. Empty where the graph takes none.
-        slots: S [m, r] for each weight, group by group, in the weight's dtype. All entries of a slot are one zero in
-            memory that every slot of its dtype and device shares.
+        slots: S [m, r], [m, r + t] with a tail, for each weight, group by group, in the weight's dtype. All entries of
+            a slot are one zero in memory that every slot of its dtype and device shares.
     """
 
     bases: tuple[torch.Tensor, ...]
+    tails: tuple[torch.Tensor, ...]
     energies: tuple[torch.Tensor, ...]
     slots: tuple[torch.Tensor, ...]
 
@@ -69,7 +72,7 @@ class Loan:
     Attributes:
         owners: for each weight, the position of its group.
         features: for each weight the dimensions that make up n.
-        slots: S [m, r] for each weight; each call is lent an alias.
+        slots: S for each weight; each call is lent an alias.
         has_energies: whether the graph takes a scalar for each group.
     """
 
@@ -86,7 +89,7 @@ class Loan:
             for weight, dims in zip(group.weights, group.features, strict=True):
                 owners.append(at)
                 features.append(dims)
-                slots.append(_zero(weight).expand(num_rows(weight.shape, dims), group.subspace.shape[1]))
+                slots.append(_zero(weight).expand(num_rows(weight.shape, dims), group.subspace.num_columns))
         return Loan(tuple(owners), tuple(features), tuple(slots), has_energies)
 
 
@@ -116,7 +119,14 @@ def lend_again(
     made: tuple[torch.Tensor, ...] = _Lend.apply(loan, subspaces, versions, *weights)  # type: ignore[no-untyped-call]
     num_bases = 0 if versions is not None else len(subspaces)
     num_scalars = len(subspaces) if loan.has_energies else 0
-    return Lent(made[:num_bases], made[num_bases : num_bases + num_scalars], made[num_bases + num_scalars :])
+    energies, slots = made[num_bases : num_bases + num_scalars], made[num_bases + num_scalars :]
+    return Lent(made[:num_bases], _tails(subspaces), energies, slots)
+
+
+def _tails(subspaces: Sequence[Subspace]) -> tuple[torch.Tensor, ...]:
+    if all(subspace.tail is None for subspace in subspaces):
+        return ()
+    return tuple(s.basis.detach()[:, :0] if s.tail is None else s.tail.detach() for s in subspaces)
 
 
 class _Lend(torch.autograd.Function):

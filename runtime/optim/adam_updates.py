@@ -66,7 +66,8 @@ def step_low_rank(updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -
         step_weights(updates, directions, step, scales)
         return
     for update, minus_u, scale in zip(updates, directions, scales, strict=True):
-        step_weights([update], [minus_u], step, [scale])
+        whole = update.dense is not None  # the tail is part of what is outside
+        step_weights([replace(update, tail=None) if whole else update], [minus_u], step, [scale])
         if update.dense is not None:
             _step_outside(update, minus_u, step)
 

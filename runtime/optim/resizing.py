@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from oasis_fx.runtime.optim.algorithm import Algorithm
 
 Group = Mapping[str, Any]
+# Entries of a weight's state that mean nothing under another rank.
+_OF_RANK = ("basis_move", "basis_tail")
 
 
 def resize_live(optimizer: Algorithm, rank: int | float) -> None:
@@ -64,7 +66,8 @@ def resize_live(optimizer: Algorithm, rank: int | float) -> None:
         basis = _resize(optimizer, low_rank, before, gram, None, columns_of(rank, n))
         for weight, (state, _) in zip(weights, states, strict=True):
             state["basis"] = basis
-            state.pop("basis_move", None)
+            for key in _OF_RANK:
+                state.pop(key, None)
             resized = _resized(optimizer, saved.state, basis, state)
             STORE.load(weight, replace(saved, state=resized, overrides=True))
 
@@ -120,7 +123,8 @@ def resize_checkpoint(optimizer: Algorithm, state_dict: Mapping[str, Any], rank:
         basis = _resize(optimizer, low_rank, first["basis"], gram, None, columns_of(rank, n))
         for state, _ in members:
             state["basis"] = basis
-            state.pop("basis_move", None)
+            for key in _OF_RANK:
+                state.pop(key, None)
     return packed
 
 
@@ -166,7 +170,7 @@ def _resize_all(optimizer: Algorithm, ranks: Mapping[Subspace, int]) -> None:
             statistic = None
         gram = _gram(optimizer, low_rank, old.shape[1]) if statistic is None else old.mT @ statistic
         basis = _resize(optimizer, low_rank, old, gram, statistic, rank)
-        new = Subspace(replace(subspace.spec, rank=rank), _resized(optimizer, subspace, basis, states[0][0]))
+        new = Subspace(subspace.spec.with_rank(rank, old.shape[0]), _resized(optimizer, subspace, basis, states[0][0]))
         new.num_updates += 1
         if statistic is not None:
             new.steps_since_due.zero_()

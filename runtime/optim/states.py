@@ -5,6 +5,7 @@ A weight in a subspace has, beside ``step`` and the optimizer's own states:
     basis [n, r], or basis_code    what the basis is, or is made from (`Rule.coded`)
     basis_updates, basis_steps     how often it moved, and the steps since its last turn to
     basis_seed, basis_error        of rules that draw at random, or feed errors back
+    basis_tail, basis_tails        the columns of its tail [n, t], and how often they were drawn
     basis_log_rate, basis_move     of a step size that is found during training
     basis_rank                     r of a coded basis
     basis_resizable                False where the rule's bases cannot change their rank

@@ -94,7 +94,7 @@ def begin_step(optimizer: Algorithm, gate: torch.Tensor | None) -> StepContext:
 def step_low_rank(optimizer: Algorithm, items: Iterable[Item], context: StepContext) -> None:
     """Step the weights whose states are in the coordinates of a basis."""
     batches: dict[Any, list[LowRankUpdate]] = {}
-    bases: dict[Subspace, tuple[torch.Tensor, bool]] = {}  # a coded one is made once
+    bases: dict[Subspace, torch.Tensor] = {}  # a coded one is made once
     for item in items:
         update = _low_rank_update(optimizer, item, bases)
         batches.setdefault((item.weight.device, item.settings), []).append(update)
@@ -102,31 +102,33 @@ def step_low_rank(optimizer: Algorithm, items: Iterable[Item], context: StepCont
         optimizer.step_low_rank(updates, context.on(device, settings))
 
 
-def _low_rank_update(
-    optimizer: Algorithm, item: Item, bases: dict[Subspace, tuple[torch.Tensor, bool]]
-) -> LowRankUpdate:
+def _low_rank_update(optimizer: Algorithm, item: Item, bases: dict[Subspace, torch.Tensor]) -> LowRankUpdate:
     state, subspace = optimizer.state[item.weight], item.subspace
-    weights: torch.Tensor | None = None
+    orthonormal, tail = True, None
     if subspace is not None:
         if subspace not in bases:
-            bases[subspace] = subspace.basis.to(item.weight.device), subspace.spec.rule.orthonormal
-        basis, orthonormal = bases[subspace]
+            bases[subspace] = subspace.basis.to(item.weight.device)
+        basis, orthonormal = bases[subspace], subspace.spec.rule.orthonormal
+        tail = None if subspace.tail is None else subspace.tail.to(item.weight.device)
     elif "basis" in state:  # loaded from a checkpoint, and not compiled since
-        basis, orthonormal = state["basis"], True  # others are coded
+        basis = state["basis"]  # others are coded
     else:
         raise RuntimeError(
             f"parameter {item.name} has moments in a drawn basis from a checkpoint, and a dense gradient before any "
             "low-rank one: take the first step after loading with the compiled model"
         )
     if isinstance(item.gradient, LowRankGrad):
-        return LowRankUpdate(item.data, item.gradient.factor, basis, state["features"], state, orthonormal)
-    # A dense gradient of a weight with low-rank states: what the pass would have computed.
-    factor = as_rows(item.gradient, state["features"]).to(basis.dtype) @ basis
-    if subspace is not None:
-        weights = subspace.projection_weights
-    if weights is not None:
-        factor = factor * weights.to(factor)
-    return LowRankUpdate(item.data, factor, basis, state["features"], state, orthonormal, item.gradient)
+        factor, dense = item.gradient.factor, None
+        outside = None if tail is None else factor[:, basis.shape[1] :]
+        factor = factor if tail is None else factor[:, : basis.shape[1]]
+    else:  # a dense gradient of a weight with low-rank states: what the pass would have computed
+        dense = item.gradient
+        rows = as_rows(dense, state["features"]).to(basis.dtype)
+        factor, outside = rows @ basis, None if tail is None else rows @ tail
+        weights = None if subspace is None else subspace.projection_weights
+        if weights is not None:
+            factor = factor * weights.to(factor)
+    return LowRankUpdate(item.data, factor, basis, state["features"], state, orthonormal, dense, tail, outside)
 
 
 def step_dense(optimizer: Algorithm, items: Iterable[Item], context: StepContext) -> None:

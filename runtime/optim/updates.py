@@ -28,6 +28,8 @@ class LowRankUpdate:
         orthonormal: whether ``Q^T Q = I``.
         dense: dW, in the weight's shape, where the optimizer made the factor from it; None where the gradient came as
             a factor.
+        tail: T [n, t], the columns beside the basis that no state follows; None where there are none.
+        tail_factor: dW T [m, t]; None likewise.
     """
 
     weight: torch.Tensor
@@ -37,6 +39,8 @@ class LowRankUpdate:
     state: State
     orthonormal: bool = True
     dense: torch.Tensor | None = None
+    tail: torch.Tensor | None = None
+    tail_factor: torch.Tensor | None = None
 
     @property
     def rank_scale(self) -> float:

@@ -11,6 +11,7 @@ from oasis_fx.graph.matricization import add_product_
 from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.kernels import dispatch
 from oasis_fx.runtime.optim.rounding import round_stochastically_
+from oasis_fx.runtime.optim.tail_directions import with_tails
 from oasis_fx.runtime.optim.updates import LowRankUpdate
 from oasis_fx.runtime.subspaces.banks import new_in_banks
 
@@ -32,7 +33,7 @@ def step_weights(
     step: Step[WeightSettings],
     lr_factors: Sequence[float] | None = None,
 ) -> None:
-    """Step weights of one device and dtype by directions in the coordinates of their bases.
+    """Step weights of one device and dtype by directions in the coordinates of their bases, and along their tails.
 
     On a GPU all weights of a shape are one launch of a kernel.
 
@@ -42,6 +43,7 @@ def step_weights(
     """
     settings = step.settings
     factors = [1.0] * len(updates) if lr_factors is None else lr_factors
+    updates, minus_us = with_tails(updates, minus_us, step)
     left = dispatch.add_products(
         updates,
         minus_us,

@@ -47,8 +47,13 @@ def new_in_banks(
 
 
 def in_dtypes_of(tensors: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return tensors of one device in the dtypes of others of their shapes; all that have another are one copy."""
-    places = [place for place, tensor in enumerate(tensors) if tensor.dtype != like[place].dtype]
+    """Return tensors of one device, contiguous and in the dtypes of others of their shapes.
+
+    All that have another dtype, or lie in pieces, are one copy.
+    """
+    places = [
+        place for place, tensor in enumerate(tensors) if tensor.dtype != like[place].dtype or not tensor.is_contiguous()
+    ]
     cast = list(tensors)
     if not places:
         return cast

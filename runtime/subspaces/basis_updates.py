@@ -16,6 +16,7 @@ from oasis_fx.runtime.subspaces.missed_moves import note_idle, note_stuck
 from oasis_fx.runtime.subspaces.rules import BatchRule, DrawnRule
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
+from oasis_fx.runtime.subspaces.tail_updates import draw_tails
 
 
 @torch.no_grad()
@@ -25,7 +26,8 @@ def move_due_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = No
     Bases of a `StatisticRule` move here, batched over equal shapes. One without a statistic is left out; one whose
     statistic is zero or not finite, or that cannot be orthonormalised, stays where it is, and its count of updates does
     too, as all do where ``gate`` is false. Bases of a `DrawnRule` are drawn here, whatever the gate. Those of a
-    `BatchRule` move in the first forward or backward pass after they are due.
+    `BatchRule` move in the first forward or backward pass after they are due. Every tail is drawn anew, whether its
+    basis has moved or not.
 
     Args:
         subspaces: on one device; one that is there several times counts once.
@@ -39,6 +41,7 @@ def move_due_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = No
     for moved in move_by_statistics(due, gate):
         overlaps.update(zip(moved.batch.subspaces, moved.overlaps, strict=True))
         note_stuck(moved, gate)
+    draw_tails(dict.fromkeys(subspaces), gate, overlaps)
     return overlaps
 
 

@@ -77,6 +77,8 @@ class SubspaceState:
             the rule is coded.
         code: what a coded rule makes the basis from at each use: int64 on the CPU; else None.
         seed: tells subspaces of one shape apart where a rule draws at random.
+        tail: T [n, t], the columns that are drawn anew at each step, changed in place only; None where there are none.
+        num_tails: int64 scalar on the CPU: how often a tail has been drawn.
         error: E [rows, n] of rules with error feedback.
         last_move: sketch of the last move, which ``lr="auto"`` compares the next one with.
         log_rate: scalar, the logarithm of the step size that ``lr="auto"`` has found; 0 at first.
@@ -106,6 +108,8 @@ class SubspaceState:
     stored_basis: torch.Tensor | None = field(default=None, metadata=_saved("basis", "tensor", of_rank=True))
     code: torch.Tensor | None = field(default=None, metadata=_saved("basis_code", "tensor", of_rank=True, on_cpu=True))
     seed: int = field(default=0, metadata=_saved("basis_seed", "number"))
+    tail: torch.Tensor | None = field(default=None, metadata=_saved("basis_tail", "tensor", of_rank=True))
+    num_tails: torch.Tensor = field(default=None, metadata=_saved("basis_tails", "count", on_cpu=True))  # type: ignore[assignment]
     error: torch.Tensor | None = field(default=None, metadata=_saved("basis_error", "tensor"))
     last_move: torch.Tensor | None = field(default=None, metadata=_saved("basis_move", "tensor", of_rank=True))
     log_rate: torch.Tensor = field(default=None, metadata=_saved("basis_log_rate", "scalar"))  # type: ignore[assignment]
@@ -132,6 +136,7 @@ class SubspaceState:
         firsts = {
             "num_updates": torch.zeros((), dtype=torch.int64, device=self.device),
             "steps_since_due": torch.zeros((), dtype=torch.int64, device="cpu"),
+            "num_tails": torch.zeros((), dtype=torch.int64, device="cpu"),
             "num_stuck": torch.zeros((), dtype=torch.int64, device=self.device),
             "log_rate": scalar,
             **dict.fromkeys(("captured_energy", "drift", "condition"), unknown),

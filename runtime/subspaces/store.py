@@ -80,7 +80,8 @@ class SubspaceStore:
             entry: dict[SubspaceSpec, SubspaceSpec] = self._resized.setdefault(weight, {})
             saved: SavedSubspace | None = self._waiting.get(weight)
             if saved is not None and (asked.budget is not None or saved.overrides):
-                entry[asked] = replace(asked, rank=saved.state.shape[1])
+                n, rank = saved.state.shape
+                entry[asked] = asked.with_rank(rank, n)
             return entry.get(asked, asked)
 
     def is_resized(self, weight: torch.Tensor) -> bool:

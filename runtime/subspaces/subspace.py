@@ -12,6 +12,7 @@ import torch
 from oasis_fx._torch.tensors import version_of
 from oasis_fx.runtime.subspaces.spec import SubspaceSpec  # pickles of 0.2 look for it in this module
 from oasis_fx.runtime.subspaces.state import SAVED_FIELDS, SAVED_KEYS, SubspaceState
+from oasis_fx.runtime.subspaces.tails import first_tail
 
 # Of these fields new objects come; others are changed in place. A subspace that replaces another has other counts.
 _REPLACEABLE = [(name, SAVED_KEYS[name]) for name in ("num_updates", "stored_basis", "code", "error", "last_move")]
@@ -48,6 +49,7 @@ class Subspace(SubspaceState):
         self.energy = torch.zeros((), dtype=self.dtype, device=self.device)
         self.latest_move: Move | None = None
         self._num_recoded = 0
+        self.tail = self._suitable_tail(state)
         self.handle = next(_handles)
         BY_HANDLE[self.handle] = self
 
@@ -62,6 +64,25 @@ class Subspace(SubspaceState):
             return self.stored_basis
         assert self.code is not None
         return self.spec.rule.expand(self.code, *self.shape, self.dtype, self.device)
+
+    def _suitable_tail(self, state: SubspaceState) -> torch.Tensor | None:
+        """Return the tail of a state, or a new one where it has none of the shape that is asked for."""
+        shape = (self.shape[0], self.spec.tail)
+        if not self.spec.tail:
+            return None
+        if state.tail is not None and state.tail.shape == shape:
+            return state.tail
+        return first_tail(self.basis.detach(), self.spec.tail, int(state.num_tails))
+
+    @property
+    def frame(self) -> torch.Tensor:
+        """The columns that factors of gradients have coordinates for: Q [n, r], or [Q, T] [n, r + t] with a tail."""
+        return self.basis if self.tail is None else torch.cat([self.basis, self.tail], dim=1)
+
+    @property
+    def num_columns(self) -> int:
+        """The number of columns of `frame`."""
+        return self.shape[1] + self.spec.tail
 
     @property
     def finds_step_size(self) -> bool:
@@ -146,8 +167,9 @@ class Subspace(SubspaceState):
 
     @property
     def version(self) -> int:
-        """A number that changes whenever the basis does."""
-        return self._num_recoded + (0 if self.stored_basis is None else version_of(self.stored_basis))
+        """A number that changes whenever the basis or the tail does."""
+        of_basis = 0 if self.stored_basis is None else version_of(self.stored_basis)
+        return self._num_recoded + of_basis + (0 if self.tail is None else version_of(self.tail))
 
     @torch.no_grad()
     def replace(self, new: torch.Tensor) -> None:
@@ -198,6 +220,8 @@ class Subspace(SubspaceState):
             found["basis_seed"] = None
         if not self.finds_step_size:
             found["basis_log_rate"] = None
+        if self.tail is None:
+            found["basis_tails"] = None
         found["basis_rank"] = self.shape[1] if rule.coded else None
         found["basis_resizable"] = None if rule.resizable else False
         return found
@@ -226,6 +250,9 @@ class Subspace(SubspaceState):
             if field.name == "stored_basis" or field.metadata["kind"] == "count":
                 if present is not None:
                     present.copy_(value)
+            elif field.name == "tail":
+                if self.tail is not None:
+                    self.tail.copy_(self._suitable_tail(saved))  # type: ignore[arg-type]
             else:
                 setattr(self, field.name, value)
         self.momentum = saved.momentum

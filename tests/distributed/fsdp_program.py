@@ -133,6 +133,7 @@ def equal() -> dict:
         "hybrid, each scattered": ({"replicas": 2}, {"accumulate": 2, "scatter_each": True}),
         "lion, random": ({"optimizer": OasisLion, "backend": {"subspace": Random(every=3)}}, {}),
         "auto": ({"backend": {"rank": AutoRank(0.25), "subspace": Oja(lr="auto")}}, {}),
+        "tail": ({"backend": {"rank": 4, "tail": 4}}, {"accumulate": 2}),
         "inductor": ({"backend": {"inner": "inductor"}}, {}),
     }.items():
         of_four = name in ("plain", "accumulated") or "hybrid" in name

@@ -187,6 +187,7 @@ def main(case: str, folder: Path) -> dict:
             "used in the first micro-batch alone": {"accumulate": 2, "extra_first": True},
             "auto": {"backend": oasis_backend(AutoRank(0.25), subspace=Oja(lr="auto"), inner="aot_eager")},
             "random": {"backend": oasis_backend(8, subspace=rule_of("random", every=3), inner="aot_eager")},
+            "tail": {"backend": oasis_backend(4, tail=4, inner="aot_eager"), "accumulate": 2},
             "inductor": {"backend": oasis_backend(8)},
         }.items():
             if world > 2 and name not in ("plain", "accumulated"):

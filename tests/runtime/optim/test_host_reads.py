@@ -49,17 +49,19 @@ class Net(torch.nn.Module):
         return self.down(torch.relu(self.up(self.table(x)))).square().mean()
 
 
-def reads_of_a_step(monkeypatch, make, dtype, rule) -> list[str]:
+def reads_of_a_step(monkeypatch, make, dtype, rule, tail=None) -> list[str]:
     """Of the third step: the first ones make states, and first moves."""
     monkeypatch.setattr(host_reads, "reads_are_free", lambda device: False)
     torch.manual_seed(0)
     net = Net().to(dtype)
-    compiled = torch.compile(net, backend=oasis_backend(rank=32, subspace=rule, inner="aot_eager"))
+    compiled = torch.compile(net, backend=oasis_backend(32, subspace=rule, tail=tail, inner="aot_eager"))
     optimizer = make(net.parameters())
     x = torch.arange(5).repeat(16)
     for number in range(3):
         compiled(x).backward()
-        counts = [s.steps_since_due for p in net.parameters() for s in STORE.all_of(p)]
+        counts = [
+            count for p in net.parameters() for s in STORE.all_of(p) for count in (s.steps_since_due, s.num_tails)
+        ]
         with Reads(counts) as reads:
             optimizer.step()
         moved = [p.detach().clone() for p in net.parameters()]
@@ -96,6 +98,11 @@ def test_no_rule_makes_a_step_read(monkeypatch, rule) -> None:
     """A rule of the batch chooses its basis within the passes, where it may look."""
     given = Oja(lr="auto") if rule == "oja, lr auto" else rule_of(rule)
     assert reads_of_a_step(monkeypatch, OasisAdamW, torch.float32, given) == []
+
+
+@pytest.mark.parametrize("make", [OasisAdamW, OasisSGD, OasisLion, OasisMuon], ids=lambda make: make.__name__)
+def test_no_tail_makes_a_step_read(monkeypatch, make) -> None:
+    assert reads_of_a_step(monkeypatch, make, torch.bfloat16, Oja(), tail=16) == []
 
 
 def test_eight_bit_states_are_not_read(monkeypatch) -> None:

@@ -32,12 +32,12 @@ class Block(torch.nn.Module):
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
-def operators_and_launches(layers: int, dtype: torch.dtype) -> tuple[int, int]:
+def operators_and_launches(layers: int, dtype: torch.dtype, tail: int | None = None) -> tuple[int, int]:
     """Of the fourth step: the first ones make states, and first moves."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     net = torch.nn.Sequential(*(Block() for _ in range(layers))).to(dtype)
-    compiled = torch.compile(net, backend=oasis_backend(rank=4, inner="aot_eager"))
+    compiled = torch.compile(net, backend=oasis_backend(rank=4, tail=tail, inner="aot_eager"))
     optimizer = OasisAdamW(net.parameters())
     launches: list[int] = []
     made = dispatch.Kernels(lambda *_, **__: launches.append(1), lambda *_, **__: launches.append(1))
@@ -59,3 +59,10 @@ def test_neither_operators_nor_launches_grow_with_depth(dtype) -> None:
     (few, launches), (many, launches_of_many) = (operators_and_launches(layers, dtype) for layers in (2, 6))
     assert many <= 1.1 * few + 5 and launches_of_many == launches
     assert few <= 345
+
+
+def test_launches_do_not_grow_with_depth_where_there_are_tails() -> None:
+    """Operators grow by two views of each factor and a count on the host for each basis, which cost a GPU nothing."""
+    weights_more = 2 * 4
+    (few, launches), (many, launches_of_many) = (operators_and_launches(n, torch.bfloat16, tail=4) for n in (2, 6))
+    assert many <= few + 3 * weights_more + 5 and launches_of_many == launches

@@ -16,7 +16,7 @@ from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
 FIELDS = {field.name: field.metadata for field in fields(SubspaceState)}
-SIZES = {"statistic": (6, 3), "overlap": (3, 3), "error": (5, 6), "last_move": (4, 3)}
+SIZES = {"statistic": (6, 3), "overlap": (3, 3), "error": (5, 6), "last_move": (4, 3), "tail": (6, 2)}
 # What belongs to the object, and not to the state.
 OWN = {"spec", "handle", "energy", "latest_move", "_num_recoded"}
 GIVEN = {"shape", "dtype", "device", "stored_basis", "code"}
@@ -24,11 +24,14 @@ GIVEN = {"shape", "dtype", "device", "stored_basis", "code"}
 
 def full_subspace(weight: torch.nn.Parameter, rule: str) -> Subspace:
     """One in which no attribute has its first value."""
-    spec = SubspaceSpec(3, rule_of(rule, lr="auto" if rule.endswith("oja") else None))
+    statistic = rule.endswith("oja")
+    spec = SubspaceSpec(3, rule_of(rule, lr="auto" if statistic else None), tail=2 if rule == "oja" else 0)
     subspace = STORE.resolve([weight], spec, [(1, 2)])
     made = iter(torch.randn(40, generator=torch.Generator().manual_seed(1)))
     for name in FIELDS.keys() - GIVEN - {"family"}:
         value = getattr(subspace, name)
+        if name == "tail" and not spec.tail:
+            continue
         if name == "names":
             subspace.names = ("a.weight",)
         elif name == "replicas":
@@ -83,8 +86,12 @@ def test_every_attribute_of_a_subspace_is_taken_along(rule) -> None:
 def test_every_saved_attribute_is_in_the_entries_and_comes_out_of_them(rule) -> None:
     """Into a new state, and into a live subspace, whose basis stays where it is."""
     subspace = full_subspace(torch.nn.Parameter(torch.randn(5, 6)), rule)
-    # Only rules that use them show these two.
-    entries = subspace.entries() | {"basis_seed": subspace.seed, "basis_log_rate": subspace.log_rate}
+    # Only rules that use them show these.
+    entries = subspace.entries() | {
+        "basis_seed": subspace.seed,
+        "basis_log_rate": subspace.log_rate,
+        "basis_tails": subspace.num_tails,
+    }
     found = SubspaceState.from_entries(entries, subspace.shape, torch.float64, subspace.device)
     weight = torch.nn.Parameter(torch.randn(5, 6, dtype=torch.float64))
     live = STORE.resolve([weight], subspace.spec, [(1, 2)])
