@@ -3,8 +3,8 @@
 The compiled graph takes, for each group of weights, a basis Q [n, r], a tail T [n, t] where there is one, and a scalar
 (the energy), and for each rewritten weight a slot S [m, r + t] that it does not read. The gradients that it returns for
 them are C = X^T X Q [n, r], ||X||^2 and G [m, r + t], where X is the activation that the group reads. A tail has none.
-One autograd function outside of the graph makes all other inputs from the weights. Its backward pass hands C and ||X||^2
-to the subspaces and turns G into a `LowRankGrad`, which becomes the gradient of the weight itself.
+One autograd function outside of the graph makes all other inputs from the weights. Its backward pass hands C and
+||X||^2 to the subspaces and turns G into a `LowRankGrad`, which becomes the gradient of the weight itself.
 
 So hooks, accumulation and clipping see the parameter's own gradient, and C arrives wherever the gradient does:
 `torch.autograd.grad` and ``backward(inputs=...)`` skip whatever does not lead to the gradients that were asked for, and
