@@ -128,7 +128,7 @@ class Contender:
         return [pick(times) / 1e6 for times in (self.forward, self.backward, both) for pick in (min, statistics.median)]
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--calls", type=int, default=200, help="forward and backward passes of each, in turns")
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--regional", action="store_true", help="compile each block by itself: they share one graph")
     parser.add_argument("--profile", action="store_true", help="print where the time of ours goes, by cProfile")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     torch.set_num_threads(1)
     rules = {"stock": None, "ours": rule_of(args.rule)}
     contenders = {name: Contender(args.blocks, rule, args.regional) for name, rule in rules.items()}
