@@ -17,6 +17,8 @@ from oasis_fx.graph.facts import Contraction, Kind
 # Attention on a CPU, for which torch's counter has no formula: query, key and value, in the second behind dO.
 _ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Operators that run another one, and how many arguments stand ahead of it.
+_AHEAD_OF_WRAPPED = {"run_and_save_rng_state": 0, "run_with_rng_state": 1, "graphsafe_run_with_rng_state": 0}
 
 
 def hint(number: Any) -> int:
@@ -96,27 +98,44 @@ def matmul_flops(graph: fx.Graph) -> int:
     return sum(node_flops(node) for node in graph.nodes)
 
 
+def operator_of(node: fx.Node) -> tuple[torch._ops.OpOverload | None, tuple[Any, ...], dict[str, Any]]:
+    """Return the operator that a node runs, and its arguments; None where it runs no operator of torch's.
+
+    In a stock graph with checkpointed regions, what is tagged as random is wrapped in another operator, which keeps
+    the state of the generator.
+    """
+    if node.op != "call_function":
+        return None, (), {}
+    target, args, kwargs = node.target, node.args, dict(node.kwargs)
+    name = target.name() if isinstance(target, torch._ops.HigherOrderOperator) else ""  # type: ignore[no-untyped-call]
+    if (ahead := _AHEAD_OF_WRAPPED.get(name)) is not None:
+        target, args = args[ahead], args[ahead + 1 :]  # type: ignore[assignment]
+        kwargs.pop("rng_state", None)
+    return (target, args, kwargs) if isinstance(target, torch._ops.OpOverload) else (None, (), {})
+
+
 def is_matmul(node: fx.Node) -> bool:
     """Tell whether `matmul_flops` counts a node."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    packet = node.target.overloadpacket
-    return packet in (_ATTENTION, _ATTENTION_BACKWARD) or packet in flop_registry
+    target = operator_of(node)[0]
+    return target is not None and (
+        target.overloadpacket in (_ATTENTION, _ATTENTION_BACKWARD) or target.overloadpacket in flop_registry
+    )
 
 
 def is_attention(node: fx.Node) -> bool:
     """Tell whether a node that `matmul_flops` counts is attention in one operator."""
-    return "attention" in str(node.target)
+    return "attention" in str(operator_of(node)[0])
 
 
 def node_flops(node: fx.Node) -> int:
     """Return what `matmul_flops` counts for a node; 0 for one that is none of those."""
     if not is_matmul(node):
         return 0
-    assert isinstance(node.target, torch._ops.OpOverload)  # for the type checker: is_matmul has looked
-    packet = node.target.overloadpacket
+    target, given, named = operator_of(node)
+    assert target is not None  # for the type checker: is_matmul has looked
+    packet = target.overloadpacket
     args: Any
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _sized)
+    args, kwargs = fx.node.map_arg((given, named), _sized)
     if packet is _ATTENTION:
         return int(sdpa_flop_count(*(given.shape for given in args[:3])))  # type: ignore[no-untyped-call]
     if packet is _ATTENTION_BACKWARD:

@@ -9,6 +9,7 @@ from typing import Any
 # Public configuration values: width, inner width, blocks, heads, key-value heads, vocabulary, head size, tied head.
 _LLAMA = {
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 49152, 64, True),
+    "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 128256, 64, True),
     "Llama-2-7B": (4096, 11008, 32, 32, 32, 32000, 128, False),
     "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256, 128, False),
 }
@@ -75,4 +76,11 @@ def with_blocks(config: Any, blocks: int) -> Any:
     if getattr(changed, "layer_types", None):
         changed.layer_types = changed.layer_types[:blocks]
     changed.use_cache = False
+    return changed
+
+
+def with_vocabulary(config: Any, size: int) -> Any:
+    """Return a configuration with a vocabulary of another size."""
+    changed = copy.deepcopy(config)
+    changed.vocab_size = size
     return changed

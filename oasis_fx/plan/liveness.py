@@ -109,10 +109,10 @@ def _reuse(node: fx.Node, alive: dict[fx.Node, int], dying: Collection[fx.Node],
 
 def _is_kernel(node: fx.Node) -> bool:
     """Whether a node runs by itself: nothing is fused over it."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
     if is_matmul(node):
         return True
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
     name = node.target.overloadpacket.__name__
     return torch.Tag.pointwise not in node.target.tags and name not in _FUSED and storage_node(node) is node
 

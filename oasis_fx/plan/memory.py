@@ -110,7 +110,7 @@ def saved_bytes(forward: fx.Graph, num_forward_outputs: int) -> tuple[int, int]:
     Under a budget blocks change sides one after another, so that no single one stands for all.
     """
     saved = saved_storages(forward, num_forward_outputs)
-    blocks = sum(saved[node.name] for node in forward.nodes if node.name in saved and _block(node) is not None)
+    blocks = sum(saved[node.name] for node in forward.nodes if node.name in saved and block_of(node) is not None)
     return sum(saved.values()), blocks // 3
 
 
@@ -126,12 +126,12 @@ def trained_bytes(traced: FakeModel, rewritten: bool) -> int:
 def _span_of_middle(backward: fx.Graph) -> tuple[int, int]:
     """First and last moment of the backward pass that belong to the block with number 1."""
     calls = [node for node in backward.nodes if node.op == "call_function"]
-    middle = [index for index, node in enumerate(calls) if _block(node) == 1]
+    middle = [index for index, node in enumerate(calls) if block_of(node) == 1]
     return (middle[0], middle[-1]) if middle else (0, len(calls))
 
 
-def _block(node: fx.Node) -> int | None:
-    """The number of the block that a node is from; None of what is around the blocks."""
+def block_of(node: fx.Node) -> int | None:
+    """Return the number of the block that a node is from; None of what is around the blocks."""
     found = re.search(r"\.(\d+)\.", f".{module_path(node)}.")
     return int(found[1]) if found else None
 

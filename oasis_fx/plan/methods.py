@@ -1,25 +1,27 @@
-"""The plan: each method's memory at a batch, the largest batch that fits, and the largest budget of ours that fits."""
+"""The plan: each method's memory and time at a batch, the largest batch, and the largest budget of ours that fits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from oasis_fx.plan import memory
-from oasis_fx.plan.configs import blocks_of, with_blocks
+from oasis_fx.plan import memory, optimizer_work
+from oasis_fx.plan.configs import blocks_of
+from oasis_fx.plan.devices import Device
+from oasis_fx.plan.kernels import Kernel
 from oasis_fx.plan.memory import Memory, Phases, States
-from oasis_fx.plan.trace import FakeModel, Halves, halves_under, trace_fake
+from oasis_fx.plan.partitions import Method, Optimizer, Partitions
+from oasis_fx.plan.roofline import StepTime, step_seconds
+from oasis_fx.plan.trace import FakeModel
 from oasis_fx.settings import Settings
 
+STOCK = "stock compile, AdamW"  # which ratios are to
 STOCK_BUDGETS = (0.5, 0.3, 0.1)
 BUDGETS = (1.0, 0.5, 0.3, 0.1)
 _SEARCHED = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05)
-# Of three blocks, tried for a budget of the whole model; the largest first.
-_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.28, 0.22, 0.17, 0.13, 0.1, 0.07, 0.05, 0.03)
 _MOST_SAMPLES = 4096
 
 
@@ -30,16 +32,18 @@ class Row:
     Attributes:
         memory: at its peak.
         largest_batch: that fits the limit; None where no limit was given.
+        time: predicted; None where no device was given.
     """
 
     name: str
     memory: Memory
     largest_batch: int | None
+    time: StepTime | None = None
 
 
 @dataclass
 class Planner:
-    """Memory of one model at one batch and sequence, method by method.
+    """Memory and time of one model at one batch and sequence, method by method.
 
     Args:
         config: of transformers, for a causal language model.
@@ -56,57 +60,70 @@ class Planner:
     lora_rank: int = 32
     galore_rank: int = 128
     chunked: bool = False
-    _traced: dict[tuple[int, int], FakeModel] = field(default_factory=dict)
-    _partitions: dict[tuple[bool, float, int], Halves] = field(default_factory=dict)
+    partitions: Partitions = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = self.config, self.batch, self.seq, self.dtype, self.settings
+        self.partitions = Partitions(*given, self.lora_rank)
 
     def stock(self, share: float = 1.0) -> tuple[States, Phases]:
         """Return what stock `torch.compile` and AdamW need, under torch's own activation budget."""
-        return self._measure(False, share, memory.adam_states)
-
-    def adam8bit(self) -> tuple[States, Phases]:
-        """Return what stock `torch.compile` needs with torchao's 8-bit AdamW."""
-        return self._measure(False, 1.0, memory.adam8bit_states)
-
-    def galore(self) -> tuple[States, Phases]:
-        """Return what stock `torch.compile` needs with GaLore on the weights that we would rewrite."""
-        traced = self._trace(3)
-        rewritten = {traced.record.names[site.inputs.weight] for site in traced.trace.sites}
-        rewritten |= {name.replace(".1.", ".0.") for name in rewritten}
-
-        def states(model: torch.nn.Module) -> States:
-            return memory.galore_states(model, rewritten, self.galore_rank)
-
-        return self._measure(False, 1.0, states)
-
-    def lora(self) -> tuple[States, Phases]:
-        """Return what adapters as peft's need, on all linear layers of the blocks, compiled, with AdamW."""
-        return self._measure(False, 1.0, memory.adam_states, self.lora_rank)
+        return self.measure(Method(budget=share))
 
     def oasis(self, budget: float | str | None = None) -> tuple[States, Phases]:
         """Return what this backend needs under a memory budget: a share, or ``"12GiB"`` of the whole model."""
-        limit = self.settings.budget if budget is None else replace(self.settings, memory_budget=budget).budget
-        return self._measure(True, limit, None)
+        return self.measure(self._ours(budget))
 
-    def rows(self, limit: int | None = None) -> list[Row]:
-        """Return a row for each method; with a limit in bytes, the largest batch of each."""
-        methods: dict[str, Callable[[], tuple[States, Phases]]] = {
-            "stock compile, AdamW": self.stock,
-            **{f"stock, budget {share}": partial(self.stock, share) for share in STOCK_BUDGETS},
-            "8-bit AdamW": self.adam8bit,
-            f"GaLore r={self.galore_rank}": self.galore,
-        }
-        methods[f"LoRA r={self.lora_rank}"] = self.lora
+    def methods(self) -> dict[str, Method]:
+        """Return what is planned for, by name."""
         budgets: Sequence[float | str] = BUDGETS
         if self.settings.memory_budget not in budgets:
             budgets = (*budgets, self.settings.memory_budget)
-        for budget in budgets:
-            methods[_name(budget)] = partial(self.oasis, budget)
+        return {
+            STOCK: Method(),
+            **{f"stock, budget {share}": Method(budget=share) for share in STOCK_BUDGETS},
+            "checkpointing": Method(checkpointed=True),
+            "8-bit AdamW": Method(Optimizer.EIGHT_BITS),
+            f"GaLore r={self.galore_rank}": Method(Optimizer.GALORE),
+            f"LoRA r={self.lora_rank}": Method(adapters=True),
+            **{_name(budget): self._ours(budget) for budget in budgets},
+        }
+
+    def rows(self, limit: int | None = None, device: Device | None = None) -> list[Row]:
+        """Return a row for each method.
+
+        Args:
+            limit: in bytes, for the largest batch of each.
+            device: for the time of a step.
+        """
         found = []
-        for name, method in methods.items():
-            states, phases = method()
+        for name, method in self.methods().items():
+            states, phases = self.measure(method)
             largest = None if limit is None else largest_batch(states, phases, self.batch, limit)
-            found.append(Row(name, memory.peak(states, phases), largest))
+            time = None if device is None else self.time(method, device)
+            found.append(Row(name, memory.peak(states, phases), largest, time))
         return found
+
+    def time(self, method: Method, device: Device) -> StepTime:
+        """Predict the time of a step on a device."""
+        two, three = (self._work(method, blocks) for blocks in (2, 3))
+        return step_seconds(self.partitions.graphs(method), (two, three), device, blocks_of(self.config))
+
+    def measure(self, method: Method) -> tuple[States, Phases]:
+        """Predict the memory of a step."""
+        two, three = (self.partitions.trace(blocks, method) for blocks in (2, 3))
+        blocks, rewritten = blocks_of(self.config), method.rewritten
+        gradients = [memory.trained_bytes(traced, rewritten) for traced in (two, three)]
+        found = memory.phases(
+            three,
+            self.partitions.graphs(method),
+            gradients[1] - gradients[0],
+            blocks,
+            int(self.config.vocab_size),
+            self.chunked,
+        )
+        fixed = [self._states(method, traced) for traced in (two, three)]
+        return memory.extrapolate(*fixed, blocks=blocks), found
 
     def largest_budget(self, limit: int) -> tuple[float, Memory] | None:
         """Find the largest share of those tried under which the batch fits in ``limit`` bytes; None where none does."""
@@ -116,68 +133,36 @@ class Planner:
                 return share, found
         return None
 
-    def _trace(self, blocks: int, lora_rank: int = 0) -> FakeModel:
-        key = (blocks, lora_rank)
-        if key not in self._traced:
-            config = with_blocks(self.config, blocks)
-            plain = replace(self.settings, memory_budget=1.0)
-            if lora_rank:  # the adapters, so that there is a trace; what is looked at is the graph before
-                plain = Settings(rank=1)
-            self._traced[key] = trace_fake(config, self.batch, self.seq, self.dtype, plain, lora_rank)
-        return self._traced[key]
+    def _ours(self, budget: float | str | None) -> Method:
+        settings = self.settings if budget is None else replace(self.settings, memory_budget=budget)
+        return Method(Optimizer.OASIS, settings.budget)
 
-    def _partition(self, rewritten: bool, share: float, lora_rank: int) -> Halves:
-        key = (rewritten, share, lora_rank)
-        if key not in self._partitions:
-            budget = None if share == 1.0 else share
-            self._partitions[key] = halves_under(self._trace(3, lora_rank), budget, rewritten=rewritten)
-        return self._partitions[key]
+    def _states(self, method: Method, traced: FakeModel) -> States:
+        match method.optimizer:
+            case Optimizer.EIGHT_BITS:
+                return memory.adam8bit_states(traced.model)
+            case Optimizer.GALORE:
+                return memory.galore_states(traced.model, self._rewritten_names(), self.galore_rank)
+            case Optimizer.OASIS:
+                return memory.oasis_states(traced)
+        return memory.adam_states(traced.model)
 
-    def _saved(self, rewritten: bool, share: float, lora_rank: int = 0) -> int:
-        """Bytes that the whole model keeps where three blocks of it are under a share."""
-        forward, _ = self._partition(rewritten, share, lora_rank)
-        number = self._trace(3, lora_rank).trace.num_forward_outputs
-        everything, block = memory.saved_bytes(forward, number)
-        return everything + (blocks_of(self.config) - 3) * block
+    def _work(self, method: Method, blocks: int) -> list[Kernel]:
+        traced = self.partitions.trace(blocks, method)
+        match method.optimizer:
+            case Optimizer.EIGHT_BITS:
+                return optimizer_work.adam8bit_work(memory.trained(traced.model))
+            case Optimizer.GALORE:
+                return optimizer_work.galore_work(traced.model, self._rewritten_names(), self.galore_rank)
+            case Optimizer.OASIS:
+                return optimizer_work.oasis_work(traced)
+        return optimizer_work.adamw_work(memory.trained(traced.model))
 
-    def _share_of_three(self, rewritten: bool, allowed: float, lora_rank: int) -> float:
-        """The share for three blocks under which the whole model keeps ``allowed`` bytes at most.
-
-        It is another one than the whole model's: head and loss are most of what three blocks save.
-        """
-        low, high = 0, len(_SHARES) - 1
-        if self._saved(rewritten, 1.0, lora_rank) <= allowed:
-            return 1.0
-        while low < high:  # the first, that is the largest, that fits
-            middle = (low + high) // 2
-            if self._saved(rewritten, _SHARES[middle], lora_rank) <= allowed:
-                high = middle
-            else:
-                low = middle + 1
-        return _SHARES[low]
-
-    def _measure(
-        self,
-        rewritten: bool,
-        budget: int | float | None,
-        states: Callable[[torch.nn.Module], States] | None,
-        lora_rank: int = 0,
-    ) -> tuple[States, Phases]:
-        two, three = (self._trace(blocks, lora_rank) for blocks in (2, 3))
-        blocks, share = blocks_of(self.config), 1.0
-        if budget is not None and budget != 1.0:
-            allowed = budget if isinstance(budget, int) else budget * self._saved(rewritten, 1.0, lora_rank)
-            share = self._share_of_three(rewritten, allowed, lora_rank)
-        graphs = self._partition(rewritten, share, lora_rank)
-        gradients = [memory.trained_bytes(traced, rewritten) for traced in (two, three)]
-        found = memory.phases(
-            three, graphs, gradients[1] - gradients[0], blocks, int(self.config.vocab_size), self.chunked
-        )
-        if states is None:
-            fixed = [memory.oasis_states(traced) for traced in (two, three)]
-        else:
-            fixed = [states(traced.model) for traced in (two, three)]
-        return memory.extrapolate(*fixed, blocks=blocks), found
+    def _rewritten_names(self) -> set[str]:
+        """Names of the weights that we would rewrite, in three blocks."""
+        traced = self.partitions.trace(3, Method())
+        names = {traced.record.names[site.inputs.weight] for site in traced.trace.sites}
+        return names | {name.replace(".1.", ".0.") for name in names}
 
 
 def largest_batch(states: States, phases: Phases, batch: int, limit: int) -> int:

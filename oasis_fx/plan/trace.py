@@ -38,12 +38,20 @@ class FakeModel:
 
 
 def trace_fake(
-    config: Any, batch: int, seq: int, dtype: torch.dtype, settings: Settings, lora_rank: int = 0
+    config: Any,
+    batch: int,
+    seq: int,
+    dtype: torch.dtype,
+    settings: Settings,
+    lora_rank: int = 0,
+    *,
+    checkpointed: bool = False,
 ) -> FakeModel:
     """Trace a causal language model of transformers.
 
     Args:
         lora_rank: over 0: with adapters on every linear layer of the blocks, all else frozen.
+        checkpointed: with activation checkpointing of each block.
 
     Raises:
         ValueError: it does not compile to one graph.
@@ -60,6 +68,8 @@ def trace_fake(
             torch.set_default_dtype(default)
         if lora_rank:
             add_adapters(model, lora_rank)
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         tokens = torch.zeros(batch, seq, dtype=torch.long)
         records = trace_model(model, {"input_ids": tokens, "labels": tokens}, settings)
         traces = [(record, trace_of(record)) for record in records]

@@ -19,6 +19,7 @@ from oasis_fx.plan import memory, methods  # noqa: E402
 from oasis_fx.plan.configs import BUILT_IN, load_config, with_blocks  # noqa: E402
 from oasis_fx.plan.memory import KINDS, Phases, States  # noqa: E402
 from oasis_fx.plan.methods import Planner, largest_batch  # noqa: E402
+from oasis_fx.plan.partitions import Method, Optimizer  # noqa: E402
 from oasis_fx.plan.trace import trace_fake  # noqa: E402
 from oasis_fx.settings import Settings  # noqa: E402
 
@@ -75,6 +76,7 @@ def test_states_and_gradients_are_those_of_real_tensors(plain) -> None:
 
 @pytest.mark.parametrize("rewritten", [False, True])
 def test_blocks_more_are_as_if_traced(plain, rewritten) -> None:
+    optimizer = Optimizer.OASIS if rewritten else Optimizer.ADAMW
     whole = trace_fake(config(), 2, 32, torch.float32, Settings(rank=8))
     forward = whole.trace.forward
     if not rewritten:
@@ -83,7 +85,7 @@ def test_blocks_more_are_as_if_traced(plain, rewritten) -> None:
         saved = saved_storages(halves_under(whole, None, rewritten=False)[0], whole.trace.num_forward_outputs)
     else:
         saved = saved_storages(forward.graph, whole.trace.num_forward_outputs)
-    assert plain._saved(rewritten, 1.0) == pytest.approx(sum(saved.values()), rel=0.03)
+    assert plain.partitions.saved(Method(optimizer), 1.0) == pytest.approx(sum(saved.values()), rel=0.03)
 
 
 def test_what_is_saved_is_what_autograd_keeps(plain) -> None:
@@ -98,7 +100,7 @@ def test_what_is_saved_is_what_autograd_keeps(plain) -> None:
         tokens,
         *(t for s in backend._subspaces for t in (s.basis, s.energy)),
     ]
-    three = plain._trace(3)
+    three = plain.partitions.trace(3, Method())
     counted = sum(saved_storages(three.trace.forward.graph, three.trace.num_forward_outputs).values())
     assert counted == pytest.approx(saved_for_backward_bytes(loss, known), rel=0.05)
 
@@ -110,6 +112,7 @@ def test_budgets_and_methods_stand_in_order(plain) -> None:
     assert totals["oasis"] < totals["stock compile, AdamW"]
     assert totals["oasis"] >= totals["oasis, budget 0.5"] >= totals["oasis, budget 0.2"]
     assert totals["8-bit AdamW"] < totals["stock compile, AdamW"]
+    assert totals["checkpointing"] < totals["stock compile, AdamW"]
     lora, stock = found["LoRA r=32"].memory.bytes_of, found["stock compile, AdamW"].memory.bytes_of
     assert lora["weights"] > stock["weights"] and lora["optimizer"] < stock["optimizer"]
     for row in found.values():
@@ -138,6 +141,7 @@ def test_the_largest_budget_that_fits(plain) -> None:
 
 def test_logits_in_chunks_are_fewer(plain) -> None:
     chunked = dataclasses.replace(plain, chunked=True)
+    chunked.partitions = plain.partitions
     assert memory.peak(*chunked.oasis(1.0)).total < memory.peak(*plain.oasis(1.0)).total
 
 

@@ -1,0 +1,130 @@
+"""What an optimizer step does, as kernels: bytes, FLOPs, instructions and launches.
+
+Of our own step the passes over tensors are counted in the code for float32 states; what the counts stand for is beside
+them. They are of a step of `OasisAdamW` with the rule `Oja` in which all bases move. Launches are those of an H200
+(``benchmarks/results/gpu/2026-11-27-after/optimizer_step.json``); their number does not depend on a model's depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+
+from oasis_fx._torch.joint_graphs import input_placeholders
+from oasis_fx.graph.edits import shape, value
+from oasis_fx.inspect.state_bytes import sites_by_basis
+from oasis_fx.memory.node_costs import hint
+from oasis_fx.plan.kernels import Kernel, Kind
+from oasis_fx.plan.memory import trained
+from oasis_fx.plan.trace import FakeModel
+
+# Tensors of m x r that a step reads or writes: the search for what is not finite (1), the gradient in float32 (2),
+# U = 0 (1), AdamW on it (7), U scaled and rounded (2), and the transport of both moments (34).
+_STATE_PASSES = 47
+# The same of n x r: the step along C (20), Cholesky-QR twice (7), the checks of the result (4), and what is noted of
+# the move (12).
+_BASIS_PASSES = 43
+_BASIS_PRODUCTS = 6  # of n x r by r x r: three Gram matrices, two by a triangle, the overlap
+_STATE_PRODUCTS = 3  # of m x r by r x r: both moments, and the squares of the first
+_LAUNCHES = 440
+_ADAMW_FLOPS = 30  # of an element, its root and division among them
+_ELEMENTS_A_LAUNCH = 20_000_000  # of torch's fused kernels: 320 blocks of 65536
+
+
+def adamw_work(parameters: Iterable[torch.Tensor]) -> list[Kernel]:
+    """Return the work of torch's fused AdamW: weights and both moments are read and written, gradients read."""
+    return [_adamw(count, dtype) for dtype, count in _elements(parameters).items()]
+
+
+def adam8bit_work(parameters: Iterable[torch.Tensor]) -> list[Kernel]:
+    """Return the work of torchao's 8-bit AdamW: moments have a byte an element, and a kernel steps one weight."""
+    return [
+        Kernel("8-bit AdamW", Kind.ADAMW, p.dtype, 2.0 * _ADAMW_FLOPS * p.numel(), p.numel() * (3 * p.itemsize + 4))
+        for p in parameters
+    ]
+
+
+def galore_work(model: torch.nn.Module, names: Collection[str], rank: int) -> list[Kernel]:
+    """Return the work of GaLore on the weights that we would rewrite, without the SVD of every 200th step.
+
+    The gradient is projected, AdamW steps r rows, and its direction is projected back and added to the weight.
+    """
+    found, dense = [], []
+    for name, p in model.named_parameters():
+        if name in names and p.dim() == 2:
+            short, long = sorted(p.shape)
+            r = min(rank, short)
+            product = Kernel("projection", Kind.MATMUL, p.dtype, 2.0 * p.numel() * r, p.nbytes + r * long * p.itemsize)
+            added = Kernel("weights", Kind.FUSED, torch.float32, p.numel(), 3.0 * p.nbytes)
+            found += [product, product, _adamw(r * long, p.dtype), added]
+        else:
+            dense.append(p)
+    return [*found, *adamw_work(dense)]
+
+
+def oasis_work(traced: FakeModel) -> list[Kernel]:
+    """Return the work of `OasisAdamW`: of dense weights as AdamW's, and for the rest `low_rank_work`."""
+    placeholders = input_placeholders(traced.trace.before.graph)
+    dense = _elements(trained(traced.model))
+    weights, bases = [], []
+    for basis, sites in sites_by_basis(traced.trace).items():
+        n, r = (hint(size) for size in shape(placeholders[basis]))
+        bases.append((n, r))
+        for site in sites:
+            weight = value(placeholders[site.inputs.weight])
+            dense[weight.dtype] -= weight.numel()
+            weights.append((weight.numel() // n, n, r, weight.dtype))
+    return [*(_adamw(count, dtype) for dtype, count in dense.items()), *low_rank_work(weights, bases)]
+
+
+def low_rank_work(
+    weights: Sequence[tuple[int, int, int, torch.dtype]], bases: Sequence[tuple[int, int]]
+) -> list[Kernel]:
+    """Return the work of a step in which low-rank weights are stepped, their bases move and their states follow.
+
+    Args:
+        weights: m, n, r and dtype of each.
+        bases: n and r of each.
+    """
+    steps = [
+        Kernel(
+            "low-rank weights", Kind.LOW_RANK_WEIGHTS, dtype, 2.0 * m * n * r, 2.0 * m * n * dtype.itemsize,
+            instructions=m * n * instructions_of(r), launches=0,
+        )
+        for m, n, r, dtype in weights
+    ]  # fmt: skip
+    wide = torch.float32
+    states = sum(m * r for m, _, r, _ in weights)
+    moved = sum(n * r for n, r in bases)
+    passes = 4.0 * (_STATE_PASSES * states + _BASIS_PASSES * moved)
+    products = 2.0 * sum(_STATE_PRODUCTS * m * r * r for m, _, r, _ in weights)
+    products += 2.0 * sum(_BASIS_PRODUCTS * n * r * r for n, r in bases)
+    return [
+        *steps,
+        Kernel("states and bases", Kind.FUSED, wide, 0.0, passes, launches=_LAUNCHES),
+        Kernel("products of states and bases", Kind.MATMUL, wide, products, 0.0, launches=0),
+    ]
+
+
+def instructions_of(rank: int) -> float:
+    """Return how many instructions the kernel for low-rank weights executes an entry.
+
+    A line through what is counted in the machine code of a bfloat16 kernel for sm_90: 17.4 at r = 32, 19.5 at r = 128
+    (docs/performance.md, "On a GPU").
+    """
+    return 17.4 + (rank - 32) * (19.5 - 17.4) / (128 - 32)
+
+
+def _elements(parameters: Iterable[torch.Tensor]) -> dict[torch.dtype, int]:
+    """How many elements of each dtype there are."""
+    found: dict[torch.dtype, int] = {}
+    for p in parameters:
+        found[p.dtype] = found.get(p.dtype, 0) + p.numel()
+    return found
+
+
+def _adamw(elements: int, dtype: torch.dtype) -> Kernel:
+    flops, size = float(_ADAMW_FLOPS * elements), 7.0 * elements * dtype.itemsize
+    return Kernel("AdamW", Kind.ADAMW, dtype, flops, size, launches=math.ceil(elements / _ELEMENTS_A_LAUNCH))
