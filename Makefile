@@ -30,10 +30,11 @@ demo: setup  ## fine-tune SmolLM2-135M on grade-school maths, beside stock torch
 test: TESTS := not gpu and not slow
 test-slow: TESTS := not gpu and slow
 test-all: TESTS := not gpu
+test-all: LONGEST := --durations=40 --durations-min=5
 
 test test-slow test-all: setup  ## test: under 15 min on 2 cores; test-slow: the rest, but for tests that need a GPU
 	# Compiling is one thread's work: a worker a core, each with one thread for its sums.
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m '$(TESTS)' -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m '$(TESTS)' $(LONGEST) -n auto --maxprocesses 4 --dist loadfile
 
 mutants: setup  ## break the code on purpose, one break at a time: a break that no test notices is an error
 	$(BIN)/python tests/mutants/run.py

@@ -28,7 +28,12 @@ _STATE_PASSES = 47
 _BASIS_PASSES = 43
 _BASIS_PRODUCTS = 6  # of n x r by r x r: three Gram matrices, two by a triangle, the overlap
 _STATE_PRODUCTS = 3  # of m x r by r x r: both moments, and the squares of the first
+# A tail's share, of m x t, of m x r beside it, and likewise of n x t and n x r: norms of rows, the direction along the
+# tail, [U, G'] and [Q, T]; what of random columns lies outside of the basis, their Cholesky-QR and its check.
+_TAIL_PASSES = (13, 6, 34, 12)
+_TAIL_BASIS_PRODUCTS = (6, 5)  # of n x r by r x t, and of n x t by t x t
 _LAUNCHES = 440
+_TAIL_LAUNCHES = 220  # the operators that a tail adds to a step (tests/runtime/optim/test_step_operators.py)
 _ADAMW_FLOPS = 30  # of an element, its root and division among them
 _ELEMENTS_A_LAUNCH = 20_000_000  # of torch's fused kernels: 320 blocks of 65536
 
@@ -65,18 +70,23 @@ def galore_work(model: torch.nn.Module, names: Collection[str], rank: int) -> li
 
 
 def oasis_work(traced: FakeModel) -> list[Kernel]:
-    """Return the work of `OasisAdamW`: of dense weights as AdamW's, and for the rest `low_rank_work`."""
+    """Return the work of `OasisAdamW`: of dense weights as AdamW's, for the rest `low_rank_work` and `tail_work`."""
     placeholders = input_placeholders(traced.trace.before.graph)
     dense = _elements(trained(traced.model))
-    weights, bases = [], []
+    weights, bases, tails = [], [], []
     for basis, sites in sites_by_basis(traced.trace).items():
         n, r = (hint(size) for size in shape(placeholders[basis]))
         bases.append((n, r))
+        tail = sites[0].inputs.tail
+        t = 0 if tail is None else hint(shape(placeholders[tail])[1])
         for site in sites:
             weight = value(placeholders[site.inputs.weight])
             dense[weight.dtype] -= weight.numel()
             weights.append((weight.numel() // n, n, r, weight.dtype))
-    return [*(_adamw(count, dtype) for dtype, count in dense.items()), *low_rank_work(weights, bases)]
+        if t:
+            tails.append((n, r, t, [(m, dtype) for m, _, _, dtype in weights[-len(sites) :]]))
+    of_tails = tail_work(tails) if tails else []
+    return [*(_adamw(count, dtype) for dtype, count in dense.items()), *low_rank_work(weights, bases), *of_tails]
 
 
 def low_rank_work(
@@ -105,6 +115,32 @@ def low_rank_work(
         *steps,
         Kernel("states and bases", Kind.FUSED, wide, 0.0, passes, launches=_LAUNCHES),
         Kernel("products of states and bases", Kind.MATMUL, wide, products, 0.0, launches=0),
+    ]
+
+
+def tail_work(tails: Sequence[tuple[int, int, int, Sequence[tuple[int, torch.dtype]]]]) -> list[Kernel]:
+    """Return what tails add to a step: they are drawn, and weights are stepped along them.
+
+    Args:
+        tails: n, r and t of each, with m and dtype of the weights whose basis it stands beside.
+    """
+    passes = products = 0.0
+    steps = []
+    for n, r, t, weights in tails:
+        rows = sum(m for m, _ in weights)
+        passes += 4.0 * sum(a * b for a, b in zip(_TAIL_PASSES, (rows * t, rows * r, n * t, n * r), strict=True))
+        products += 2.0 * n * t * (_TAIL_BASIS_PRODUCTS[0] * r + _TAIL_BASIS_PRODUCTS[1] * t)
+        for m, dtype in weights:
+            more = instructions_of(r + t) - instructions_of(r)
+            kind = Kind.LOW_RANK_WEIGHTS
+            steps.append(
+                Kernel("weights, tail", kind, dtype, 2.0 * m * n * t, 0.0, instructions=m * n * more, launches=0)
+            )
+    wide = torch.float32
+    return [
+        *steps,
+        Kernel("tails", Kind.FUSED, wide, 0.0, passes, launches=_TAIL_LAUNCHES),
+        Kernel("products of tails", Kind.MATMUL, wide, products, 0.0, launches=0),
     ]
 
 

@@ -110,6 +110,7 @@ for program in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_every_program_starts() -> None:
     folder = Path(contenders.__file__).parent
     programs = [

@@ -15,7 +15,8 @@ from . import jobs
 torchrun, result = partial(jobs.torchrun, "program.py"), partial(jobs.result, "program.py")
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_it_trains_as_one_process_on_the_joint_batch(tmp_path, world) -> None:
     found = result("equal", tmp_path, world)
     assert found.pop("report"), "what was sent is not in the report"

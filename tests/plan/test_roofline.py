@@ -95,6 +95,24 @@ def test_the_work_of_our_step() -> None:
     assert optimizer_work.instructions_of(128) == pytest.approx(19.5)
 
 
+def test_the_work_of_tails() -> None:
+    """One basis of 24 x 4 with a tail of 2, under weights of 10 and 6 rows."""
+    *steps, passes, products = optimizer_work.tail_work([(24, 4, 2, [(10, torch.float32), (6, torch.bfloat16)])])
+    assert [step.flops for step in steps] == [2 * 10 * 24 * 2, 2 * 6 * 24 * 2]
+    assert [step.num_bytes for step in steps] == [0, 0]
+    assert passes.num_bytes == 4 * (13 * 16 * 2 + 6 * 16 * 4 + 34 * 24 * 2 + 12 * 24 * 4)
+    assert products.flops == 2 * 24 * 2 * (6 * 4 + 5 * 2)
+
+
+def test_a_tail_adds_to_a_step_and_to_nothing_that_is_dense() -> None:
+    plain, tailed = (
+        optimizer_work.oasis_work(trace_fake(config(2), 2, 64, torch.float32, Settings(rank=8, tail=tail)))
+        for tail in (None, 8)
+    )
+    assert tailed[: len(plain)] == plain
+    assert sum(kernel.num_bytes for kernel in tailed[len(plain) :]) > 0
+
+
 def test_rewritten_weights_and_all_others_are_all_weights(plain) -> None:
     traced = plain.partitions.trace(3, Method())
     work = optimizer_work.oasis_work(traced)
