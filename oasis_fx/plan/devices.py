@@ -20,7 +20,8 @@ Shares of the H100 and the H200 are calibrated from measurements that are in thi
   GPU".
 
 The A100, the RTX 4090 and the L4 were not measured: their shares are those of the H200, and the clock of an L4, which
-may take 72 W, will often be lower than that. ``cpu`` is a machine of 2 cores of an AMD EPYC (Zen 1) in float32, by
+may take 72 W, will often be lower than that. That a kernel of a compiled graph keeps the host busy for 10 us is an
+assumption, made for all of them. ``cpu`` is a machine of 2 cores of an AMD EPYC (Zen 1) in float32, by
 ``python -m benchmarks.device_rates``.
 """
 
@@ -61,7 +62,7 @@ class Device:
 
     Attributes:
         name: as ``--time`` takes it.
-        matmul_flops: FLOP/s of a matmul, by the name of its dtype; a dtype that is not there runs at ``flops``.
+        matmul_flops: FLOP/s of a matmul, by the name of its dtype. In any other dtype a matmul runs at ``flops``.
         flops: FLOP/s of all other arithmetic, in float32; a multiplication and an addition are two.
         bandwidth: of its memory, in bytes a second.
         instructions: that all threads together can issue a second.
