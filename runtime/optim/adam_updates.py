@@ -24,9 +24,15 @@ from oasis_fx.graph.matricization import as_rows, from_rows
 from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.strides import all_plain, is_packed, laid_out_as
-from oasis_fx.runtime.optim.updates import LowRankUpdate, State, real_view
-from oasis_fx.runtime.optim.weight_steps import add_scaled_, step_weights, store_weight, zero_directions
-from oasis_fx.runtime.subspaces.banks import in_dtypes_of
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State, real_view
+from oasis_fx.runtime.optim.weight_steps import (
+    add_scaled_,
+    step_weights,
+    store_weight,
+    store_weights,
+    zero_directions,
+)
+from oasis_fx.runtime.subspaces.banks import Layout, in_dtypes_of
 from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
@@ -142,6 +148,20 @@ def step_fused(
             if copy is not tensor:
                 tensor.copy_(copy)
     torch.autograd.graph.increment_version(weights)
+
+
+def step_in_float32(updates: Sequence[DenseUpdate], step: Step[AdamWSettings]) -> None:
+    """Step weights of one device and of one real dtype whose moments are float32, whatever the dtype of the weights."""
+    weights = [update.weight for update in updates]
+    flat, stepped = None, weights
+    if weights[0].dtype != torch.float32:
+        layout = Layout(weights)
+        flat = layout.join(weights, torch.float32)
+        stepped = layout.parts(flat)
+    gradients = in_dtypes_of([update.gradient for update in updates], stepped)
+    step_fused(stepped, gradients, [update.state for update in updates], step.settings, step.gate)
+    if flat is not None:
+        store_weights(weights, flat, step)
 
 
 def step_dense_bfloat16(weight: torch.Tensor, gradient: torch.Tensor, state: State, step: Step[AdamWSettings]) -> None:

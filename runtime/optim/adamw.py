@@ -10,10 +10,17 @@ from typing import Any, ClassVar
 import torch
 
 from oasis_fx.graph.matricization import Features, as_rows
-from oasis_fx.runtime.optim.adam_updates import AdamWSettings, step_dense_bfloat16, step_fused, step_low_rank
+from oasis_fx.runtime.optim.adam_updates import (
+    AdamWSettings,
+    step_dense_bfloat16,
+    step_fused,
+    step_in_float32,
+    step_low_rank,
+)
 from oasis_fx.runtime.optim.base import SubspaceOptimizer
+from oasis_fx.runtime.optim.chunks import in_chunks
 from oasis_fx.runtime.optim.context import Step
-from oasis_fx.runtime.optim.eight_bit import in_float32, new_codes, quantizes, require_torchao
+from oasis_fx.runtime.optim.eight_bit import in_float32, new_codes, pieces, quantizes, require_torchao
 from oasis_fx.runtime.optim.group_settings import (
     check_bits,
     check_decays,
@@ -27,7 +34,6 @@ from oasis_fx.runtime.optim.group_settings import (
 from oasis_fx.runtime.optim.kernels import dispatch
 from oasis_fx.runtime.optim.transport import fit_columns, transport_mean, transport_second_moment
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
-from oasis_fx.runtime.optim.weight_steps import store_weight
 from oasis_fx.runtime.subspaces import host_reads
 from oasis_fx.runtime.subspaces.momentum import bias_correction
 
@@ -130,15 +136,15 @@ class OasisAdamW(SubspaceOptimizer):
     def decoded(self, state: State) -> State:
         if not _in_codes(state):
             return state
-        with in_float32(state, self.states) as plain:
+        with in_float32([state], self.states) as (plain,):
             return plain
 
     @contextmanager
-    def states_in_place(self, state: State) -> Iterator[State]:
-        if not _in_codes(state):
-            yield state
+    def states_in_place(self, states: Sequence[State]) -> Iterator[list[State]]:
+        if not any(map(_in_codes, states)):
+            yield list(states)
             return
-        with in_float32(state, self.states) as plain:
+        with in_float32(states, self.states) as plain:
             yield plain
 
     def projected_states(
@@ -159,7 +165,7 @@ class OasisAdamW(SubspaceOptimizer):
         if not _in_codes(state):
             state.update(fitted)
             return
-        with in_float32(state, self.states) as plain:
+        with in_float32([state], self.states) as (plain,):
             for name, value in fitted.items():
                 plain[name].copy_(value)
 
@@ -183,16 +189,17 @@ class OasisAdamW(SubspaceOptimizer):
         plain = [update for update in updates if not _in_codes(update.state)]
         if plain:
             step_low_rank(plain, step)
-        for update in updates:
-            if _in_codes(update.state):  # one at a time, or all would be in float32 at once
-                with in_float32(update.state, self.states) as state:
-                    step_low_rank([replace(update, state=state)], step)
+        coded = [update for update in updates if _in_codes(update.state)]
+        for chunk in in_chunks(coded, [update.state["exp_avg"].numel() for update in coded]):
+            with in_float32([update.state for update in chunk], self.states) as states:
+                step_low_rank([replace(u, state=state) for u, state in zip(chunk, states, strict=True)], step)
 
     def step_dense(self, updates: Sequence[DenseUpdate], step: Step[AdamWSettings]) -> None:
-        coded = [update for update in updates if _in_codes(update.state)]
-        for update in coded:
-            with in_float32(update.state, self.states) as state:
-                self._step_in_float32(replace(update, state=state), step)
+        coded = [piece for update in updates if _in_codes(update.state) for piece in pieces(update)]
+        coded.sort(key=lambda update: str(update.weight.dtype))
+        for chunk in in_chunks(coded, [update.weight.numel() for update in coded]):
+            with in_float32([update.state for update in chunk], self.states) as states:
+                step_in_float32([replace(u, state=state) for u, state in zip(chunk, states, strict=True)], step)
         updates = [update for update in updates if not _in_codes(update.state)]
         if step.settings.stochastic_rounding:
             for update in dispatch.step_dense_bfloat16(updates, step):
@@ -203,18 +210,7 @@ class OasisAdamW(SubspaceOptimizer):
         weights, gradients = [update.weight for update in updates], [update.gradient for update in updates]
         step_fused(weights, gradients, [update.state for update in updates], step.settings, step.gate)
 
-    def _step_in_float32(self, update: DenseUpdate, step: Step[AdamWSettings]) -> None:
-        weight = update.weight if update.weight.dtype == torch.float32 else update.weight.float()
-        step_fused([weight], [update.gradient.float()], [update.state], step.settings, step.gate)
-        if weight is not update.weight:
-            store_weight(update.weight, weight, step)
-
     def transport(self, states: Sequence[State], overlap: torch.Tensor, group: Mapping[str, Any]) -> None:
-        if _in_codes(states[0]):
-            for state, r in zip(states, overlap, strict=True):
-                with in_float32(state, self.states) as plain:
-                    self.transport([plain], r[None], group)
-            return
         mean, second = (torch.stack([s[key] for s in states]) for key in self.states)
         step = torch.stack([s["step"] for s in states]).view(-1, 1, 1).double()
         bias1, bias2 = (bias_correction(float(beta), step).to(mean.dtype) for beta in group["betas"])

@@ -136,9 +136,9 @@ class Algorithm(torch.optim.Optimizer):
         return state
 
     @contextmanager
-    def states_in_place(self, state: State) -> Iterator[State]:
-        """Yield the states of a weight as floating point numbers, and keep what is written into them."""
-        yield state
+    def states_in_place(self, states: Sequence[State]) -> Iterator[list[State]]:
+        """Yield the states of weights of one device as floating point numbers, and keep what is written into them."""
+        yield list(states)
 
     # What the functions of this room look up
 

@@ -9,6 +9,7 @@ import torch
 
 from oasis_fx._torch.precision import whole_float32_products
 from oasis_fx.runtime.optim.algorithm import Algorithm, Binding
+from oasis_fx.runtime.optim.chunks import in_chunks
 from oasis_fx.runtime.optim.states import basis_before, note_basis
 from oasis_fx.runtime.optim.updates import State, is_low_rank
 from oasis_fx.runtime.subspaces.momentum import Momentum
@@ -17,7 +18,7 @@ from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
 def transport_states(optimizer: Algorithm, moves: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Transport the states of weights, batched over weights of one group with equal m and r.
+    """Transport the states of weights, batched over weights of one group with equal m and r, as many as make a chunk.
 
     Args:
         moves: each weight with its R = Q^T Q+ [r, r]; weights without low-rank states are passed over.
@@ -35,12 +36,25 @@ def transport_states(optimizer: Algorithm, moves: Sequence[tuple[torch.Tensor, t
         state = optimizer.state[weight]
         if is_low_rank(state):
             # The defaults count for a bound weight that was removed from its group.
-            key = id(groups.get(id(weight), optimizer.defaults)), state[first].shape, overlap.dtype, overlap.device
+            key = id(groups.get(id(weight), optimizer.defaults)), overlap.dtype, overlap.device
             batches.setdefault(key, []).append((state, overlap))
     for (number, *_), batch in batches.items():
-        overlaps = torch.stack([overlap for _, overlap in batch])
-        with whole_float32_products(overlaps.device.type):  # a product with I, where no basis has moved, is exact
-            optimizer.transport([state for state, _ in batch], overlaps, by_id[number])
+        for chunk in in_chunks(batch, [state[first].numel() for state, _ in batch]):
+            with optimizer.states_in_place([state for state, _ in chunk]) as states:
+                overlaps = [overlap for _, overlap in chunk]
+                _transport_by_shape(optimizer, states, overlaps, by_id[number])
+
+
+def _transport_by_shape(
+    optimizer: Algorithm, states: Sequence[State], overlaps: Sequence[torch.Tensor], group: Mapping[str, Any]
+) -> None:
+    by_shape: dict[torch.Size, list[int]] = {}
+    for place, state in enumerate(states):
+        by_shape.setdefault(state[optimizer.states[0]].shape, []).append(place)
+    for places in by_shape.values():
+        bank = torch.stack([overlaps[place] for place in places])
+        with whole_float32_products(bank.device.type):  # a product with I, where no basis has moved, is exact
+            optimizer.transport([states[place] for place in places], bank, group)
 
 
 def transport_pending(optimizer: Algorithm) -> None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from oasis_fx.runtime.optim import one_momentum
 from oasis_fx.runtime.optim.base import SubspaceOptimizer
 from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.group_settings import (
@@ -26,8 +27,7 @@ from oasis_fx.runtime.optim.group_settings import (
     learning_rate,
     rounds_stochastically,
 )
-from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, in_wide_dtype, real_update
-from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weights
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
 
 
 @dataclass(frozen=True)
@@ -94,23 +94,16 @@ class OasisLion(SubspaceOptimizer):
         return float(group["betas"][1])
 
     def step_low_rank(self, updates: Sequence[LowRankUpdate], step: Step[LionSettings]) -> None:
-        minus_us = [_direction(update.state["exp_avg"], update.factor, step) for update in updates]
         scales = [update.rank_scale for update in updates] if step.settings.rank_scaling else None
-        step_weights(updates, minus_us, step, scales)
-        step.count([update.state for update in updates])
+        one_momentum.step_low_rank(updates, "exp_avg", _formula(step.settings), step, scales)
 
     def step_dense(self, updates: Sequence[DenseUpdate], step: Step[LionSettings]) -> None:
-        for update in map(real_update, updates):
-            minus_u = _direction(update.state["exp_avg"], update.gradient, step)
-            step_dense_weight(update.weight, minus_u, step)
-        step.count([update.state for update in updates])
+        one_momentum.step_dense(updates, "exp_avg", _formula(step.settings), step)
 
 
-def _direction(mean: torch.Tensor, gradient: torch.Tensor, step: Step[LionSettings]) -> torch.Tensor:
-    """Update the momentum in place and return -U, float32 or float64; zeros where the gate is false."""
-    g, settings = in_wide_dtype(gradient), step.settings
-    m = mean.to(g.dtype)
-    minus_u = -torch.sign(m.lerp(g, 1 - settings.beta1))
-    new = m.lerp(g, 1 - settings.beta2)
-    mean.copy_(step.where(new, m))
-    return step.where(minus_u)
+def _formula(settings: LionSettings) -> one_momentum.Formula:
+    def step(m: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        new = m.lerp(g, 1 - settings.beta2)
+        return new, -torch.sign(m.lerp(g, 1 - settings.beta1))
+
+    return step

@@ -40,6 +40,7 @@ from oasis_fx.runtime.optim.group_settings import (
 from oasis_fx.runtime.optim.kernels import dispatch
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
 from oasis_fx.runtime.optim.weight_steps import step_weights
+from oasis_fx.runtime.subspaces.banks import Layout
 
 
 @dataclass(frozen=True)
@@ -130,19 +131,19 @@ class OasisMuon(SubspaceOptimizer):
     def step_low_rank(self, updates: Sequence[LowRankUpdate], step: Step[MuonSettings]) -> None:
         settings = step.settings
         step_of_weight = Step(settings.adam, step.gate, step.generator)
-        batches: dict[Any, list[LowRankUpdate]] = {}
-        for update in updates:
-            m = update.state["momentum_buffer"]
-            m.copy_(step.where(settings.momentum * m + update.factor, m))
-            batches.setdefault((m.shape, m.dtype), []).append(update)
+        momenta = [update.state["momentum_buffer"] for update in updates]
+        layout = Layout(momenta)
+        before = layout.join(momenta)
+        gradient = layout.join([update.factor for update in updates], before.dtype)
+        new = step.where(settings.momentum * before + gradient, before)
+        torch._foreach_copy_(momenta, layout.parts(new))
+        batches: dict[torch.Size, list[LowRankUpdate]] = {}
+        for update, m in zip(updates, momenta, strict=True):
+            batches.setdefault(m.shape, []).append(update)
         for batch in batches.values():
             directions = orthogonalize(torch.stack([update.state["momentum_buffer"] for update in batch]))
-            minus_os, factors = list[torch.Tensor](), list[float]()
-            for update, o in zip(batch, directions, strict=True):
-                factor = settings.scale * math.sqrt(max(o.shape[0], update.basis.shape[0]))
-                factors.append(factor * _rank_scale(update, o.shape[0]) if settings.rank_scaling else factor)
-                minus_os.append(step.where(-_limited(update.state, o, step)))
-            step_weights(batch, minus_os, step_of_weight, factors)
+            minus_o = step.where(-_limited([update.state for update in batch], directions, step))
+            step_weights(batch, minus_o.unbind(), step_of_weight, [_lr_factor(u, settings) for u in batch])
         step.count([update.state for update in updates])
 
     def step_dense(self, updates: Sequence[DenseUpdate], step: Step[MuonSettings]) -> None:
@@ -156,13 +157,15 @@ class OasisMuon(SubspaceOptimizer):
         step_fused(weights, gradients, [update.state for update in updates], adam, step.gate)
 
 
-def _limited(state: State, o: torch.Tensor, step: Step[MuonSettings]) -> torch.Tensor:
-    """Return O [m, r] shortened to what the norm-growth limiter allows, and note its norm in the state."""
-    norm, before = torch.linalg.vector_norm(o), state.setdefault("update_norm", o.new_zeros(()))
+def _limited(states: Sequence[State], o: torch.Tensor, step: Step[MuonSettings]) -> torch.Tensor:
+    """Return each O [L, m, r] shortened to what the norm-growth limiter allows, and note its norm in its state."""
+    norms = torch.linalg.vector_norm(o, dim=(-2, -1))
+    noted = [state.setdefault("update_norm", o.new_zeros(())) for state in states]
+    before = torch.stack(noted)
     allowed = torch.where(before > 0, step.settings.limit * before, torch.inf)
-    factor = (allowed / norm.clamp_min(torch.finfo(o.dtype).tiny)).clamp_max(1.0)
-    before.copy_(step.where(norm * factor, before))
-    return o * factor
+    factors = (allowed / norms.clamp_min(torch.finfo(o.dtype).tiny)).clamp_max(1.0)
+    torch._foreach_copy_(noted, step.where(norms * factors, before).unbind())
+    return o * factors.view(-1, 1, 1)
 
 
 def orthogonalize(m: torch.Tensor) -> torch.Tensor:
@@ -172,10 +175,13 @@ def orthogonalize(m: torch.Tensor) -> torch.Tensor:
     return (u * kept.unsqueeze(-2)) @ vh
 
 
-def _rank_scale(update: LowRankUpdate, m: int) -> float:
-    """Return the factor that makes a step O Q^T as long as that of an orthogonalised dense gradient.
+def _lr_factor(update: LowRankUpdate, settings: MuonSettings) -> float:
+    """Return ``scale sqrt(max(m, n)) f``; f makes a step O Q^T as long as that of an orthogonalised dense gradient.
 
     O is as long as min(m, r) says and not as r, and a dense one as min(m, n): `LowRankUpdate.rank_scale` has neither.
     """
-    n, r = update.basis.shape
-    return update.rank_scale * math.sqrt(r / n * min(m, n) / min(m, r))
+    (m, _), (n, r) = update.factor.shape, update.basis.shape
+    factor = settings.scale * math.sqrt(max(m, n))
+    if not settings.rank_scaling:
+        return factor
+    return factor * update.rank_scale * math.sqrt(r / n * min(m, n) / min(m, r))

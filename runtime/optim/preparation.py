@@ -67,7 +67,7 @@ def _project(
         state.pop(f"{name}_scale", None)
     for name, value in projected.items():
         state.update(optimizer.new_state(name, value, group))
-    with optimizer.states_in_place(state) as plain:
+    with optimizer.states_in_place([state]) as (plain,):
         for name, value in projected.items():
             plain[name].copy_(value)
 

@@ -204,7 +204,8 @@ def _resize(
     symmetric = ((gram + gram.mT) / 2).to(basis.device, torch.float64)
     rotation = torch.linalg.eigh(symmetric).eigenvectors.flip(-1).to(basis)
     for state, group in states:
-        optimizer.transport([state], rotation[None], group)
+        with optimizer.states_in_place([state]) as plain:
+            optimizer.transport(plain, rotation[None], group)
         optimizer.resize_state(state, rank, group)
     kept = (basis @ rotation)[:, :rank]
     if rank <= kept.shape[1]:

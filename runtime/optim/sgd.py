@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from oasis_fx.runtime.optim import one_momentum
 from oasis_fx.runtime.optim.base import SubspaceOptimizer
 from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.group_settings import (
@@ -24,8 +25,7 @@ from oasis_fx.runtime.optim.group_settings import (
     learning_rate,
     rounds_stochastically,
 )
-from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, in_wide_dtype
-from oasis_fx.runtime.optim.weight_steps import step_dense_weight, step_weights
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,15 @@ class OasisSGD(SubspaceOptimizer):
         )
 
     def step_low_rank(self, updates: Sequence[LowRankUpdate], step: Step[SGDSettings]) -> None:
-        minus_us = [_direction(update.state["momentum_buffer"], update.factor, step) for update in updates]
-        step_weights(updates, minus_us, step)
-        step.count([update.state for update in updates])
+        one_momentum.step_low_rank(updates, "momentum_buffer", _formula(step.settings), step, None)
 
     def step_dense(self, updates: Sequence[DenseUpdate], step: Step[SGDSettings]) -> None:
-        for update in updates:
-            minus_u = _direction(update.state["momentum_buffer"], update.gradient, step)
-            step_dense_weight(update.weight, minus_u, step)
-        step.count([update.state for update in updates])
+        one_momentum.step_dense(updates, "momentum_buffer", _formula(step.settings), step)
 
 
-def _direction(momentum: torch.Tensor, gradient: torch.Tensor, step: Step[SGDSettings]) -> torch.Tensor:
-    """Update the momentum in place and return -U, float32 or float64; zeros where the gate is false."""
-    g, settings = in_wide_dtype(gradient), step.settings
-    before = momentum.to(g.dtype)
-    new = settings.momentum * before + g
-    momentum.copy_(step.where(new, before))
-    return step.where(-(g + settings.momentum * new) if settings.nesterov else -new)
+def _formula(settings: SGDSettings) -> one_momentum.Formula:
+    def step(m: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        new = settings.momentum * m + g
+        return new, -(g + settings.momentum * new) if settings.nesterov else -new
+
+    return step

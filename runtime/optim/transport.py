@@ -33,8 +33,8 @@ def transport_second_moment(
         overlap: R [L, r, r].
         bias1, bias2: ``1 - beta^t`` [L, 1, 1]; 0 before the first step, when the moments are zero.
     """
-    mean_hat = mean / torch.where(bias1 > 0, bias1, 1.0)
-    second_hat = second / torch.where(bias2 > 0, bias2, 1.0)
+    tiny = torch.finfo(mean.dtype).tiny
+    mean_hat, second_hat = mean / bias1.clamp_min(tiny), second / bias2.clamp_min(tiny)
     variance = second_hat - mean_hat.square()
     # The absolute value guards against variances that rounding made negative.
     return bias2 * (torch.bmm(variance, overlap.square()) + torch.bmm(mean_hat, overlap).square()).abs()

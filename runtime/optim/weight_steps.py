@@ -13,7 +13,7 @@ from oasis_fx.runtime.optim.kernels import dispatch
 from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.tail_directions import with_tails
 from oasis_fx.runtime.optim.updates import LowRankUpdate
-from oasis_fx.runtime.subspaces.banks import new_in_banks
+from oasis_fx.runtime.subspaces.banks import Layout, new_in_banks
 
 
 class WeightSettings(Protocol):
@@ -59,26 +59,31 @@ def step_weights(
 
 def step_weight(update: LowRankUpdate, minus_u: torch.Tensor, step: Step[WeightSettings], lr_factor: float) -> None:
     """Step one weight as `step_weights` does, by torch's operators."""
-    weight, basis, lr = update.weight, update.basis, step.settings.lr
+    weight, basis = update.weight, update.basis
     full = weight if weight.dtype == basis.dtype else weight.to(basis.dtype)
-    if isinstance(lr, torch.Tensor):
-        minus_u, lr = minus_u * lr, 1.0
-    add_product_(full, minus_u, basis, update.features, beta=_decay(full, step), alpha=lr * lr_factor)
+    minus_u, lr = _rated(minus_u, step)
+    add_product_(full, minus_u, basis, update.features, beta=_decay([full], step), alpha=lr * lr_factor)
     store_weight(weight, full, step)
 
 
-def step_dense_weight(weight: torch.Tensor, minus_u: torch.Tensor, step: Step[WeightSettings]) -> None:
-    """Step one weight by a direction of its own shape: ``W = (1 - lr wd) W + lr (-U)``.
+def step_dense_weights(weights: Sequence[torch.Tensor], minus_u: torch.Tensor, step: Step[WeightSettings]) -> None:
+    """Step weights of one device and dtype by directions of their own shapes: ``W = (1 - lr wd) W + lr (-U)``.
+
+    Each operator runs once for all of them.
 
     Args:
-        minus_u: -U, float32 or float64; zero where the gate of the step is false.
+        minus_u: -U of all of them in one buffer, as their `Layout` has it, float32 or float64; zero where the gate of
+            the step is false.
     """
-    full = weight if weight.dtype == minus_u.dtype else weight.to(minus_u.dtype)
+    minus_u, lr = _rated(minus_u, step)
+    layout, in_place = Layout(weights), weights[0].dtype == minus_u.dtype
+    full = list(weights) if in_place else [layout.join(weights, minus_u.dtype)]
     keep = _decay(full, step)
     if keep != 1:
-        full.mul_(keep)
-    add_scaled_(full, minus_u, step.settings.lr)
-    store_weight(weight, full, step)
+        torch._foreach_mul_(full, keep)
+    torch._foreach_add_(full, layout.parts(minus_u) if in_place else [minus_u], alpha=lr)
+    if not in_place:
+        store_weights(weights, full[0], step)
 
 
 def add_scaled_(full: torch.Tensor, change: torch.Tensor, lr: float | torch.Tensor) -> None:
@@ -89,12 +94,18 @@ def add_scaled_(full: torch.Tensor, change: torch.Tensor, lr: float | torch.Tens
         full.add_(change, alpha=lr)
 
 
-def _decay(full: torch.Tensor, step: Step[WeightSettings]) -> float:
+def _rated(minus_u: torch.Tensor, step: Step[WeightSettings]) -> tuple[torch.Tensor, float]:
+    """Return a direction and what it is to be multiplied with; it is multiplied here by a rate that is a tensor."""
+    lr = step.settings.lr
+    return (minus_u * lr, 1.0) if isinstance(lr, torch.Tensor) else (minus_u, lr)
+
+
+def _decay(full: list[torch.Tensor], step: Step[WeightSettings]) -> float:
     """Apply weight decay where it depends on the device; return the factor that the caller has to apply, 1 then."""
     keep = 1 - step.settings.lr * step.settings.weight_decay
     if not isinstance(keep, torch.Tensor) and (step.gate is None or keep == 1):
         return keep
-    full.mul_(keep if step.gate is None else torch.where(step.gate, keep, 1.0))
+    torch._foreach_mul_(full, keep if step.gate is None else torch.where(step.gate, keep, 1.0))
     return 1.0
 
 
@@ -106,6 +117,15 @@ def store_weight(weight: torch.Tensor, full: torch.Tensor, step: Step[WeightSett
         round_stochastically_(weight, full, step.generator)
     else:
         weight.copy_(full)
+
+
+def store_weights(weights: Sequence[torch.Tensor], full: torch.Tensor, step: Step[WeightSettings]) -> None:
+    """Round copies of weights of one dtype, in one buffer of a wider one as their `Layout` has it, into the weights."""
+    if step.settings.stochastic_rounding:
+        rounded = torch.empty_like(full, dtype=weights[0].dtype)
+        round_stochastically_(rounded, full, step.generator)
+        full = rounded
+    torch._foreach_copy_(list(weights), Layout(weights).parts(full))
 
 
 def zero_directions(updates: Sequence[LowRankUpdate], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:

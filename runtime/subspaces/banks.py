@@ -23,6 +23,43 @@ def as_bank(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
 
 
+class Layout:
+    """The places of tensors in one flat buffer, where those of one shape lie side by side.
+
+    A formula that works entry by entry runs once on the buffer, whatever the number of tensors. Tensors of equal shapes
+    in equal order have equal layouts.
+
+    Args:
+        like: tensors with the shapes, in order; at least one.
+    """
+
+    def __init__(self, like: Sequence[torch.Tensor]) -> None:
+        self._places: dict[torch.Size, list[int]] = {}
+        for place, tensor in enumerate(like):
+            self._places.setdefault(tensor.shape, []).append(place)
+        self._sizes = [len(places) * shape.numel() for shape, places in self._places.items()]
+
+    def parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Return views of a buffer, in the order and with the shapes of the tensors."""
+        found: dict[int, torch.Tensor] = {}
+        for (shape, places), part in zip(self._places.items(), torch.split(flat, self._sizes), strict=True):
+            found.update(zip(places, part.view(len(places), *shape).unbind(), strict=True))
+        return [found[place] for place in range(len(found))]
+
+    def join(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a buffer with the numbers of tensors of one device, whatever their strides; of one, perhaps a view.
+
+        Args:
+            dtype: of the buffer; None for that of the tensors, which is one.
+        """
+        dtype = dtype or tensors[0].dtype
+        if len(tensors) == 1:
+            return tensors[0].reshape(-1).to(dtype)
+        flat = torch.empty(sum(self._sizes), dtype=dtype, device=tensors[0].device)
+        torch._foreach_copy_(self.parts(flat), list(tensors))
+        return flat
+
+
 def new_in_banks(
     like: Sequence[torch.Tensor], kinds: Sequence[Hashable], make: Callable[..., torch.Tensor]
 ) -> list[torch.Tensor]:

@@ -88,7 +88,7 @@ def _batches(subspaces: Iterable[Subspace]) -> Iterator[Batch]:
     for batch in found.values():
         basis = torch.stack([subspace.basis for subspace in batch])
         statistic = torch.stack([subspace.statistic for subspace in batch])  # type: ignore[misc]
-        unknown = torch.full_like(basis[0, 0, 0], torch.nan)
+        unknown = basis.new_full((), torch.nan)
         energy = torch.stack([unknown if s.energy_sum is None else s.energy_sum for s in batch])
         yield Batch(batch, basis, statistic, energy)
 
@@ -99,7 +99,7 @@ def _target(batch: Batch, gate: torch.Tensor | None) -> tuple[torch.Tensor, torc
     assert isinstance(rule, StatisticRule)
     old, statistic = batch.basis, batch.statistic
     peak = statistic.abs().amax(dim=(-2, -1), keepdim=True)
-    moved = peak.isfinite() & (peak > 0)
+    moved = (peak > 0) & (peak < torch.inf)  # false for NaN
     if gate is not None:
         moved = moved & gate
     # Divided by its largest entry first: squares could leave the exponent range.

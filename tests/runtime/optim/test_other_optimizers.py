@@ -140,7 +140,8 @@ def test_the_norm_of_muon_s_updates_grows_by_a_tenth_at_most() -> None:
     one = orthogonalize(torch.diag(torch.tensor([1.0, 0, 0]).double()))
     three = orthogonalize(torch.eye(3).double())
     norms = [
-        float(_limited(state, o, Step(settings, None, torch.Generator())).norm()) for o in (one, three, three, three)
+        float(_limited([state], o[None], Step(settings, None, torch.Generator())).norm())
+        for o in (one, three, three, three)
     ]
     assert norms == pytest.approx([1.0, 1.1, 1.21, 1.331])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oasis_fx import OasisAdamW, oasis_backend
+from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
 from oasis_fx.runtime.optim.kernels import dispatch
 from oasis_fx.runtime.subspaces import host_reads
 
@@ -22,23 +22,25 @@ class Calls(TorchDispatchMode):
 
 
 class Block(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = torch.nn.LayerNorm(16)
-        self.up = torch.nn.Linear(16, 32)
-        self.down = torch.nn.Linear(32, 16)
+        self.norm = torch.nn.LayerNorm(width)
+        self.up = torch.nn.Linear(width, 2 * width)
+        self.down = torch.nn.Linear(2 * width, width)
 
     def forward(self, x):
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
-def operators_and_launches(layers: int, dtype: torch.dtype, tail: int | None = None) -> tuple[int, int]:
+def operators_and_launches(
+    layers: int, dtype: torch.dtype, tail: int | None = None, make=OasisAdamW, width: int = 16
+) -> tuple[int, int]:
     """Of the fourth step: the first ones make states, and first moves."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    net = torch.nn.Sequential(*(Block() for _ in range(layers))).to(dtype)
+    net = torch.nn.Sequential(*(Block(width) for _ in range(layers))).to(dtype)
     compiled = torch.compile(net, backend=oasis_backend(rank=4, tail=tail, inner="aot_eager"))
-    optimizer = OasisAdamW(net.parameters())
+    optimizer = make(net.parameters())
     launches: list[int] = []
     made = dispatch.Kernels(lambda *_, **__: launches.append(1), lambda *_, **__: launches.append(1))
     with pytest.MonkeyPatch.context() as patch:  # the path that a GPU takes
@@ -46,7 +48,7 @@ def operators_and_launches(layers: int, dtype: torch.dtype, tail: int | None = N
         patch.setattr(dispatch, "DEVICES", ("cpu",))
         patch.setattr(dispatch, "_kernels", lambda: made)
         for _ in range(4):
-            compiled(torch.randn(8, 16, dtype=dtype)).square().mean().backward()
+            compiled(torch.randn(8, width, dtype=dtype)).square().mean().backward()
             launches.clear()
             with Calls() as calls:
                 optimizer.step()
@@ -58,7 +60,29 @@ def operators_and_launches(layers: int, dtype: torch.dtype, tail: int | None = N
 def test_neither_operators_nor_launches_grow_with_depth(dtype) -> None:
     (few, launches), (many, launches_of_many) = (operators_and_launches(layers, dtype) for layers in (2, 6))
     assert many <= 1.1 * few + 5 and launches_of_many == launches
-    assert few <= 345
+    assert few <= 320
+
+
+@pytest.mark.parametrize("make", [OasisSGD, OasisLion, OasisMuon], ids=lambda make: make.__name__)
+def test_operators_of_other_optimizers_do_not_grow_with_depth(make) -> None:
+    (few, launches), (many, of_many) = (operators_and_launches(n, torch.bfloat16, make=make) for n in (2, 6))
+    assert many <= 1.1 * few + 5 and of_many == launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_in_eight_bits_take_at_most_twice_the_operators(dtype) -> None:
+    pytest.importorskip("torchao")
+    width = 1024  # moments of 1024 x 4 numbers and more are codes
+
+    def eight(params):
+        return OasisAdamW(params, state_bits=8)
+
+    (plain, _), (few, launches), (many, of_many) = (
+        operators_and_launches(n, dtype, make=make, width=width)
+        for n, make in ((2, OasisAdamW), (2, eight), (6, eight))
+    )
+    assert many <= 1.1 * few + 5 and of_many == launches
+    assert few <= 2 * plain
 
 
 def test_launches_do_not_grow_with_depth_where_there_are_tails() -> None:
