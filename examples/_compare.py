@@ -10,7 +10,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tqdm import tqdm
+from _noise import silence
+from _progress import Progress
 
 
 def compare(args: Namespace, methods: list[str]) -> dict[str, dict[str, Any]]:
@@ -34,25 +35,34 @@ def compare(args: Namespace, methods: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _drive(args: Namespace, calls: dict[str, Callable[[str], Any]]) -> dict[str, dict[str, Any]]:
-    results: dict[str, dict[str, Any]] = {method: {"losses": [], "seconds": []} for method in calls}
-    bar = tqdm(total=args.steps, desc="loading", unit="step")
-    for method, call in calls.items():
-        results[method]["heldout_before"] = call("heldout_loss")
-    for step in range(args.steps):
+    results: dict[str, dict[str, Any]] = {method: {"losses": [], "seconds": [], "heldout": []} for method in calls}
+    progress = Progress(args.steps)
+    try:
         for method, call in calls.items():
-            bar.set_description(f"{method}: compiling" if step == 0 else "training")
-            done = call("step")
-            results[method]["losses"].append(done["loss"])
-            results[method]["seconds"].append(done["seconds"])
-        bar.set_postfix({method: f"{result['losses'][-1]:.3f}" for method, result in results.items()})
-        bar.update()
-    bar.set_description("measuring")
-    for method, call in calls.items():
-        results[method]["peak_bytes"] = call("peak_bytes")  # of training alone: before the rest
-        results[method]["sizes"] = call("sizes")
-        results[method]["heldout_after"] = call("heldout_loss")
-    bar.set_description("done")
-    bar.close()
+            progress.doing(f"{method}: loading")
+            call("loaded")
+            progress.doing(f"{method}: evaluating")
+            results[method]["heldout"].append([0, call("heldout_loss")])
+        for step in range(1, args.steps + 1):
+            for method, call in calls.items():
+                progress.doing(f"{method}: compiling" if step == 1 else "training")
+                done = call("step")
+                results[method]["losses"].append(done["loss"])
+                results[method]["seconds"].append(done["seconds"])
+                if step in args.evaluated and step < args.steps:
+                    progress.doing(f"{method}: evaluating")
+                    results[method]["heldout"].append([step, call("heldout_loss")])
+            progress.stepped(**{method: result["losses"][-1] for method, result in results.items()})
+        for method, call in calls.items():
+            progress.doing(f"{method}: measuring")
+            results[method]["peak_bytes"] = call("peak_bytes")  # of training alone: before the rest
+            results[method]["sizes"] = call("sizes")
+            progress.doing(f"{method}: evaluating")
+            results[method]["heldout"].append([args.steps, call("heldout_loss")])
+    finally:
+        progress.close()
+    for result in results.values():
+        result["heldout_before"], result["heldout_after"] = result["heldout"][0][1], result["heldout"][-1][1]
     return results
 
 
@@ -66,6 +76,8 @@ def _caller(method: str, process: Any, connection: Connection) -> Callable[[str]
         except (EOFError, BrokenPipeError, ConnectionResetError):
             process.join(timeout=10)
             raise RuntimeError(f"the process of {method} ended with exit code {process.exitcode}") from None
+        if kind == "refused":
+            raise ValueError(answer)
         if kind == "error":
             raise RuntimeError(f"{method} failed:\n{answer}")
         return answer
@@ -76,6 +88,7 @@ def _caller(method: str, process: Any, connection: Connection) -> Callable[[str]
 def _work(args: Namespace, method: str, connection: Connection) -> None:
     """What a worker process does: build the run at the first request, then answer requests until the pipe closes."""
     os.environ["TQDM_DISABLE"] = "1"  # the parent has the only progress bar
+    silence()
     run = None
     while True:
         try:
@@ -88,6 +101,9 @@ def _work(args: Namespace, method: str, connection: Connection) -> None:
 
                 run = Run(args, method)
             connection.send(("ok", getattr(run, name)()))
+        except ValueError as error:  # of an argument: its message says all
+            connection.send(("refused", str(error)))
+            return
         except BaseException:
             connection.send(("error", traceback.format_exc()))
             return

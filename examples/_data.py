@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 IGNORE = -100  # label of a token that the loss leaves out
+GENERATED = "gsm_symbolic"  # grade-school maths with chains of thought, by reasoning-gym
+PAIRS = (".jsonl", ".json")  # endings of files with a prompt and an answer in each line
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,23 @@ class Examples:
             }
 
 
+def check_data(source: str) -> None:
+    """Read a file of data and check each line of it, before a model is loaded for it.
+
+    Raises:
+        ValueError: the file does not exist, is no text, or a line of it lacks a field; the message names the line.
+    """
+    if source == GENERATED:
+        return
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"--data is {source!r}: it must be '{GENERATED}' or an existing jsonl or text file")
+    if path.suffix not in PAIRS:
+        _text(path)
+    elif len(list(_read_pairs(path))) < 2:
+        raise ValueError(f"--data is {source!r}: it must have two examples at least, one to train on and one held out")
+
+
 def load_examples(source: str, tokenizer: Any, seq_len: int, num_heldout: int, seed: int) -> tuple[Examples, Examples]:
     """Training and held-out examples.
 
@@ -48,18 +67,17 @@ def load_examples(source: str, tokenizer: Any, seq_len: int, num_heldout: int, s
     Raises:
         ValueError: the file does not exist, or a line of it has no such fields.
     """
-    if source == "gsm_symbolic":
+    if source == GENERATED:
         pairs = _gsm_symbolic(2000, seed)
         heldout = _gsm_symbolic(num_heldout, seed + 1_000_000)
         return _encode_pairs(pairs, tokenizer, seq_len), _encode_pairs(heldout, tokenizer, seq_len)
+    check_data(source)
     path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"--data is {source!r}: it must be 'gsm_symbolic' or an existing jsonl or text file")
-    if path.suffix in (".jsonl", ".json"):
+    if path.suffix in PAIRS:
         pairs = list(_read_pairs(path))
         count = min(num_heldout, max(1, len(pairs) // 20))
         return _encode_pairs(pairs[count:], tokenizer, seq_len), _encode_pairs(pairs[:count], tokenizer, seq_len)
-    ids = torch.tensor(tokenizer(path.read_text())["input_ids"])
+    ids = torch.tensor(tokenizer(_text(path))["input_ids"])
     chunks = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
     if len(chunks) < 2:
         raise ValueError(f"--data is {source!r}: it has {len(ids)} tokens, fewer than two sequences of {seq_len}")
@@ -75,14 +93,26 @@ def _gsm_symbolic(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def _read_pairs(path: Path) -> Iterable[tuple[str, str]]:
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
-            yield fields["prompt"] if "prompt" in fields else fields["question"], fields["answer"]
+            pair = fields["prompt"] if "prompt" in fields else fields["question"], fields["answer"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"--data: line {number} of {path} is no object with prompt and answer") from None
+            raise ValueError(
+                f"--data: line {number} of {path} is no object with prompt and answer, or question and answer"
+            ) from None
+        if not all(isinstance(part, str) for part in pair):
+            raise ValueError(f"--data: line {number} of {path} has a field that is no text")
+        yield pair
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data is {str(path)!r}: it is no text in UTF-8 ({error.reason})") from None
 
 
 def _encode_pairs(pairs: Iterable[tuple[str, str]], tokenizer: Any, seq_len: int) -> Examples:

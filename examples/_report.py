@@ -38,6 +38,23 @@ def summarize(results: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def conclude(results: dict[str, dict[str, Any]]) -> str:
+    """Read the table in a few sentences: the first method beside each other one."""
+    (name, first), *others = results.items()
+    if not others:
+        before, after = first["heldout_before"], first["heldout_after"]
+        return f"{name} takes the held-out loss from {before:.3f} to {after:.3f} in {len(first['losses'])} steps."
+    found = []
+    for other, second in others:
+        loss = first["heldout_after"] / second["heldout_after"]
+        seconds, peak = _median(first) / _median(second), first["peak_bytes"] / second["peak_bytes"]
+        end = f"ends {100 * abs(loss - 1):.1f} % {'above' if loss > 1 else 'below'} {other}'s held-out loss"
+        found.append(f"{name} {end}, in {seconds:.2f} of its time a step and {peak:.2f} of its peak memory.")
+        if name == "oasis" and loss > 1.01:
+            found.append("A larger --rank, or a --tail, leaves out less of each gradient (docs/results.md).")
+    return "\n".join(dict.fromkeys(found))
+
+
 def write_json(file: Path, args: Namespace, results: dict[str, dict[str, Any]]) -> None:
     settings = {key: value for key, value in vars(args).items() if isinstance(value, str | int | float | None)}
     machine = {
@@ -65,10 +82,8 @@ def draw(file: Path, args: Namespace, results: dict[str, dict[str, Any]]) -> Non
     figure, (curves, bars) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for method, result in results.items():
         (line,) = curves.plot(range(1, len(result["losses"]) + 1), result["losses"], label=f"{method}, training")
-        ends = [result["heldout_before"], result["heldout_after"]]
         curves.plot(
-            [0, len(result["losses"])],
-            ends,
+            *zip(*result["heldout"], strict=True),
             "o--",
             color=line.get_color(),
             alpha=0.6,

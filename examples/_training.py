@@ -24,6 +24,17 @@ LEARNING_RATES = {"oasis": 1e-4, "adamw": 1e-4, "lora": 5e-4}
 WARMUP_STEPS = 3
 
 
+def backend_settings(args: Namespace) -> dict[str, Any]:
+    """What the command line says of the backend."""
+    return {
+        "rank": args.rank,
+        "tail": args.tail,
+        "subspace": rule_of(args.subspace, every=args.subspace_every),
+        "memory_budget": args.memory_budget,
+        "inner": args.inner,
+    }
+
+
 class Run:
     """A model in training by one method. Every size that it reports is counted on real tensors."""
 
@@ -46,13 +57,9 @@ class Run:
         """The lines in which the methods differ."""
         lr = self.args.lr or LEARNING_RATES[self.method]
         if self.method == "oasis":
-            backend = oasis_backend(
-                rank=self.args.rank,
-                subspace=rule_of(self.args.subspace, every=self.args.subspace_every),
-                inner=self.args.inner,
-            )
-            self.model.compile(backend=backend)
-            return OasisAdamW(self.model.parameters(), lr=lr, weight_decay=0.0)
+            self.model.compile(backend=oasis_backend(**backend_settings(self.args)))
+            bits = self.args.state_bits
+            return OasisAdamW(self.model.parameters(), lr=lr, weight_decay=0.0, state_bits=bits)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.model.compile(backend=self.args.inner)
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
@@ -79,6 +86,9 @@ class Run:
         self.losses.append(loss.item())
         self.seconds.append(seconds)
         return {"loss": self.losses[-1], "seconds": seconds}
+
+    def loaded(self) -> None:
+        """Answer that there is a run: making it took what loading takes."""
 
     @torch.no_grad()
     def heldout_loss(self) -> float:

@@ -17,10 +17,18 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from _compare import compare
+from _data import GENERATED, check_data
 from _models import EMBEDDED
-from _report import device_name, draw, summarize, write_json
+from _noise import silence
+from _progress import Progress
+from _report import conclude, device_name, draw, summarize, write_json
 
 METHODS = ("oasis", "adamw", "lora")
+OF_OASIS = {"tail": None, "memory_budget": 1.0, "state_bits": 32, "subspace_every": None}  # and their defaults
+DATA = (
+    f'{GENERATED}, generated (default); a .jsonl file, of which each line is an object with the texts "prompt" and '
+    '"answer", or "question" and "answer"; or a text file, which is cut into sequences'
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -30,9 +38,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default=EMBEDDED, help="Hugging Face name or folder (default: %(default)s, embedded)"
     )
-    parser.add_argument("--data", default="gsm_symbolic", help="gsm_symbolic, a jsonl file or a text file")
+    parser.add_argument("--data", default=GENERATED, help=DATA)
     parser.add_argument("--layers", type=int, help="keep the first N blocks")
     parser.add_argument("--rank", type=int, default=32, help="columns of each basis, or of each adapter")
+    parser.add_argument("--tail", type=_number, help="columns drawn anew at each step beside each basis (oasis)")
+    parser.add_argument(
+        "--memory-budget",
+        type=_budget,
+        default=1.0,
+        help="share of what is kept for the backward pass, or 2GiB (oasis)",
+    )
+    parser.add_argument("--state-bits", type=int, choices=(32, 8), default=32, help="of the optimizer's states (oasis)")
     parser.add_argument("--subspace", default="oja", help="rule of the bases, see docs/subspaces.md (oasis)")
     parser.add_argument("--subspace-every", type=int, help="a basis moves at each so many steps (oasis)")
     parser.add_argument("--lr", type=float, help="default: the method's own, see _training.py")
@@ -41,6 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--num-heldout", type=int, default=32, help="held-out examples")
+    parser.add_argument("--evaluations", type=int, default=4, help="how often held-out loss is taken while training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
     parser.add_argument("--device", default="cpu")
@@ -51,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints (0: at the end only)")
     parser.add_argument("--resume", type=Path, help="go on from a checkpoint folder (with --method)")
     args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "seq_len", "rank", "num_heldout", "subspace_every"):
+    for name in ("steps", "batch_size", "seq_len", "rank", "num_heldout", "subspace_every", "evaluations"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
     args.methods = args.compare.split(",")
@@ -60,39 +77,90 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--compare names {unknown[0]!r}: it must be of {', '.join(METHODS)}")
     if args.method is None and (args.save or args.resume):
         parser.error("--save and --resume go with --method")
-    if args.data != "gsm_symbolic" and not Path(args.data).is_file():
-        parser.error(f"--data is {args.data!r}: it must be 'gsm_symbolic' or an existing jsonl or text file")
+    used = [args.method] if args.method else args.methods
+    for name, default in OF_OASIS.items():
+        if "oasis" not in used and getattr(args, name) != default:
+            parser.error(f"--{name.replace('_', '-')} goes with the method oasis: {', '.join(used)} knows none")
+    try:  # what can be refused is refused before a model is loaded
+        check_data(args.data)
+        check_settings(args)
+    except ValueError as error:
+        parser.error(str(error))
+    args.evaluated = sorted({round(args.steps * part / args.evaluations) for part in range(1, args.evaluations + 1)})
     return args
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Make the settings of the backend, which checks them.
+
+    Raises:
+        ValueError: one has a value that is not allowed.
+    """
+    from _training import backend_settings
+
+    from oasis_fx import oasis_backend
+
+    oasis_backend(**backend_settings(args))
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _budget(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # a size; the backend says what is none
 
 
 def train_one(args: argparse.Namespace) -> dict:
     """Run one method in this process."""
-    from _training import Run
-    from tqdm import tqdm
+    progress = Progress(args.steps)
+    try:
+        progress.doing("loading")
+        from _training import Run
 
-    run = Run(args, args.method)
-    if args.resume:
-        run.resume(args.resume)
-    before = run.heldout_loss()
-    bar = tqdm(range(run.step_number, min(args.stop_after or args.steps, args.steps)), desc="compiling", unit="step")
-    for _ in bar:
-        done = run.step()
-        bar.set_description("training")
-        bar.set_postfix(loss=f"{done['loss']:.3f}")
-        if args.save and args.save_every and run.step_number % args.save_every == 0:
-            run.save(args.save, with_model=False)
-    result = {
-        "losses": run.losses,
-        "seconds": run.seconds,
-        "heldout_before": before,
-        "peak_bytes": run.peak_bytes(),
+        run = Run(args, args.method)
+        if args.resume:
+            run.resume(args.resume)
+            progress.skip(run.step_number)
+        progress.doing("evaluating")
+        heldout = [[run.step_number, run.heldout_loss()]]
+        last = min(args.stop_after or args.steps, args.steps)
+        progress.doing("compiling")
+        while run.step_number < last:
+            done = run.step()
+            progress.stepped(loss=done["loss"])
+            if args.save and args.save_every and run.step_number % args.save_every == 0:
+                progress.doing("saving")
+                run.save(args.save, with_model=False)
+            if run.step_number in args.evaluated and run.step_number < last:
+                progress.doing("evaluating")
+                heldout.append([run.step_number, run.heldout_loss()])
+            progress.doing("training")
+        progress.doing("measuring")
+        result = {"losses": run.losses, "seconds": run.seconds, "peak_bytes": run.peak_bytes()}
+        if args.save:
+            progress.doing("saving")
+            run.save(args.save, with_model=True)
+            progress.doing("measuring")
+        sizes = run.sizes()
+        progress.doing("evaluating")
+        heldout.append([run.step_number, run.heldout_loss()])
+    finally:
+        progress.close()
+    return {
+        **result,
+        "sizes": sizes,
+        "heldout": heldout,
+        "heldout_before": heldout[0][1],
+        "heldout_after": heldout[-1][1],
     }
-    if args.save:
-        run.save(args.save, with_model=True)
-    return {**result, "sizes": run.sizes(), "heldout_after": run.heldout_loss()}
 
 
 def main(argv: list[str] | None = None) -> int:
+    silence()
     args = parse(argv)
     try:
         results = {args.method: train_one(args)} if args.method else compare(args, args.methods)
@@ -105,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     tokens = f"{args.batch_size} x {args.seq_len} tokens"
     print(f"\n{args.model} on {device_name(args.device)}, {args.steps} steps of {tokens}\n")
     print(summarize(results))
+    print(f"\n{conclude(results)}")
     print(f"\nresults: {args.out / 'results.json'}   plot: {args.out / 'plot.png'}")
     return 0
 

@@ -114,6 +114,9 @@ def _run(s: Settings) -> Any:
         num_heldout=s.get("heldout", 128),
         subspace=s.get("subspace", "oja"),
         subspace_every=None,
+        tail=s.get("tail"),
+        memory_budget=1.0,
+        state_bits=32,
     )
     torch._dynamo.reset()
     return WithGaLore(args, s["method"])

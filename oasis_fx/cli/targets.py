@@ -1,4 +1,4 @@
-"""Find the model that a command is about: ``module:callable``, ``file.py:callable``, or an example's name."""
+"""Find the model that a command is about: ``module:callable``, ``file.py:callable``, or the name of a sample."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from typing import Any
 
 import torch
 
+from oasis_fx.cli.samples import SAMPLES
+
+
+def is_callable(target: str) -> bool:
+    """Return whether a target names something to call, and not a model of transformers or a folder with one."""
+    return ":" in target or target in SAMPLES
+
 
 class TargetError(Exception):
     """A target that cannot be loaded; the message is one line that names what is wrong."""
@@ -22,26 +29,19 @@ def load_target(target: str) -> tuple[torch.nn.Module, Any]:
 
     Args:
         target: ``package.module:callable`` (the current folder is importable), ``path/to/file.py:callable``, or a
-            bare name such as ``mlp`` for ``examples/mlp.py:build``. The callable takes no argument and returns
-            ``(model, example_inputs)``; the inputs are a tensor, a tuple of positional arguments, or a dict of
-            keyword arguments.
+            name of `oasis_fx.cli.samples`. The callable takes no argument and returns ``(model, example_inputs)``; the
+            inputs are a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Raises:
-        SystemExit: with code 2, after a line on stderr, where the target is not such a thing.
+        TargetError: the target is not such a thing; the message is one line that says what is wrong.
     """
-    try:
-        return _checked(target, _call(target))
-    except TargetError as error:
-        print(f"oasis-fx: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    return _checked(target, _call(target))
 
 
 def _call(target: str) -> Any:
+    if target in SAMPLES:
+        return SAMPLES[target]()
     place, _, name = target.rpartition(":")
-    if not place:
-        place, name = str(Path("examples") / f"{target}.py"), "build"
-        if not Path(place).is_file():
-            raise TargetError(f"{target!r} is neither module:callable nor file.py:callable, and there is no {place}")
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     function: Any = module
     for part in name.split("."):

@@ -55,7 +55,9 @@ def decisions(trace: Trace) -> tuple[Decision, ...]:
     returned = outputs(joint)[: trace.num_forward_outputs]
     required = {node.name for node in ancestors(node for node in returned if isinstance(node, fx.Node))}
     of_basis = dependents(_bases(trace))
-    projected = {storage_node(source).name for node in of_basis for source in node.all_input_nodes}
+    # What the graph returns depends on a basis as well, G and C do; the return statement itself projects nothing.
+    readers = [node for node in of_basis if node.op != "output"]
+    projected = {storage_node(source).name for node in readers for source in node.all_input_nodes}
     found = []
     for node in joint.nodes:
         if node.op != "call_function" or node in rests_on_tangents or storage_node(node) is not node:

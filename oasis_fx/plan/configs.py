@@ -21,19 +21,34 @@ _QWEN3 = {
 BUILT_IN = (*_LLAMA, *_QWEN3)
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, blocks: int | None = None, vocabulary: int | None = None) -> Any:
     """Return a configuration of transformers for a causal language model.
 
     Args:
         name: of the built-in list, in any case; a folder with a ``config.json``; or a repository in the local cache.
+        blocks, vocabulary: other sizes than the model's own.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is none of them, or no causal language model.
     """
+    config = _find_config(name)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    sizes = ("num_hidden_layers", "vocab_size", "hidden_size")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not all(hasattr(config, size) for size in sizes):
+        raise ValueError(
+            f"model is {name!r}, of the kind {config.model_type!r}: that is no causal language model of transformers; "
+            f"give one, such as {', '.join(BUILT_IN[:3])}"
+        )
+    config = config if blocks is None else with_blocks(config, blocks)
+    return config if vocabulary is None else with_vocabulary(config, vocabulary)
+
+
+def _find_config(name: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError("plan needs transformers: pip install transformers") from error
+        raise ValueError("a model by its name needs transformers: pip install transformers") from error
     for table, kind in ((_LLAMA, transformers.LlamaConfig), (_QWEN3, transformers.Qwen3Config)):
         for known, sizes in table.items():
             if name.lower() in (known.lower(), f"meta-llama/{known}".lower(), f"qwen/{known}".lower()):

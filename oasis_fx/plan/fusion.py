@@ -38,7 +38,7 @@ from oasis_fx.plan.kernels import (
     reads,
     writes,
 )
-from oasis_fx.plan.memory import block_of
+from oasis_fx.plan.tensors import block_of
 
 
 def kernels_of(graph: fx.Graph) -> list[Kernel]:

@@ -9,6 +9,8 @@ look at.
 
 from __future__ import annotations
 
+import heapq
+import operator
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ from oasis_fx.graph.edits import outputs, value
 from oasis_fx.memory.node_costs import is_matmul, num_bytes, storage_node
 
 _FUSED = ("sum", "mean", "amax", "amin", "var_mean", "var", "convert_element_type", "where", "cat", "full", "iota")
+_NAMED = 3  # of what is in memory at one moment
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Moment:
         given: of the graph's inputs that are still needed.
         temporary: of all others.
         wide: of those among the three whose last dimension has the size that was asked for, such as logits.
+        largest: the names of the nodes that own the most memory then, the largest first, and the bytes of each.
     """
 
     node: str
@@ -38,6 +42,7 @@ class Moment:
     given: int
     temporary: int
     wide: int
+    largest: tuple[tuple[str, int], ...] = ()
 
     @property
     def total(self) -> int:
@@ -90,7 +95,9 @@ def moments(graph: fx.Graph, elsewhere: Collection[str] = (), wide: int = -1, ch
             out = sum(size for one, size in alive.items() if one in returned)
             given = sum(size for one, size in alive.items() if one in inputs and one not in returned)
             apart = sum(size for one, size in alive.items() if is_wide(one))
-            found.append(Moment(node.name, out, given, sum(alive.values()) - out - given, apart))
+            most = heapq.nlargest(_NAMED, alive.items(), key=operator.itemgetter(1))
+            largest = tuple((one.name, size) for one, size in most if size)
+            found.append(Moment(node.name, out, given, sum(alive.values()) - out - given, apart, largest))
         for one in dying.pop(index, ()):
             if one not in returned:
                 alive.pop(one, None)

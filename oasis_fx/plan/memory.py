@@ -1,35 +1,47 @@
 """The peak of a training step by kind, for what a user would choose between.
 
-A model of L blocks is extrapolated from one of three: each block more keeps as much as the middle one of the three,
-and leaves as many gradients behind. The peak is sought in three phases: in the forward pass; in the backward pass,
-where all blocks are saved at first and all gradients there at last; and in the optimizer step.
+A model of L blocks is extrapolated from one of three: each block more keeps as much as the three do in the mean, and
+leaves as many gradients behind. A model of fewer blocks is traced whole. The peak is sought in three phases: in the
+forward pass; in the backward pass, where all blocks are saved at first and all gradients there at last; and in the
+optimizer step.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
-from oasis_fx.inspect.nodes import module_path
-from oasis_fx.inspect.state_bytes import state_bytes
-from oasis_fx.memory.node_costs import saved_storages
+from oasis_fx._torch.joint_graphs import input_placeholders
+from oasis_fx.graph.edits import shape
+from oasis_fx.inspect.state_bytes import moment_bytes, sites_by_basis, state_bytes
+from oasis_fx.memory.node_costs import hint, saved_storages
 from oasis_fx.plan.liveness import Moment, moments
+from oasis_fx.plan.tensors import Words, block_of
 from oasis_fx.plan.trace import FakeModel, Halves
 
 KINDS = ("weights", "gradients", "optimizer", "bases", "activations", "logits", "temporaries")
+# Bytes a number of the moments that `OasisAdamW(state_bits=8)` decodes at once: both in float32, copies of both by
+# which it tells what has changed, and the index arithmetic of torchao's encoder (tests/plan/test_eight_bits.py).
+_DECODED = 58
 CHUNKS = 16  # of a cross-entropy that never makes all logits at once
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by kind at the peak of a step, and the phase it is in: forward, backward or optimizer."""
+    """What a step needs at its peak.
+
+    Attributes:
+        bytes_of: bytes by kind.
+        phase: in which the peak is: forward, backward or optimizer.
+        largest: the largest tensors beside weights and states, in words, and the bytes of each.
+    """
 
     bytes_of: Mapping[str, int]
     phase: str
+    largest: tuple[tuple[str, int], ...] = ()
 
     @property
     def total(self) -> int:
@@ -47,11 +59,20 @@ class States:
 
 @dataclass(frozen=True)
 class Phases:
-    """The highest moments of a graph pair: by phase, activations, logits, gradients and temporaries in bytes."""
+    """The highest moments of a graph pair, in bytes.
+
+    Attributes:
+        forward, backward: activations, logits, gradients and temporaries.
+        gradients: when the backward pass is done.
+        largest: by phase, the largest tensors in words, and the bytes of each.
+        step: temporaries of the optimizer step.
+    """
 
     forward: Mapping[str, int]
     backward: Mapping[str, int]
-    gradients: int  # when the backward pass is done
+    gradients: int
+    largest: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    step: int = 0
 
 
 def peak(states: States, phases: Phases) -> Memory:
@@ -60,20 +81,33 @@ def peak(states: States, phases: Phases) -> Memory:
     candidates = {
         "forward": phases.forward,
         "backward": phases.backward,
-        "optimizer": {"gradients": phases.gradients},
+        "optimizer": {"gradients": phases.gradients, "temporaries": phases.step},
     }
     phase = max(candidates, key=lambda name: sum(candidates[name].values()))
-    return Memory({kind: fixed.get(kind, 0) + candidates[phase].get(kind, 0) for kind in KINDS}, phase)
+    found = {kind: fixed.get(kind, 0) + candidates[phase].get(kind, 0) for kind in KINDS}
+    return Memory(found, phase, phases.largest.get(phase, ()))
 
 
 def phases(
-    three: FakeModel, graphs: Halves, block_gradients: int, blocks: int, vocabulary: int, chunked: bool
+    traced: FakeModel,
+    graphs: Halves,
+    *,
+    rewritten: bool,
+    block_gradients: int,
+    num_traced: int,
+    blocks: int,
+    vocabulary: int,
+    chunked: bool,
 ) -> Phases:
     """Extrapolate the phases of a model of ``blocks`` blocks.
 
     Args:
-        graphs: of the model of three blocks.
+        traced: the model of ``num_traced`` blocks.
+        graphs: of that model.
+        rewritten: whether they are as this backend rewrites them.
         block_gradients: bytes of the gradients of one block.
+        vocabulary: the last size of logits.
+        chunked: whether a loss in chunks keeps logits small.
     """
     forward, backward = graphs
     static = {node.name for node in forward.find_nodes(op="placeholder")}
@@ -81,8 +115,8 @@ def phases(
     ahead = moments(forward, static, vocabulary, chunks)
     back = moments(backward, static, vocabulary, chunks)
     gradients = back[-1].returned if back else 0
-    more = blocks - 3
-    block_saved = saved_bytes(forward, three.trace.num_forward_outputs)[1]
+    more = blocks - num_traced
+    block_saved = saved_bytes(forward, traced.trace.num_forward_outputs, num_traced)[1]
     first, last = _span_of_middle(backward)
 
     def backward_total(index: int, moment: Moment) -> int:
@@ -99,19 +133,24 @@ def phases(
     rise[grown] += extra
     peak_ahead = max(ahead, key=lambda moment: moment.total)
     total_ahead = {"activations": peak_ahead.returned + more * block_saved, "temporaries": peak_ahead.temporary}
+    words = Words(traced, graphs, rewritten=rewritten, vocabulary=vocabulary)
+    largest = {"forward": peak_ahead.largest, "backward": top.largest, "optimizer": back[-1].largest if back else ()}
     return Phases(
-        _with_logits(total_ahead, peak_ahead.wide), _with_logits(rise, top.wide), gradients + more * block_gradients
+        _with_logits(total_ahead, peak_ahead.wide),
+        _with_logits(rise, top.wide),
+        gradients + more * block_gradients,
+        {phase: tuple((words.of(name), size) for name, size in tensors) for phase, tensors in largest.items()},
     )
 
 
-def saved_bytes(forward: fx.Graph, num_forward_outputs: int) -> tuple[int, int]:
-    """Count the bytes that a forward graph of three blocks keeps: all, and those of a block in the mean.
+def saved_bytes(forward: fx.Graph, num_forward_outputs: int, blocks: int) -> tuple[int, int]:
+    """Count the bytes that a forward graph of a few blocks keeps: all, and those of a block in the mean.
 
     Under a budget blocks change sides one after another, so that no single one stands for all.
     """
     saved = saved_storages(forward, num_forward_outputs)
-    blocks = sum(saved[node.name] for node in forward.nodes if node.name in saved and block_of(node) is not None)
-    return sum(saved.values()), blocks // 3
+    inside = sum(saved[node.name] for node in forward.nodes if node.name in saved and block_of(node) is not None)
+    return sum(saved.values()), inside // blocks
 
 
 def trained_bytes(traced: FakeModel, rewritten: bool) -> int:
@@ -128,12 +167,6 @@ def _span_of_middle(backward: fx.Graph) -> tuple[int, int]:
     calls = [node for node in backward.nodes if node.op == "call_function"]
     middle = [index for index, node in enumerate(calls) if block_of(node) == 1]
     return (middle[0], middle[-1]) if middle else (0, len(calls))
-
-
-def block_of(node: fx.Node) -> int | None:
-    """Return the number of the block that a node is from; None of what is around the blocks."""
-    found = re.search(r"\.(\d+)\.", f".{module_path(node)}.")
-    return int(found[1]) if found else None
 
 
 def _with_logits(kinds: Mapping[str, int], logits: int) -> dict[str, int]:
@@ -164,11 +197,7 @@ def adam_states(model: torch.nn.Module) -> States:
 
 def adam8bit_states(model: torch.nn.Module) -> States:
     """Return the states of torchao's 8-bit AdamW: a byte a moment, a float32 every 256; plain below 4096 elements."""
-    total = 0
-    for p in trained(model):
-        blocked = p.numel() >= 4096 and p.numel() % 256 == 0
-        total += 2 * (p.numel() + 4 * p.numel() // 256) if blocked else 2 * p.numel() * p.itemsize
-    return States(weight_bytes(model), total)
+    return States(weight_bytes(model), sum(2 * moment_bytes(p.numel(), p.dtype, 8) for p in trained(model)))
 
 
 def galore_states(model: torch.nn.Module, names: Collection[str], rank: int) -> States:
@@ -187,18 +216,39 @@ def galore_states(model: torch.nn.Module, names: Collection[str], rank: int) -> 
     return States(weight_bytes(model), total, bases)
 
 
-def oasis_states(traced: FakeModel) -> States:
-    """Return the states of `OasisAdamW`: moments of m x r, bases of n x r in float32; of other weights AdamW's."""
-    ours, stock = state_bytes(traced.record, traced.trace), adam_states(traced.model)
-    return replace(stock, optimizer=stock.optimizer - ours.dense_moments + ours.moments, bases=ours.bases)
+def oasis_states(traced: FakeModel, bits: int = 32) -> States:
+    """Return the states of `OasisAdamW`: moments of m x r, bases of n x r in float32; of other weights AdamW's.
+
+    Args:
+        bits: 8 where all moments are kept in eight bits.
+    """
+    ours = state_bytes(traced.record, traced.trace, bits)
+    dense = adam_states(traced.model) if bits == 32 else adam8bit_states(traced.model)
+    return replace(dense, optimizer=dense.optimizer - ours.dense_moments + ours.moments, bases=ours.bases)
 
 
-def extrapolate(two: States, three: States, *, blocks: int) -> States:
-    """Extrapolate the states of a model of ``blocks`` blocks."""
-    more = blocks - 3
+def eight_bit_temporaries(traced: FakeModel) -> int:
+    """Count the bytes that a step in eight bits needs beside its states.
+
+    It decodes the moments of one weight at a time, and the one with the most numbers counts, often a dense embedding.
+    """
+    placeholders = input_placeholders(traced.trace.before.graph)
+    found = [0]
+    rewritten = set()
+    for sites in sites_by_basis(traced.trace).values():
+        rank = hint(shape(placeholders[sites[0].inputs.basis])[1])
+        for site in sites:
+            rewritten.add(traced.record.names[site.inputs.weight])
+            found.append(hint(shape(placeholders[site.inputs.slot])[0]) * rank)
+    found += [p.numel() for name, p in traced.model.named_parameters() if p.requires_grad and name not in rewritten]
+    return _DECODED * max(found)
+
+
+def extrapolate(fewer: States, traced: States, more: int) -> States:
+    """Extrapolate the states of a model of ``more`` blocks more than are traced, from one block fewer and these."""
     return replace(
-        three,
-        weights=three.weights + more * (three.weights - two.weights),
-        optimizer=three.optimizer + more * (three.optimizer - two.optimizer),
-        bases=three.bases + more * (three.bases - two.bases),
+        traced,
+        weights=traced.weights + more * (traced.weights - fewer.weights),
+        optimizer=traced.optimizer + more * (traced.optimizer - fewer.optimizer),
+        bases=traced.bases + more * (traced.bases - fewer.bases),
     )

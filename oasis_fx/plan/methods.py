@@ -1,8 +1,8 @@
-"""The plan: each method's memory and time at a batch, the largest batch, and the largest budget of ours that fits."""
+"""The plan: each method's memory and time at a batch, and the largest batch that fits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +21,8 @@ from oasis_fx.settings import Settings
 STOCK = "stock compile, AdamW"  # which ratios are to
 STOCK_BUDGETS = (0.5, 0.3, 0.1)
 BUDGETS = (1.0, 0.5, 0.3, 0.1)
-_SEARCHED = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05)
 _MOST_SAMPLES = 4096
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Planner:
         dtype: of weights and activations.
         lora_rank, galore_rank: of those two.
         chunked: count logits as a cross-entropy in chunks has them.
+        tell: is called with a few words ahead of what takes long.
     """
 
     config: Any
@@ -60,11 +61,12 @@ class Planner:
     lora_rank: int = 32
     galore_rank: int = 128
     chunked: bool = False
+    tell: Callable[[str], object] = lambda what: None
     partitions: Partitions = field(init=False)
 
     def __post_init__(self) -> None:
         given = self.config, self.batch, self.seq, self.dtype, self.settings
-        self.partitions = Partitions(*given, self.lora_rank)
+        self.partitions = Partitions(*given, self.lora_rank, self.tell)
 
     def stock(self, share: float = 1.0) -> tuple[States, Phases]:
         """Return what stock `torch.compile` and AdamW need, under torch's own activation budget."""
@@ -72,7 +74,7 @@ class Planner:
 
     def oasis(self, budget: float | str | None = None) -> tuple[States, Phases]:
         """Return what this backend needs under a memory budget: a share, or ``"12GiB"`` of the whole model."""
-        return self.measure(self._ours(budget))
+        return self.measure(self.ours(budget))
 
     def methods(self) -> dict[str, Method]:
         """Return what is planned for, by name."""
@@ -86,7 +88,7 @@ class Planner:
             "8-bit AdamW": Method(Optimizer.EIGHT_BITS),
             f"GaLore r={self.galore_rank}": Method(Optimizer.GALORE),
             f"LoRA r={self.lora_rank}": Method(adapters=True),
-            **{_name(budget): self._ours(budget) for budget in budgets},
+            **{_name(budget): self.ours(budget) for budget in budgets},
         }
 
     def rows(self, limit: int | None = None, device: Device | None = None) -> list[Row]:
@@ -106,36 +108,39 @@ class Planner:
 
     def time(self, method: Method, device: Device) -> StepTime:
         """Predict the time of a step on a device."""
-        two, three = (self._work(method, blocks) for blocks in (2, 3))
-        return step_seconds(self.partitions.graphs(method), (two, three), device, blocks_of(self.config))
+        fewer, traced = (self._work(method, model) for model in self.partitions.traces(method))
+        graphs, blocks = self.partitions.graphs(method), blocks_of(self.config)
+        return step_seconds(graphs, (fewer, traced), device, blocks, self.partitions.blocks)
 
     def measure(self, method: Method) -> tuple[States, Phases]:
         """Predict the memory of a step."""
-        two, three = (self.partitions.trace(blocks, method) for blocks in (2, 3))
-        blocks, rewritten = blocks_of(self.config), method.rewritten
-        gradients = [memory.trained_bytes(traced, rewritten) for traced in (two, three)]
+        fewer, traced = self.partitions.traces(method)
+        blocks, num_traced, rewritten = blocks_of(self.config), self.partitions.blocks, method.rewritten
+        gradients = [memory.trained_bytes(model, rewritten) for model in (fewer, traced)]
         found = memory.phases(
-            three,
+            traced,
             self.partitions.graphs(method),
-            gradients[1] - gradients[0],
-            blocks,
-            int(self.config.vocab_size),
-            self.chunked,
+            rewritten=rewritten,
+            block_gradients=gradients[1] - gradients[0],
+            num_traced=num_traced,
+            blocks=blocks,
+            vocabulary=int(self.config.vocab_size),
+            chunked=self.chunked,
         )
-        fixed = [self._states(method, traced) for traced in (two, three)]
-        return memory.extrapolate(*fixed, blocks=blocks), found
+        if method.bits == 8:
+            found = replace(found, step=memory.eight_bit_temporaries(traced))
+        fixed = [self._states(method, model) for model in (fewer, traced)]
+        return memory.extrapolate(*fixed, blocks - num_traced), found
 
-    def largest_budget(self, limit: int) -> tuple[float, Memory] | None:
-        """Find the largest share of those tried under which the batch fits in ``limit`` bytes; None where none does."""
-        for share in _SEARCHED:
-            found = memory.peak(*self.oasis(share))
-            if found.total <= limit:
-                return share, found
-        return None
+    def ours(self, budget: float | str | None, bits: int = 32) -> Method:
+        """Return this backend and `OasisAdamW` as a method.
 
-    def _ours(self, budget: float | str | None) -> Method:
+        Args:
+            budget: as in `oasis`.
+            bits: of the optimizer's states, 8 or 32.
+        """
         settings = self.settings if budget is None else replace(self.settings, memory_budget=budget)
-        return Method(Optimizer.OASIS, settings.budget)
+        return Method(Optimizer.OASIS, settings.budget, bits=bits)
 
     def _states(self, method: Method, traced: FakeModel) -> States:
         match method.optimizer:
@@ -144,25 +149,30 @@ class Planner:
             case Optimizer.GALORE:
                 return memory.galore_states(traced.model, self._rewritten_names(), self.galore_rank)
             case Optimizer.OASIS:
-                return memory.oasis_states(traced)
+                return memory.oasis_states(traced, method.bits)
         return memory.adam_states(traced.model)
 
-    def _work(self, method: Method, blocks: int) -> list[Kernel]:
-        traced = self.partitions.trace(blocks, method)
+    def _work(self, method: Method, traced: FakeModel) -> list[Kernel]:
         match method.optimizer:
             case Optimizer.EIGHT_BITS:
                 return optimizer_work.adam8bit_work(memory.trained(traced.model))
             case Optimizer.GALORE:
                 return optimizer_work.galore_work(traced.model, self._rewritten_names(), self.galore_rank)
             case Optimizer.OASIS:
-                return optimizer_work.oasis_work(traced)
+                return optimizer_work.oasis_work(traced, method.bits)
         return optimizer_work.adamw_work(memory.trained(traced.model))
 
     def _rewritten_names(self) -> set[str]:
-        """Names of the weights that we would rewrite, in three blocks."""
-        traced = self.partitions.trace(3, Method())
+        """Names of the weights that we would rewrite, in the blocks that are traced."""
+        traced = self.partitions.trace(self.partitions.blocks, Method())
         names = {traced.record.names[site.inputs.weight] for site in traced.trace.sites}
         return names | {name.replace(".1.", ".0.") for name in names}
+
+
+def unit_of(rows: Sequence[Row]) -> tuple[int, str]:
+    """Return the unit in which the sums of a plan are numbers to read: its bytes, and its name."""
+    most = max(row.memory.total for row in rows)
+    return next((unit for unit in UNITS if most >= unit[0]), UNITS[-1])
 
 
 def largest_batch(states: States, phases: Phases, batch: int, limit: int) -> int:

@@ -34,6 +34,10 @@ _TAIL_PASSES = (13, 6, 34, 12)
 _TAIL_BASIS_PRODUCTS = (6, 5)  # of n x r by r x t, and of n x t by t x t
 _LAUNCHES = 440
 _TAIL_LAUNCHES = 220  # the operators that a tail adds to a step (tests/runtime/optim/test_step_operators.py)
+# What a step in eight bits adds, in bytes a number of a moment and operators a weight: torchao's functions, called one
+# operator after another, decode and encode both moments; those of a subspace a second time for their transport.
+_EIGHT_BITS = (1400, 150)
+_EIGHT_BITS_LOW_RANK = (2800, 330)
 _ADAMW_FLOPS = 30  # of an element, its root and division among them
 _ELEMENTS_A_LAUNCH = 20_000_000  # of torch's fused kernels: 320 blocks of 65536
 
@@ -69,8 +73,12 @@ def galore_work(model: torch.nn.Module, names: Collection[str], rank: int) -> li
     return [*found, *adamw_work(dense)]
 
 
-def oasis_work(traced: FakeModel) -> list[Kernel]:
-    """Return the work of `OasisAdamW`: of dense weights as AdamW's, for the rest `low_rank_work` and `tail_work`."""
+def oasis_work(traced: FakeModel, bits: int = 32) -> list[Kernel]:
+    """Return the work of `OasisAdamW`: of dense weights as AdamW's, for the rest `low_rank_work` and `tail_work`.
+
+    Args:
+        bits: 8 where the moments are kept in eight bits, which are decoded and encoded again.
+    """
     placeholders = input_placeholders(traced.trace.before.graph)
     dense = _elements(trained(traced.model))
     weights, bases, tails = [], [], []
@@ -86,7 +94,24 @@ def oasis_work(traced: FakeModel) -> list[Kernel]:
         if t:
             tails.append((n, r, t, [(m, dtype) for m, _, _, dtype in weights[-len(sites) :]]))
     of_tails = tail_work(tails) if tails else []
-    return [*(_adamw(count, dtype) for dtype, count in dense.items()), *low_rank_work(weights, bases), *of_tails]
+    found = [*(_adamw(count, dtype) for dtype, count in dense.items()), *low_rank_work(weights, bases), *of_tails]
+    if bits == 8:
+        states = [m * r for m, _, r, _ in weights]
+        found += eight_bit_work(sum(dense.values()), len(trained(traced.model)) - len(states), states)
+    return found
+
+
+def eight_bit_work(dense: int, num_dense: int, states: Sequence[int]) -> list[Kernel]:
+    """Return what states in eight bits add to a step. Small moments count as if they were kept in eight bits as well.
+
+    Args:
+        dense, num_dense: numbers of all dense weights together, and how many weights they are.
+        states: numbers in a moment of each weight in a subspace.
+    """
+    (each, operators), (each_low, operators_low) = _EIGHT_BITS, _EIGHT_BITS_LOW_RANK
+    moved = float(each * dense + each_low * sum(states))
+    launches = operators * num_dense + operators_low * len(states)
+    return [Kernel("states in eight bits", Kind.FUSED, torch.float32, 0.0, moved, launches=launches)]
 
 
 def low_rank_work(

@@ -47,43 +47,49 @@ def kernel_seconds(kernel: Kernel, device: Device) -> float:
     return slowest + kernel.launches * device.launch
 
 
-def graph_seconds(kernels: Iterable[Kernel], device: Device, blocks: int) -> tuple[float, float]:
+def graph_seconds(kernels: Iterable[Kernel], device: Device, blocks: int, traced: int) -> tuple[float, float]:
     """Predict the time of a graph, and how long it keeps the host busy, in seconds.
 
     Args:
-        kernels: of the graph of a model with three blocks.
-        blocks: how many the model has. Each counts as much as the three do in the mean, since under a budget they
-            are not equal.
+        kernels: of the graph of a model with ``traced`` blocks.
+        blocks: how many the model has. Each counts as much as the traced ones do in the mean, since under a budget
+            they are not equal.
     """
     seconds = host = 0.0
     for kernel in kernels:
-        count = 1.0 if kernel.block is None else blocks / 3
+        count = 1.0 if kernel.block is None else blocks / traced
         seconds += count * kernel_seconds(kernel, device)
         host += count * kernel.launches * device.host_launch
     return seconds, host
 
 
-def optimizer_seconds(two: Sequence[Kernel], three: Sequence[Kernel], device: Device, blocks: int) -> float:
-    """Predict the time of an optimizer step from the work for two blocks and for three, in seconds."""
-    seconds = [sum(kernel_seconds(kernel, device) for kernel in work) for work in (two, three)]
-    return seconds[1] + (blocks - 3) * (seconds[1] - seconds[0])
+def optimizer_seconds(
+    fewer: Sequence[Kernel], traced: Sequence[Kernel], device: Device, blocks: int, num_traced: int
+) -> float:
+    """Predict the time of an optimizer step from the work for ``num_traced`` blocks and for one fewer, in seconds."""
+    seconds = [sum(kernel_seconds(kernel, device) for kernel in work) for work in (fewer, traced)]
+    return seconds[1] + (blocks - num_traced) * (seconds[1] - seconds[0])
 
 
 def step_seconds(
-    graphs: Halves, optimizer: tuple[Sequence[Kernel], Sequence[Kernel]], device: Device, blocks: int
+    graphs: Halves,
+    optimizer: tuple[Sequence[Kernel], Sequence[Kernel]],
+    device: Device,
+    blocks: int,
+    traced: int,
 ) -> StepTime:
     """Predict the time of a step.
 
     Args:
-        graphs: forward and backward, of the model with three blocks.
-        optimizer: its work for two blocks and for three.
+        graphs: forward and backward, of the model with ``traced`` blocks.
+        optimizer: its work for a block fewer, and for these.
         blocks: of the model that is predicted for.
     """
-    (forward, host), (backward, more) = (graph_seconds(kernels_of(graph), device, blocks) for graph in graphs)
+    (forward, host), (backward, more) = (graph_seconds(kernels_of(graph), device, blocks, traced) for graph in graphs)
     launches = [sum(kernel.launches for kernel in work) for work in optimizer]
-    operators = launches[1] + (blocks - 3) * (launches[1] - launches[0])
+    operators = launches[1] + (blocks - traced) * (launches[1] - launches[0])
     busy = host + more + operators * device.host_operator if device.parallel else 0.0
-    return StepTime(forward, backward, optimizer_seconds(*optimizer, device, blocks), busy)
+    return StepTime(forward, backward, optimizer_seconds(*optimizer, device, blocks, traced), busy)
 
 
 def _flop_rate(kernel: Kernel, device: Device) -> float:

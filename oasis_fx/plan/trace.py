@@ -54,7 +54,35 @@ def trace_fake(
         checkpointed: with activation checkpointing of each block.
 
     Raises:
-        ValueError: it does not compile to one graph.
+        ValueError: it does not compile to one graph in training, and others without weights.
+    """
+    model, records = compile_fake(config, batch, seq, dtype, settings, lora_rank, checkpointed=checkpointed)
+    traces = [(record, trace) for record in records if (trace := trace_of(record)) is not None]
+    if len(traces) != 1:
+        raise ValueError(
+            f"the model compiles to {len(records)} graphs, {len(traces)} of them with weights in a subspace: plan "
+            "needs exactly one, so a model without graph breaks between its blocks"
+        )
+    return FakeModel(model, *traces[0])
+
+
+def compile_fake(
+    config: Any,
+    batch: int,
+    seq: int,
+    dtype: torch.dtype,
+    settings: Settings,
+    lora_rank: int = 0,
+    *,
+    checkpointed: bool = False,
+) -> tuple[torch.nn.Module, list[CompiledGraph]]:
+    """Build a causal language model of transformers on fake tensors, and compile it without code generation.
+
+    Args:
+        lora_rank, checkpointed: as in `trace_fake`.
+
+    Returns:
+        The model, and what the backend made of each of its graphs, with their traces.
     """
     from transformers import AutoModelForCausalLM
 
@@ -72,24 +100,19 @@ def trace_fake(
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         tokens = torch.zeros(batch, seq, dtype=torch.long)
         records = trace_model(model, {"input_ids": tokens, "labels": tokens}, settings)
-        traces = [(record, trace_of(record)) for record in records]
-    found = [(record, trace) for record, trace in traces if trace is not None]
-    if len(found) != 1:
-        raise ValueError(
-            f"the model compiles to {len(records)} graphs, {len(found)} of them in training: plan "
-            "needs exactly one, so a model without graph breaks"
-        )
-    return FakeModel(model, *found[0])
+        for record in records:
+            trace_of(record)  # here, where what is fake stays so
+    return model, records
 
 
 class Adapted(torch.nn.Module):
     """A frozen linear layer with an adapter beside it, as peft's: in float32, its input cast for it."""
 
-    def __init__(self, base: torch.nn.Linear, rank: int) -> None:
+    def __init__(self, base: torch.nn.Module, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
         self.base = base
-        self.lora_a = torch.nn.Parameter(torch.zeros(rank, base.in_features, dtype=torch.float32))
-        self.lora_b = torch.nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32))
+        self.lora_a = torch.nn.Parameter(torch.zeros(rank, in_features, dtype=torch.float32))
+        self.lora_b = torch.nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         adapted = torch.nn.functional.linear(torch.nn.functional.linear(x.float(), self.lora_a), self.lora_b)
@@ -99,13 +122,27 @@ class Adapted(torch.nn.Module):
 def add_adapters(model: torch.nn.Module, rank: int) -> None:
     """Freeze a model and put an adapter beside each linear layer but its head.
 
-    peft itself moves adapters to the layer's device, which fake parameters do not survive.
+    peft itself moves adapters to the layer's device, which fake parameters do not survive. GPT-2's linear layers are
+    transformers' Conv1D, whose weight has the features of its input first.
+
+    Raises:
+        ValueError: it has no linear layer.
     """
+    from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
+
     model.requires_grad_(False)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    adapted = 0
     for name, layer in list(model.named_modules()):
         path, _, last = name.rpartition(".")
-        if isinstance(layer, torch.nn.Linear) and last != "lm_head":
-            setattr(model.get_submodule(path), last, Adapted(layer, rank))
+        if layer is head or not isinstance(layer, torch.nn.Linear | Conv1D):
+            continue
+        m, n = layer.weight.shape if isinstance(layer, torch.nn.Linear) else reversed(layer.weight.shape)
+        setattr(model.get_submodule(path), last, Adapted(layer, n, m, rank))
+        adapted += 1
+    if not adapted:
+        raise ValueError("the model has no linear layer for an adapter of LoRA")
 
 
 def halves_under(traced: FakeModel, budget: int | float | None, *, rewritten: bool) -> Halves:

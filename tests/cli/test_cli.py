@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from oasis_fx.__main__ import main
-
-ROOT = Path(__file__).parents[2]
+from oasis_fx.cli.parser import make_parser
+from oasis_fx.cli.progress import Progress
 
 MODEL = """
 import torch
@@ -33,6 +35,11 @@ def target(tmp_path, monkeypatch) -> str:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return "some_model:build"
+
+
+def said(stderr: str) -> list[str]:
+    """What stands on stderr but for progress, of which a slow machine sees more."""
+    return [line for line in stderr.splitlines() if not line.endswith(" s so far)")]
 
 
 def test_explain(target, capsys) -> None:
@@ -63,7 +70,7 @@ def test_formats(target, capsys) -> None:
     out = capsys.readouterr().out
     assert out.startswith("# after\n\nname") and "+G" in out and "aten.addmm.default" in out
     assert main(["print", target, "--rank", "4", "--format", "dot"]) == 0
-    assert capsys.readouterr().out.count("digraph") == 4
+    assert capsys.readouterr().out.count("digraph") == 1  # one file that is valid, with a cluster for each graph
     assert main(["print", target, "--rank", "4", "--format", "html", "-o", "graphs.html"]) == 0
     assert capsys.readouterr().out == "" and Path("graphs.html").read_text(encoding="utf-8").count("<svg ") == 4
 
@@ -119,21 +126,94 @@ def test_settings_reach_the_passes(target, capsys) -> None:
         (["print", "some_model:build", "--diff", "--format", "dot"], "--diff shows"),
         (["print", "some_model:build", "--diff", "--only", "2"], "--diff shows"),
         (["print", "some_model:build", "--format", "svg"], "invalid choice"),
+        (["explain", "some_model:build", "--seq", "8"], "--seq goes with a model that is given by its name"),
+        (["explain", "no_such_model"], "a sample is mlp or tiny_llama"),
+        (["explain", "folder"], "folder without a config.json"),
+        (["explain", "some_model:build", "-o", "nowhere/x.txt"], "there is no folder 'nowhere'"),
+        (["explain", "some_model:build", "--html", "folder"], "--html is 'folder': it is a folder"),
+        (["print", "some_model:build", "-o", "folder"], "-o is 'folder': it is a folder"),
+        (["plan", "SmolLM2-135M", "--chart", "x.foo"], "its ending must be one of"),
+        (["plan", "SmolLM2-135M", "--json", "nowhere/x.json"], "--json is 'nowhere/x.json'"),
+        (["plan", "SmolLM2-135M", "--seq", "999999"], "--seq is 999999: the model has 131072 positions"),
         ([], "command"),
     ],
 )
-def test_refusals_are_one_line_and_exit_code_2(arguments, message, target, capsys) -> None:
+def test_refusals_are_one_line_and_exit_code_2(arguments, message, target, capsys, monkeypatch) -> None:
+    Path("folder").mkdir()
+    monkeypatch.setattr("oasis_fx.plan.methods.Planner.rows", lambda *given: pytest.fail("a refusal comes first"))
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("oasis-fx") and ": error: " in last and message in last
+
+
+def test_a_model_that_fails_as_it_runs_is_told_in_one_line(target, capsys) -> None:
+    with Path("some_model.py").open("a") as file:
+        file.write("\ndef fails():\n    return torch.nn.Linear(16, 4), torch.randn(9, 15)\n")
+    assert main(["explain", f"{Path.cwd()}/some_model.py:fails"]) == 1
+    err = capsys.readouterr().err
+    assert "oasis-fx: explain failed: TorchRuntimeError: " in err and "[9, 15] X [16, 4]" in err
+    assert "--debug" in err and "Traceback" not in err
+    with pytest.raises(Exception, match="same reduction dim"):
+        main(["explain", f"{Path.cwd()}/some_model.py:fails", "--debug"])
+
+
+@pytest.mark.parametrize("command", ["print", "explain", "plan"])
+def test_help_has_examples_and_exit_codes(command, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "exit codes: 0" in text
+    examples = re.findall(rf"^  (oasis-fx {command} .*?)(?:  |$)", text, re.M)
+    assert len(examples) >= 4
+    for example in examples:  # each is at least a line that the parser takes
+        make_parser().parse_args(example.split()[1:])
 
 
 @pytest.mark.parametrize("command", [["-m", "oasis_fx"], ["-P", "-m", "oasis_fx"]])
-def test_as_a_module_on_an_example(command) -> None:
+def test_as_a_module_on_a_sample_from_any_folder(command, tmp_path) -> None:
     done = subprocess.run(
-        [sys.executable, *command, "explain", "mlp", "--rank", "4"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *command, "explain", "mlp", "--rank", "4"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "2.weight" in done.stdout
+    assert "2.weight" in done.stdout and said(done.stderr) == []
+
+
+def test_a_model_by_its_name(tmp_path, capsys) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=9, num_attention_heads=4, vocab_size=300
+    )
+    config.save_pretrained(tmp_path)
+    assert main(["explain", str(tmp_path), "--blocks", "1", "--seq", "24", "--rank", "4", "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.0.mlp.down_proj.weight" in out and "layers.1" not in out
+    assert "stock torch.compile" in out
+
+
+def test_progress_tells_what_is_done_and_is_gone_at_the_end() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream in (io.StringIO(), Terminal()):
+        with Progress(stream, after=0.0) as progress:
+            progress.tell("compiling")
+            progress.tell("compiling")
+            progress.tell("drawing")
+        text = stream.getvalue()
+        assert "compiling (0 s so far)" in text and "drawing (0 s so far)" in text
+        assert text.endswith("\r\033[K") == stream.isatty()
+    stream = io.StringIO()
+    with Progress(stream, after=1000.0) as progress:
+        progress.tell("compiling")
+    assert stream.getvalue() == ""  # nobody needs a word on what is done at once
+
+
+def test_a_reader_that_has_seen_enough(tmp_path) -> None:
+    command = f"{sys.executable} -P -m oasis_fx print mlp --rank 4 | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("# before") and said(done.stderr) == []

@@ -47,6 +47,13 @@ def test_each_tensor_has_the_decision_that_the_graphs_show() -> None:
     assert saved == report.totals.saved_bytes_after
 
 
+def test_what_the_graph_returns_is_not_projected() -> None:
+    """The return statement reads G and C, and so depends on the bases; what else it reads is freed by nothing."""
+    report = decisions_of()
+    assert {one.operator for one in report.decisions if one.decision == PROJECTED} == {"sin"}
+    assert not [one for one in report.decisions if one.module == "down"]
+
+
 def test_a_budget_shows_in_the_decisions() -> None:
     report = decisions_of(memory_budget=0.3)
     again = [one for one in report.decisions if one.decision == RECOMPUTED]

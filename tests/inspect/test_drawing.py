@@ -120,7 +120,7 @@ def test_svg(shown) -> None:
 
 @pytest.mark.parametrize("which", GRAPHS)
 def test_dot(which, shown, golden) -> None:
-    text = format_dot(draw(shown, which), which)
+    text = format_dot([(which, draw(shown, which))])
     declared = set(re.findall(r'^    "([^"]+)" \[', text, re.M))
     assert {name for edge in re.findall(r'^  "([^"]+)" -> "([^"]+)"', text, re.M) for name in edge} <= declared
     if which == "after":
@@ -129,6 +129,20 @@ def test_dot(which, shown, golden) -> None:
     if shutil.which("dot"):
         done = subprocess.run(["dot", "-Tsvg"], input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_several_drawings_are_one_graph(shown) -> None:
+    """Graphviz reads the first graph of a file: a second `digraph` behind it would be lost."""
+    text = format_dot([(which, draw(shown, which)) for which in GRAPHS])
+    assert text.count("digraph") == 1 and text.count("{") == text.count("}")
+    declared = re.findall(r'^ +"([^"]+)" \[', text, re.M)
+    assert len(declared) == len(set(declared)) == sum(len(draw(shown, which).boxes) for which in GRAPHS)
+    ends = {name for edge in re.findall(r'^ +"([^"]+)" -> "([^"]+)"', text, re.M) for name in edge}
+    assert ends <= set(declared)
+    assert [f'label="{which}";' in text for which in GRAPHS] == [True] * 4
+    if shutil.which("dot"):
+        done = subprocess.run(["dot", "-Tsvg"], input=text, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("<svg") == 1, done.stderr
 
 
 def test_typical_block() -> None:

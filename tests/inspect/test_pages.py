@@ -51,7 +51,7 @@ def blocks_report() -> str:
 
 @cache
 def llama_pages() -> dict[str, str]:
-    records, settings = traced(f"{FOLDER.parents[1]}/examples/tiny_llama.py:build")
+    records, settings = traced("tiny_llama")
     return {
         "report": report_page(records, settings, title="tiny_llama"),
         "graphs": graphs_page(graphs(records), title="tiny_llama", only="layers.0"),
@@ -96,7 +96,7 @@ def test_what_a_dense_weight_would_have_saved() -> None:
 
 
 def test_no_estimate_without_a_matmul_or_a_rank() -> None:
-    records, settings = traced(f"{FOLDER.parents[1]}/examples/tiny_llama.py:build")
+    records, settings = traced("tiny_llama")
     (shown,) = graphs(records)
     assert set(estimate_dense(shown, settings.rank_of)) == {"lm_head.weight"}  # the embedding is looked up
     assert estimate_dense(shown, lambda name, n: None) == {}
@@ -107,9 +107,9 @@ def test_no_estimate_without_a_matmul_or_a_rank() -> None:
     assert (found.activation, found.saved) == (0, 0) and found.projection == 8 * (50 * 2 + 6 * 2)
 
 
-@pytest.mark.parametrize("target", ["tests/inspect/two_blocks.py", "examples/tiny_llama.py"])
+@pytest.mark.parametrize("target", [f"{FOLDER}/two_blocks.py:build", "tiny_llama"])
 def test_bars_add_up_to_the_total(target) -> None:
-    records, _ = traced(f"{FOLDER.parents[1]}/{target}:build")
+    records, _ = traced(target)
     (shown,) = graphs(records)
     bars = saved_by_operator(shown)
     totals = report(records)[0].totals

@@ -15,7 +15,7 @@ from oasis_fx import OasisAdamW, oasis_backend  # noqa: E402
 from oasis_fx.__main__ import main  # noqa: E402
 from oasis_fx.inspect.measure import gradient_bytes, optimizer_bytes, saved_for_backward_bytes  # noqa: E402
 from oasis_fx.memory.node_costs import saved_storages  # noqa: E402
-from oasis_fx.plan import memory, methods  # noqa: E402
+from oasis_fx.plan import fit, memory, methods  # noqa: E402
 from oasis_fx.plan.configs import BUILT_IN, load_config, with_blocks  # noqa: E402
 from oasis_fx.plan.memory import KINDS, Phases, States  # noqa: E402
 from oasis_fx.plan.methods import Planner, largest_batch  # noqa: E402
@@ -50,8 +50,12 @@ def plain() -> Planner:
 
 @pytest.fixture(autouse=True)
 def fewer(monkeypatch) -> None:
-    for name, values in (("STOCK_BUDGETS", (0.3,)), ("BUDGETS", (1.0, 0.5)), ("_SEARCHED", (1.0, 0.4))):
-        monkeypatch.setattr(methods, name, values)
+    for module, name, values in (
+        (methods, "STOCK_BUDGETS", (0.3,)),
+        (methods, "BUDGETS", (1.0, 0.5)),
+        (fit, "SHARES", (1.0, 0.4)),
+    ):
+        monkeypatch.setattr(module, name, values)
 
 
 @pytest.mark.slow
@@ -131,14 +135,6 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
     assert peak.phase == "backward" and peak.total == 380
 
 
-def test_the_largest_budget_that_fits(plain) -> None:
-    without = memory.peak(*plain.oasis(1.0)).total
-    assert plain.largest_budget(without)[0] == 1.0
-    share, found = plain.largest_budget(without - 1)
-    assert share < 1.0 and found.total < without
-    assert plain.largest_budget(1000) is None
-
-
 def test_logits_in_chunks_are_fewer(plain) -> None:
     chunked = dataclasses.replace(plain, chunked=True)
     chunked.partitions = plain.partitions
@@ -172,10 +168,12 @@ def test_the_command(tmp_path, capsys) -> None:
     arguments = ["plan", str(tmp_path), "--batch", "2", "--seq", "32", "--rank", "8", "--fit", "100MiB"]
     assert main([*arguments, "--chart", str(files["svg"]), "--json", str(files["json"])]) == 0
     text = capsys.readouterr().out
-    assert "stock compile, AdamW" in text and "largest batch" in text and "fits with memory_budget=1.0" in text
-    assert "<svg" in files["svg"].read_text()[:2000]
+    assert "stock compile, AdamW" in text and "largest batch" in text and "memory_budget=1.0" not in text
+    assert "MiB at the peak" in text and " gives up nothing" in text
+    assert "<svg" in files["svg"].read_text()[:2000] and "--fit 100.0 MiB" in files["svg"].read_text()
     found = json.loads(files["json"].read_text())
-    assert found["largest_budget"] == 1.0 and all(set(one["bytes"]) == set(KINDS) for one in found["methods"])
+    assert all(set(one["bytes"]) == set(KINDS) for one in found["methods"])
+    assert found["fits"][0]["lines"][0] == "model = torch.compile(model, backend=oasis_backend(rank=8))"
 
 
 @pytest.mark.parametrize(
