@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -163,9 +163,12 @@ def _in_parts(states: States, phases: Phases, parts: int) -> Memory:
     if parts == 1:
         return memory.peak(states, phases)
     smaller = scaled(phases, 1 / parts)
-    held = {phase: {**kinds, "gradients": kinds.get("gradients", 0) + phases.gradients}
-            for phase, kinds in (("forward", smaller.forward), ("backward", smaller.backward))}  # fmt: skip
-    return memory.peak(states, replace(smaller, largest={}, **held))
+
+    def holding(kinds: Mapping[str, int]) -> dict[str, int]:
+        return {**kinds, "gradients": kinds.get("gradients", 0) + phases.gradients}
+
+    forward, backward = holding(smaller.forward), holding(smaller.backward)
+    return memory.peak(states, replace(smaller, largest={}, forward=forward, backward=backward))
 
 
 def _undominated(ordered: Sequence[Choice]) -> list[Choice]:

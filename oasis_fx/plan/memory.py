@@ -21,11 +21,12 @@ from oasis_fx.memory.node_costs import hint, saved_storages
 from oasis_fx.plan.liveness import Moment, moments
 from oasis_fx.plan.tensors import Words, block_of
 from oasis_fx.plan.trace import FakeModel, Halves
+from oasis_fx.runtime.optim.chunks import CHUNK
 
 KINDS = ("weights", "gradients", "optimizer", "bases", "activations", "logits", "temporaries")
 # Bytes a number of the moments that `OasisAdamW(state_bits=8)` decodes at once: both in float32, copies of both by
-# which it tells what has changed, and the index arithmetic of torchao's encoder (tests/plan/test_eight_bits.py).
-_DECODED = 58
+# which it tells what has changed, and what the encoder makes of one of them (tests/plan/test_eight_bits.py).
+_DECODED = 25
 CHUNKS = 16  # of a cross-entropy that never makes all logits at once
 
 
@@ -230,7 +231,7 @@ def oasis_states(traced: FakeModel, bits: int = 32) -> States:
 def eight_bit_temporaries(traced: FakeModel) -> int:
     """Count the bytes that a step in eight bits needs beside its states.
 
-    It decodes the moments of one weight at a time, and the one with the most numbers counts, often a dense embedding.
+    It decodes the moments of as many numbers at a time as make a chunk, fewer where the model has fewer.
     """
     placeholders = input_placeholders(traced.trace.before.graph)
     found = [0]
@@ -241,7 +242,7 @@ def eight_bit_temporaries(traced: FakeModel) -> int:
             rewritten.add(traced.record.names[site.inputs.weight])
             found.append(hint(shape(placeholders[site.inputs.slot])[0]) * rank)
     found += [p.numel() for name, p in traced.model.named_parameters() if p.requires_grad and name not in rewritten]
-    return _DECODED * max(found)
+    return _DECODED * min(sum(found), CHUNK)
 
 
 def extrapolate(fewer: States, traced: States, more: int) -> States:

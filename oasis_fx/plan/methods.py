@@ -129,8 +129,8 @@ class Planner:
         )
         if method.bits == 8:
             found = replace(found, step=memory.eight_bit_temporaries(traced))
-        fixed = [self._states(method, model) for model in (fewer, traced)]
-        return memory.extrapolate(*fixed, blocks - num_traced), found
+        of_fewer, of_traced = self._states(method, fewer), self._states(method, traced)
+        return memory.extrapolate(of_fewer, of_traced, blocks - num_traced), found
 
     def ours(self, budget: float | str | None, bits: int = 32) -> Method:
         """Return this backend and `OasisAdamW` as a method.

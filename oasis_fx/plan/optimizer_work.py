@@ -19,6 +19,7 @@ from oasis_fx.memory.node_costs import hint
 from oasis_fx.plan.kernels import Kernel, Kind
 from oasis_fx.plan.memory import trained
 from oasis_fx.plan.trace import FakeModel
+from oasis_fx.runtime.optim.chunks import CHUNK
 
 # Tensors of m x r that a step reads or writes: the search for what is not finite (1), the gradient in float32 (2),
 # U = 0 (1), AdamW on it (7), U scaled and rounded (2), and the transport of both moments (34).
@@ -34,10 +35,10 @@ _TAIL_PASSES = (13, 6, 34, 12)
 _TAIL_BASIS_PRODUCTS = (6, 5)  # of n x r by r x t, and of n x t by t x t
 _LAUNCHES = 440
 _TAIL_LAUNCHES = 220  # the operators that a tail adds to a step (tests/runtime/optim/test_step_operators.py)
-# What a step in eight bits adds, in bytes a number of a moment and operators a weight: torchao's functions, called one
-# operator after another, decode and encode both moments; those of a subspace a second time for their transport.
-_EIGHT_BITS = (1400, 150)
-_EIGHT_BITS_LOW_RANK = (2800, 330)
+# What a step in eight bits adds, in bytes a number of a moment and operators a chunk of `CHUNK` of them: both moments
+# are decoded and encoded, those of a subspace a second time for their transport (tests/plan/test_eight_bits.py).
+_EIGHT_BITS = (154, 32)
+_EIGHT_BITS_LOW_RANK = (308, 64)
 _ADAMW_FLOPS = 30  # of an element, its root and division among them
 _ELEMENTS_A_LAUNCH = 20_000_000  # of torch's fused kernels: 320 blocks of 65536
 
@@ -97,21 +98,22 @@ def oasis_work(traced: FakeModel, bits: int = 32) -> list[Kernel]:
     found = [*(_adamw(count, dtype) for dtype, count in dense.items()), *low_rank_work(weights, bases), *of_tails]
     if bits == 8:
         states = [m * r for m, _, r, _ in weights]
-        found += eight_bit_work(sum(dense.values()), len(trained(traced.model)) - len(states), states)
+        found.append(eight_bit_work(sum(dense.values()), sum(states)))
     return found
 
 
-def eight_bit_work(dense: int, num_dense: int, states: Sequence[int]) -> list[Kernel]:
+def eight_bit_work(dense: int, low_rank: int) -> Kernel:
     """Return what states in eight bits add to a step. Small moments count as if they were kept in eight bits as well.
 
     Args:
-        dense, num_dense: numbers of all dense weights together, and how many weights they are.
-        states: numbers in a moment of each weight in a subspace.
+        dense: numbers of all dense weights together.
+        low_rank: numbers in a moment of all weights in subspaces together.
     """
-    (each, operators), (each_low, operators_low) = _EIGHT_BITS, _EIGHT_BITS_LOW_RANK
-    moved = float(each * dense + each_low * sum(states))
-    launches = operators * num_dense + operators_low * len(states)
-    return [Kernel("states in eight bits", Kind.FUSED, torch.float32, 0.0, moved, launches=launches)]
+    moved, launches = 0.0, 0
+    for numbers, (each, operators) in ((dense, _EIGHT_BITS), (low_rank, _EIGHT_BITS_LOW_RANK)):
+        moved += each * numbers
+        launches += operators * -(-numbers // CHUNK)
+    return Kernel("states in eight bits", Kind.FUSED, torch.float32, 0.0, moved, launches=launches)
 
 
 def low_rank_work(

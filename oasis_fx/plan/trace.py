@@ -132,7 +132,7 @@ def add_adapters(model: torch.nn.Module, rank: int) -> None:
     from transformers.pytorch_utils import Conv1D
 
     model.requires_grad_(False)
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
     adapted = 0
     for name, layer in list(model.named_modules()):
         path, _, last = name.rpartition(".")
