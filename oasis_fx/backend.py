@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -212,8 +213,20 @@ class OasisBackend:
             return None
         return (
             f"no weight matches {', '.join(map(repr, unmatched))} (include, exclude or rank): "
-            f"the weights of this graph are {', '.join(known)}"
+            f"the weights of this graph are {_some_of(known, unmatched)}"
         )
+
+
+_NAMES_SHOWN = 5
+
+
+def _some_of(names: Sequence[str], globs: Iterable[str]) -> str:
+    """List names of weights for a message: all of a few, of many those that are most like one of the globs."""
+    if len(names) <= _NAMES_SHOWN:
+        return ", ".join(names)
+    close = {name: None for glob in globs for name in get_close_matches(glob, names, n=2, cutoff=0.0)}
+    shown = list(dict.fromkeys([*close, *names]))[:_NAMES_SHOWN]
+    return f"{', '.join(shown)} and {len(names) - len(shown)} others: backend.report() lists them"
 
 
 def _rebuild(settings: dict[str, Any], inner_compile: Compiled | None) -> OasisBackend:

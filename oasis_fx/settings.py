@@ -24,6 +24,7 @@ DEFAULT_EXCLUDE = (
     "score.*",
     "*.score.*",
     "head.*",
+    "*.head.*",
     "classifier.*",
     "*.classifier.*",
     "output_projection.*",

@@ -12,7 +12,8 @@ _STEP = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.([A-Za-z]\w*)")
 # What is no step of a path: `torch.compile` wraps a module as ``_orig_mod``, and Dynamo reads some modules as
 # ``__dict__['_modules'][name]``.
 _NO_STEP = ("_orig_mod", "_modules", "_parameters")
-_ROOT = re.compile(r"^[LG]\['[^']*'\]")
+# The model may be the first argument of what wraps its forward, ``L['args'][0]``, as under Accelerate's bf16.
+_ROOT = re.compile(r"^[LG]\['(?:args'\]\[0\]|[^']*'\])")
 
 
 def weight_name(placeholder: fx.Node) -> str:
@@ -30,7 +31,7 @@ def weight_name(placeholder: fx.Node) -> str:
 
 def without_wrappers(path: str) -> str:
     """Drop the steps of a dotted path that the user's own model does not have."""
-    return ".".join(step for step in path.split(".") if step not in _NO_STEP)
+    return ".".join(step for step in path.removeprefix("[0].").split(".") if step not in _NO_STEP)
 
 
 def _from_placeholder(name: str) -> str:

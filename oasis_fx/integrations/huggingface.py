@@ -9,6 +9,7 @@ torchrun its gradients are averaged by `oasis_fx.distributed`, beside the Distri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def oasis_trainer(
     *,
     optimizer: type[torch.optim.Optimizer] = OasisAdamW,
     optimizer_options: dict[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Compile ``model`` in place for training in subspaces, and return keyword arguments for its `Trainer`.
@@ -37,10 +39,11 @@ def oasis_trainer(
         rank: as in `oasis_backend`.
         optimizer: the class of one of our optimizers.
         optimizer_options: further arguments of it, such as ``{"state_bits": 8}``, which override those of ``args``.
+        callbacks: of your own, for the trainer; `Trainer` takes one list of them, which ours has to be in.
         settings: further arguments of `oasis_backend`.
 
     Returns:
-        ``optimizer_cls_and_kwargs``, and ``callbacks`` with an `OasisCallback`.
+        ``optimizer_cls_and_kwargs``, and ``callbacks`` with an `OasisCallback` and those given, in order.
 
     Raises:
         ValueError: ``args`` asks for what does not go together with this: ``torch_compile``, DeepSpeed, FSDP, several
@@ -66,7 +69,7 @@ def oasis_trainer(
     model.compile(backend=backend)
     return {
         "optimizer_cls_and_kwargs": (optimizer, options | (optimizer_options or {})),
-        "callbacks": [OasisCallback(backend)],
+        "callbacks": [OasisCallback(backend), *callbacks],
     }
 
 

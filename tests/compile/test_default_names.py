@@ -8,9 +8,17 @@ import torch
 from oasis_fx import LowRankGrad, oasis_backend
 from oasis_fx.settings import Settings
 
-HEADS = ["lm_head", "model.lm_head", "embed_out", "gpt_neox.embed_out", "score", "model.score", "head", "classifier",
-         "model.classifier", "output_projection", "decoder.output_projection"]  # fmt: skip
-OTHERS = ["model.layers.0.mlp.up_proj", "heads.0", "blocks.0.head", "scores", "lm_head_norm", "classifiers.0", "q_proj"]
+HEADS = ["lm_head", "model.lm_head", "embed_out", "gpt_neox.embed_out", "score", "model.score", "head", "model.head",
+         "classifier",          "model.classifier", "output_projection", "decoder.output_projection"]  # fmt: skip
+OTHERS = [
+    "model.layers.0.mlp.up_proj",
+    "heads.0",
+    "blocks.0.heads",
+    "scores",
+    "lm_head_norm",
+    "classifiers.0",
+    "q_proj",
+]
 
 
 @pytest.mark.parametrize("name", HEADS)

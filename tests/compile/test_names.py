@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from oasis_fx.compile.names import _from_placeholder
+from oasis_fx import oasis_backend
+from oasis_fx.compile import names
+from oasis_fx.compile.names import _from_placeholder, weight_name
 
 
 @pytest.mark.parametrize(
@@ -22,3 +25,27 @@ from oasis_fx.compile.names import _from_placeholder
 )
 def test_from_a_placeholder(placeholder, name) -> None:
     assert _from_placeholder(placeholder) == name
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("L['self']._modules['fc']._parameters['weight']", "fc.weight"),
+        ("L['args'][0]._modules['model']._modules['fc']._parameters['weight']", "model.fc.weight"),  # Accelerate, bf16
+        ("L['args'][1]._modules['fc']._parameters['weight']", "1.fc.weight"),
+        ("L['models'][0]._modules['fc']._parameters['weight']", "0.fc.weight"),
+        ("L['self']._modules['0']._parameters['weight']", "0.weight"),
+    ],
+)
+def test_from_a_source(monkeypatch, source, name) -> None:
+    monkeypatch.setattr(names, "input_source", lambda placeholder: source)
+    assert weight_name(None) == name
+
+
+def test_a_glob_without_a_match_is_told_with_a_few_names() -> None:
+    net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(40)))
+    compiled = torch.compile(net, backend=oasis_backend(rank=2, include=["17.wait"], inner="aot_eager"))
+    with pytest.raises(ValueError, match=r"no weight matches '17\.wait'") as found:
+        compiled(torch.randn(2, 4))
+    message = str(found.value)
+    assert "17.weight" in message and "35 others: backend.report() lists them" in message and len(message) < 250

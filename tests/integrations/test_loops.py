@@ -159,3 +159,20 @@ def test_trl(tmp_path) -> None:
     again, found = run(seed=3, resume=str(tmp_path / f"checkpoint-{STOP}"))
     assert again == losses
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_names_under_accelerate_s_mixed_precision_are_those_of_the_model() -> None:
+    """So that globs match, and output heads are left alone."""
+    accelerate = pytest.importorskip("accelerate")
+    torch._dynamo.reset()
+    accelerate.state.AcceleratorState._reset_state(True)
+    model = tiny.model()
+    backend = oasis_backend({"model.layers.0.*": RANK}, inner="aot_eager")
+    model.compile(backend=backend)
+    model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    batch = next(iter(loader()))
+    model(**batch).loss.backward()
+    names = {row.name for graph in backend.report() for row in (*graph.rows, *graph.skipped)}
+    assert names <= {name for name, _ in model.named_parameters()}
+    assert isinstance(model.model.layers[0].mlp.up_proj.weight.grad, LowRankGrad)
+    accelerate.state.AcceleratorState._reset_state(True)

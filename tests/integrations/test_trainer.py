@@ -148,3 +148,21 @@ def test_what_does_not_go_together_is_refused(tmp_path) -> None:
         oasis_trainer(tiny.model(), args)
     with pytest.raises(ValueError, match="rank is 0"):
         oasis_trainer(tiny.model(), TrainingArguments(str(tmp_path), use_cpu=True), rank=0)
+
+
+def test_callbacks_of_the_user_are_called_beside_ours(tmp_path) -> None:
+    steps = []
+
+    class Mine(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            steps.append(state.global_step)
+
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1
+    )
+    model = tiny.model()
+    ours = oasis_trainer(model, args, 8, inner="aot_eager", callbacks=[Mine()])
+    run = Trainer(model=model, args=args, train_dataset=tiny.examples(16), **ours)
+    run.train()
+    assert steps == [1, 2]
+    assert "oasis/mean/captured_energy" in run.state.log_history[0]
