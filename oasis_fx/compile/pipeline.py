@@ -21,6 +21,7 @@ from oasis_fx.compile.runtime_inputs import describe_runtime_inputs
 from oasis_fx.graph.facts import DynamoFacts, JointFacts, LiftedWeight
 from oasis_fx.graph.verifier import check_graph
 from oasis_fx.passes.early_statistics import early_statistics
+from oasis_fx.passes.embedding_gradients import embedding_gradients
 from oasis_fx.passes.find_weight_gradients import find_weight_gradients
 from oasis_fx.passes.inline_regions import inline_regions
 from oasis_fx.passes.keep_changed_inputs import keep_changed_inputs
@@ -47,10 +48,11 @@ def dynamo_passes(example_inputs: Sequence[Any], settings: Settings) -> tuple[Pa
 
 
 def joint_passes(lifted: Sequence[LiftedWeight]) -> tuple[Pass[JointFacts], ...]:
-    """List what happens to the joint graph: low-rank gradients take the place of dense ones."""
+    """List what happens to the joint graph: low-rank gradients take the place of dense ones, embeddings need less."""
+    low_rank: tuple[Pass[JointFacts], ...] = (find_weight_gradients, project_activations, low_rank_gradients)
     if any(weight.rule.of_gradient for weight in lifted):
-        return (find_dense_gradients, project_gradients, remove_dead_code)  # G = dW Q
-    return (find_weight_gradients, project_activations, low_rank_gradients, remove_dead_code)  # G = dY^T X Q
+        low_rank = (find_dense_gradients, project_gradients)  # G = dW Q, and not dY^T X Q
+    return (*low_rank, remove_dead_code, embedding_gradients)
 
 
 def partition_passes(budget: int | float | None, partition: Partitioner) -> tuple[Pass[JointFacts], ...]:
