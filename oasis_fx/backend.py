@@ -226,7 +226,7 @@ def _some_of(names: Sequence[str], globs: Iterable[str]) -> str:
         return ", ".join(names)
     close = {name: None for glob in globs for name in get_close_matches(glob, names, n=2, cutoff=0.0)}
     shown = list(dict.fromkeys([*close, *names]))[:_NAMES_SHOWN]
-    return f"{', '.join(shown)} and {len(names) - len(shown)} others: backend.report() lists them"
+    return f"{', '.join(shown)} and {len(names) - len(shown)} others; names are those of model.named_parameters()"
 
 
 def _rebuild(settings: dict[str, Any], inner_compile: Compiled | None) -> OasisBackend:

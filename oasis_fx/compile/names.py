@@ -12,8 +12,9 @@ _STEP = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.([A-Za-z]\w*)")
 # What is no step of a path: `torch.compile` wraps a module as ``_orig_mod``, and Dynamo reads some modules as
 # ``__dict__['_modules'][name]``.
 _NO_STEP = ("_orig_mod", "_modules", "_parameters")
-# The model may be the first argument of what wraps its forward, ``L['args'][0]``, as under Accelerate's bf16.
-_ROOT = re.compile(r"^[LG]\['(?:args'\]\[0\]|[^']*'\])")
+# Where the model itself begins. Its forward may be a bound method that something wraps, ``L['o'].f.__self__``, or the
+# model may be an argument: ``L['args'][0]``, as under Accelerate's bf16, or ``L['fn'].args[0]`` of `functools.partial`.
+_ROOT = re.compile(r"^[LG]\['[^']*'\](?:.*\.__self__(?=\.)|\.args\[\d+\]|(?<=\['args'\])\[\d+\])?")
 
 
 def weight_name(placeholder: fx.Node) -> str:
@@ -25,13 +26,18 @@ def weight_name(placeholder: fx.Node) -> str:
     source = input_source(placeholder)
     if source is None:
         return _from_placeholder(placeholder.name)
-    path = [next(part for part in match if part) for match in _STEP.findall(_ROOT.sub("", source))]
+    path = [next(part for part in match if part) for match in _STEP.findall(without_root(source))]
     return without_wrappers(".".join(path)) or placeholder.name
+
+
+def without_root(source: str) -> str:
+    """Drop the front of a source text of Dynamo's, up to the model: ``L['self']``, ``L['args'][0]``."""
+    return _ROOT.sub("", source)
 
 
 def without_wrappers(path: str) -> str:
     """Drop the steps of a dotted path that the user's own model does not have."""
-    return ".".join(step for step in path.removeprefix("[0].").split(".") if step not in _NO_STEP)
+    return ".".join(step for step in path.split(".") if step not in _NO_STEP)
 
 
 def _from_placeholder(name: str) -> str:

@@ -14,14 +14,13 @@ from torch import fx
 
 from oasis_fx._torch.joint_graphs import gradient_positions, input_placeholders, is_tangent
 from oasis_fx.compile.joint import Trace
-from oasis_fx.compile.names import without_wrappers
+from oasis_fx.compile.names import without_root, without_wrappers
 from oasis_fx.graph.edits import aten, outputs, prims, value
 from oasis_fx.graph.facts import LiftedWeight
 from oasis_fx.graph.runtime_inputs import RuntimeInputs
 from oasis_fx.memory.node_costs import value_bytes
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
-_ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")  # what Dynamo calls the compiled module
 # What computes P from X and Q, and what Q goes through before.
 _PROJECTIONS = (aten.mm.default, aten.bmm.default, aten.convolution.default)
 _MADE_OF_ITS_FIRST_INPUT = (
@@ -78,8 +77,8 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""
-    path = _ROOT.sub("", str(list(stack.values())[-1][0])).partition("@")[0]  # "@1": the module's second call
-    return without_wrappers(path)
+    path = without_root(str(list(stack.values())[-1][0])).lstrip(".")
+    return without_wrappers(path.partition("@")[0])  # "@1": the module's second call
 
 
 def source_line(node: fx.Node) -> str:

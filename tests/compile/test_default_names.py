@@ -9,7 +9,7 @@ from oasis_fx import LowRankGrad, oasis_backend
 from oasis_fx.settings import Settings
 
 HEADS = ["lm_head", "model.lm_head", "embed_out", "gpt_neox.embed_out", "score", "model.score", "head", "model.head",
-         "classifier",          "model.classifier", "output_projection", "decoder.output_projection"]  # fmt: skip
+         "classifier", "model.classifier", "output_projection", "decoder.output_projection"]  # fmt: skip
 OTHERS = [
     "model.layers.0.mlp.up_proj",
     "heads.0",

@@ -32,7 +32,10 @@ def test_from_a_placeholder(placeholder, name) -> None:
     [
         ("L['self']._modules['fc']._parameters['weight']", "fc.weight"),
         ("L['args'][0]._modules['model']._modules['fc']._parameters['weight']", "model.fc.weight"),  # Accelerate, bf16
-        ("L['args'][1]._modules['fc']._parameters['weight']", "1.fc.weight"),
+        ("L['args'][1]._modules['fc']._parameters['weight']", "fc.weight"),
+        ("L['fn'].args[0]._modules['fc']._parameters['weight']", "fc.weight"),  # functools.partial
+        ("L['wrapper'].forward.__self__._modules['fc']._parameters['weight']", "fc.weight"),
+        ("L['self'].model._modules['fc']._parameters['weight']", "model.fc.weight"),
         ("L['models'][0]._modules['fc']._parameters['weight']", "0.fc.weight"),
         ("L['self']._modules['0']._parameters['weight']", "0.weight"),
     ],
@@ -48,4 +51,5 @@ def test_a_glob_without_a_match_is_told_with_a_few_names() -> None:
     with pytest.raises(ValueError, match=r"no weight matches '17\.wait'") as found:
         compiled(torch.randn(2, 4))
     message = str(found.value)
-    assert "17.weight" in message and "35 others: backend.report() lists them" in message and len(message) < 250
+    assert "17.weight" in message and "35 others; names are those of model.named_parameters()" in message
+    assert len(message) < 250
