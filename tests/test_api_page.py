@@ -1,4 +1,4 @@
-"""docs/api.md lists every public name, and every name and keyword of ours that README uses."""
+"""docs/api.md lists every public name, and every name and keyword of ours that README and docs/usage.md use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import oasis_fx
 import oasis_fx.rules
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/usage.md"))
 ENTRIES = {
     name: re.findall(r"\w+", members or "")
     for name, members in re.findall(
