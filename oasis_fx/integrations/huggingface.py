@@ -3,21 +3,25 @@
     arguments = TrainingArguments("out", learning_rate=1e-4, bf16=True)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, **oasis_trainer(model, arguments, rank=32))
 
+TRL's trainers of preferences and rewards are given to it by their class: ``oasis_trainer(..., trainer=DPOTrainer)``.
+
 The model is compiled in place: names of weights, saving, `load_best_model_at_end` and resuming are as without us. Under
 torchrun its gradients are averaged by `oasis_fx.distributed`, beside the DistributedDataParallel that `Trainer` makes.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from oasis_fx.backend import OasisBackend, oasis_backend
 from oasis_fx.distributed import prepare
 from oasis_fx.runtime.optim.adamw import OasisAdamW
+from oasis_fx.runtime.optim.base import SubspaceOptimizer
 from oasis_fx.settings import Rank
 
 
@@ -29,6 +33,7 @@ def oasis_trainer(
     optimizer: type[torch.optim.Optimizer] = OasisAdamW,
     optimizer_options: dict[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    trainer: type[Trainer] = Trainer,
     **settings: Any,
 ) -> dict[str, Any]:
     """Compile ``model`` in place for training in subspaces, and return keyword arguments for its `Trainer`.
@@ -40,15 +45,21 @@ def oasis_trainer(
         optimizer: the class of one of our optimizers.
         optimizer_options: further arguments of it, such as ``{"state_bits": 8}``, which override those of ``args``.
         callbacks: of your own, for the trainer; `Trainer` takes one list of them, which ours has to be in.
+        trainer: the class that gets what this returns, such as TRL's ``DPOTrainer``, ``GRPOTrainer`` or ``KTOTrainer``.
         settings: further arguments of `oasis_backend`.
 
     Returns:
-        ``optimizer_cls_and_kwargs``, and ``callbacks`` with an `OasisCallback` and those given, in order.
+        ``callbacks`` with an `OasisCallback` and those given, in order; ``optimizer_cls_and_kwargs``, from which the
+        trainer makes its optimizer. Where ``trainer`` takes no such argument: ``optimizers`` with an optimizer of the
+        parameters that require gradients now, in the two groups that `Trainer` makes (no weight decay for biases and
+        norms), and None, for which the trainer makes its scheduler.
 
     Raises:
-        ValueError: ``args`` asks for what does not go together with this: ``torch_compile``, DeepSpeed, FSDP, several
-            GPUs in one process; or a setting has a value that `oasis_backend` refuses.
+        ValueError: ``optimizer`` is not the class of one of our optimizers; ``args`` asks for what does not go together
+            with this: ``torch_compile``, DeepSpeed, FSDP, several GPUs in one process; or a setting has a value that
+            `oasis_backend` refuses.
     """
+    _check_optimizer(optimizer)
     if args.torch_compile:
         raise ValueError("torch_compile is True: leave it False, the model is compiled by oasis_trainer")
     for name in ("deepspeed", "fsdp"):
@@ -67,14 +78,58 @@ def oasis_trainer(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         prepare(model)
     model.compile(backend=backend)
-    return {
-        "optimizer_cls_and_kwargs": (optimizer, options | (optimizer_options or {})),
-        "callbacks": [OasisCallback(backend), *callbacks],
-    }
+    options |= optimizer_options or {}
+    ours: dict[str, Any] = {"callbacks": _BeforeReporters([OasisCallback(backend), *callbacks])}
+    if _takes(trainer, "optimizer_cls_and_kwargs"):
+        return {"optimizer_cls_and_kwargs": (optimizer, options), **ours}
+    return {"optimizers": (optimizer(_groups(model, args.weight_decay), **options), None), **ours}
+
+
+def _check_optimizer(given: object) -> None:
+    """Refuse what is no class of an optimizer of ours.
+
+    Raises:
+        ValueError: the message names ``given``, and what is allowed.
+    """
+    if not (isinstance(given, type) and issubclass(given, SubspaceOptimizer)):
+        raise ValueError(
+            f"optimizer is {given!r}: it must be the class of one of our optimizers, such as oasis_fx.OasisAdamW; "
+            "for moments in eight bits add optimizer_options={'state_bits': 8}"
+        )
+
+
+def _takes(trainer: type[Trainer], argument: str) -> bool:
+    """Whether the constructor of a trainer has an argument, or hands all that it is given on."""
+    parameters = inspect.signature(trainer.__init__).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    decays = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # it does not read itself
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    return [
+        {"params": [weight for name, weight in named if name in decays], "weight_decay": weight_decay},
+        {"params": [weight for name, weight in named if name not in decays], "weight_decay": 0.0},
+    ]
+
+
+class _BeforeReporters(list[Any]):
+    """Callbacks that come before those that a trainer has by default, in ``defaults + callbacks``.
+
+    `Trainer` calls callbacks in their order and its reporters (wandb, TensorBoard, trackio) are among its defaults:
+    what one of ours adds to a log has to be there before they read it, and no other hook comes between.
+    """
+
+    def __radd__(self, defaults: list[Any]) -> list[Any]:
+        return [*self[:1], *defaults, *self[1:]]
 
 
 class OasisCallback(TrainerCallback):
-    """A callback that adds the means of `OasisBackend.stats` to `trainer.state.log_history`, as ``oasis/mean/...``.
+    """A callback that adds the means of `OasisBackend.stats` to logs with a loss, as ``oasis/mean/...``.
+
+    They are in `trainer.state.log_history`, and reach the callbacks that come after this one. What `oasis_trainer`
+    returns puts it first, before the trainer's reporters (``report_to``: wandb, TensorBoard, trackio). Where its list
+    was joined with another, as in ``[*ours["callbacks"], mine]``, it comes after them: give `oasis_trainer` yours.
 
     Attributes:
         backend: the backend of the model, for its `report()` and the whole of its `stats()`.
@@ -83,8 +138,34 @@ class OasisCallback(TrainerCallback):
     def __init__(self, backend: OasisBackend) -> None:
         self.backend = backend
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the means to the latest entry of the log, where that has a loss."""
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: torch.nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse an optimizer that does not have every parameter that requires a gradient.
+
+        Raises:
+            ValueError: the message names one that it lacks, such as an adapter that was added after the optimizer.
+        """
+        if model is None or optimizer is None:
+            return
+        known = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        lacking = [name for name, w in model.named_parameters() if w.requires_grad and id(w) not in known]
+        if lacking:
+            raise ValueError(
+                f"{len(lacking)} parameters require gradients and are not in the optimizer, the first is {lacking[0]}: "
+                "add adapters and unfreeze weights before oasis_trainer, and give it that model"
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the means to a log, and to the latest entry of the history, where that has a loss."""
         if state.log_history and "loss" in state.log_history[-1]:
-            found = self.backend.stats().flat()
-            state.log_history[-1].update({k: v for k, v in found.items() if k.startswith("oasis/mean/")})
+            found = {k: v for k, v in self.backend.stats().flat().items() if k.startswith("oasis/mean/")}
+            state.log_history[-1].update(found)
+            if logs is not None:  # what reporters read; the history has a copy
+                logs.update(found)
