@@ -27,9 +27,15 @@ if TYPE_CHECKING:  # these load Inductor
 Compiled = Callable[..., Any]
 
 
+_NOT_CALLED = (
+    "backend is oasis_backend itself, which makes a backend: call it, as in "
+    "torch.compile(model, backend=oasis_backend(rank=32))"
+)
+
+
 def oasis_backend(
     rank: Rank = 32,
-    *,
+    *given: Any,
     subspace: str | Rule = "oja",
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
@@ -50,6 +56,7 @@ def oasis_backend(
     W[m,n] is ``dW @ Q`` (m x rank), for the basis Q[n,rank] of the activation that the layer reads.
 
     Args:
+        given: nothing; what `torch.compile` gives, where ``backend=oasis_backend`` was written without a call.
         rank: the number of columns of each basis: a whole number from 1 (more than in_features means all of them), a
             fraction of in_features between 0 and 1, `AutoRank` of such a fraction, which is shared out over the
             weights during training, or a dict of globs over weight names to numbers, where the first glob that
@@ -79,6 +86,10 @@ def oasis_backend(
         ValueError: an argument has a value that is not allowed, or the rule has no use for a setting. The message names
             the argument, its value, and what is allowed.
     """
+    if isinstance(rank, fx.GraphModule):
+        return _raise_when_called(ValueError(_NOT_CALLED))  # type: ignore[return-value]  # torch takes it for a graph
+    if given:
+        raise ValueError(f"oasis_backend got {given!r} after the rank: other settings are given by their names")
     settings = Settings(
         rank=rank_without_text(rank),
         subspace=rule_with(subspace, subspace_lr, subspace_every),
@@ -251,8 +262,13 @@ def oasis(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> C
 
     `options` of `torch.compile` are Inductor's.
     """
+    return default_backend()(gm, example_inputs, **kwargs)
+
+
+def default_backend() -> OasisBackend:
+    """Return the backend that ``torch.compile(model, backend="oasis")`` uses, for its `report()` and `stats()`."""
     global _default_backend
     with _default_lock:
         if _default_backend is None:
             _default_backend = oasis_backend()
-    return _default_backend(gm, example_inputs, **kwargs)
+    return _default_backend

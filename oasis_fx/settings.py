@@ -76,6 +76,11 @@ class Settings:
             raise ValueError(f"stats is {self.stats!r}: it must be True or False")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
+        if mistaken := sorted((set(self.__dataclass_fields__) - {"options", "memory_budget"}) & set(self.options)):
+            raise ValueError(
+                f"options names {', '.join(map(repr, mistaken))}: options are Inductor's, and settings of oasis_fx are "
+                f"given by backend=oasis_backend({mistaken[0]}=...)"
+            )
         if "custom_partitioner_fn" in self.options:
             raise ValueError("options names 'custom_partitioner_fn': remove it, oasis_fx sets a partitioner of its own")
 

@@ -20,9 +20,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from oasis_fx.backend import OasisBackend, oasis_backend
 from oasis_fx.distributed import prepare
+from oasis_fx.errors import warn_user
 from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.optim.base import SubspaceOptimizer
 from oasis_fx.settings import Rank
+
+_ORDINARY = ("adamw_torch", "adamw_torch_fused")  # what `TrainingArguments` has where nobody chose
 
 
 def oasis_trainer(
@@ -40,7 +43,8 @@ def oasis_trainer(
 
     Args:
         model: of any kind that `Trainer` takes; its `forward` is compiled, also for evaluation.
-        args: where learning rate, betas, epsilon and weight decay are taken from; ``optim`` is ignored.
+        args: where learning rate, betas, epsilon and weight decay are taken from; another ``optim`` than AdamW is
+            warned of and not used.
         rank: as in `oasis_backend`.
         optimizer: the class of one of our optimizers.
         optimizer_options: further arguments of it, such as ``{"state_bits": 8}``, which override those of ``args``.
@@ -69,6 +73,12 @@ def oasis_trainer(
         raise ValueError(
             f"n_gpu is {args.n_gpu}: several GPUs need a process each, torchrun --nproc-per-node {args.n_gpu}; "
             "or show one GPU only, with CUDA_VISIBLE_DEVICES"
+        )
+    asked = str(getattr(args.optim, "value", args.optim))
+    if asked not in _ORDINARY:
+        warn_user(
+            f"optim is {asked!r} and is not used: {optimizer.__name__} steps this model. Leave optim out; for moments "
+            "in eight bits give oasis_trainer optimizer_options={'state_bits': 8}"
         )
     options: dict[str, Any] = {"lr": args.learning_rate}
     if optimizer is OasisAdamW:

@@ -65,6 +65,11 @@ class SubspaceOptimizer(Algorithm):
         if group.get("state_bits", 32) != 32:
             raise ValueError(f"{what}: state_bits must be 32, it is {group['state_bits']}")
 
+    def __repr__(self) -> str:
+        """Show the settings of each group, without what the optimizer itself counts there."""
+        lines = super().__repr__().splitlines()
+        return "\n".join(line for line in lines if line.split(":")[0].strip() not in ("step_count", "rank_plans"))
+
     @property
     def num_skipped_steps(self) -> int:
         """Number of steps left out because a gradient was not finite. Reading it waits for the device."""

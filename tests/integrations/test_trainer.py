@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from oasis_fx import LowRankGrad, OasisAdamW, OasisLion, OasisSGD
+from oasis_fx import LowRankGrad, OasisAdamW, OasisLion, OasisSGD, OasisWarning
 from oasis_fx.integrations.huggingface import OasisCallback, oasis_trainer
 
 from . import tiny
@@ -166,3 +166,13 @@ def test_callbacks_of_the_user_are_called_beside_ours(tmp_path) -> None:
     run.train()
     assert steps == [1, 2]
     assert "oasis/mean/captured_energy" in run.state.log_history[0]
+
+
+def test_optimizers_that_would_not_be_used(tmp_path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    for wrong in ("adamw", torch.optim.AdamW):
+        with pytest.raises(ValueError, match=r"optimizer is .*must be the class of one of our optimizers"):
+            oasis_trainer(tiny.model(), args, optimizer=wrong)
+    args.optim = "adamw_bnb_8bit"
+    with pytest.warns(OasisWarning, match=r"optim is 'adamw_bnb_8bit' and is not used.*'state_bits': 8"):
+        oasis_trainer(tiny.model(), args)
