@@ -62,11 +62,12 @@ def _read_sum(node: Any) -> _Sum | None:
     """Read a sum into a new float32 table that nothing else reads."""
     if not isinstance(node, fx.Node) or len(node.users) != 1:
         return None
+    arguments: Any = node.args
     mask = None
     if node.target is aten._unsafe_masked_index_put_accumulate.default:
-        table, mask, indices, rows = node.args
-    elif node.target in _PUTS and len(node.args) == 4 and node.args[3] is True:
-        table, indices, rows = node.args[:3]
+        table, mask, indices, rows = arguments
+    elif node.target in _PUTS and len(arguments) == 4 and arguments[3] is True:
+        table, indices, rows = arguments[:3]
     else:
         return None
     if not _is_zero(table) or value(table).dtype != torch.float32 or len(indices) != 1 or indices[0] is None:
