@@ -28,6 +28,7 @@ from oasis_fx.runtime.optim.group_settings import (
     check_numbers,
     check_rounding,
     learning_rate,
+    refuse_torch_options,
     rename_settings,
     rounds_stochastically,
 )
@@ -69,10 +70,13 @@ class OasisAdamW(SubspaceOptimizer):
             torchao. A setting of a group; for weights whose moments have not begun.
         residual, full_rank: what `step_outside_subspace` and `full_size_states` were called until 0.2; they go with
             the next release.
+        of_torch: further options of `torch.optim.AdamW`, at values that ask for nothing that is not there, such as
+            ``fused=True``.
 
     Settings of groups are read at every step: schedulers may set them, or change tensors in place.
 
     Raises:
+        TypeError: an option is neither ours nor torch's.
         ValueError: a setting has a value that is not allowed, or torchao is asked for and missing. Raised here, in
             `add_param_group`, and at the next step where it was set in ``param_groups``.
 
@@ -101,7 +105,9 @@ class OasisAdamW(SubspaceOptimizer):
         state_bits: int = 32,
         residual: bool | None = None,
         full_rank: bool | None = None,
+        **of_torch: Any,
     ) -> None:
+        refuse_torch_options("OasisAdamW", of_torch)
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -93,6 +93,38 @@ def check_bits(group: Mapping[str, Any]) -> None:
         raise ValueError(f"state_bits is {bits!r}: it must be 8 or 32")
 
 
+# Options of torch's AdamW that ours has not: values that change nothing, and why there are no others.
+_OF_TORCH: dict[str, tuple[tuple[Any, ...], str]] = {
+    "fused": ((None, True), "its step is fused wherever it runs"),
+    "foreach": ((None,), "its step is fused wherever it runs"),
+    "amsgrad": ((False,), "a maximum of second moments cannot be transported to another basis"),
+    "maximize": ((False,), "negate the loss"),
+    "capturable": ((False,), "a step cannot be captured in a CUDA graph, as bases and their versions change with it"),
+    "differentiable": ((False,), "a step is not differentiable"),
+}
+
+
+def refuse_torch_options(optimizer: str, given: Mapping[str, Any]) -> None:
+    """Refuse options of `torch.optim.AdamW` that an optimizer of ours does not have.
+
+    Args:
+        optimizer: its name, for messages.
+        given: options by name.
+
+    Raises:
+        TypeError: torch has no such option either.
+        ValueError: an option asks for what there is not; the message says what is allowed, and why.
+    """
+    for name, value in given.items():
+        if name not in _OF_TORCH:
+            raise TypeError(f"{optimizer} got an unexpected keyword argument {name!r}")
+        allowed, why = _OF_TORCH[name]
+        if not any(value is one for one in allowed):
+            raise ValueError(
+                f"{name} is {value!r}: {optimizer} takes {' or '.join(map(repr, allowed))} alone ({why}); leave it out"
+            )
+
+
 def rounds_stochastically(group: Mapping[str, Any], dtype: torch.dtype) -> bool:
     """Return whether weights of a dtype are rounded at random: bfloat16 is, unless the group turns it off."""
     return dtype == torch.bfloat16 and group["stochastic_rounding"] is not False

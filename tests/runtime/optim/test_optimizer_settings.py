@@ -155,3 +155,21 @@ def test_the_step_count_of_a_checkpoint_may_have_its_old_name() -> None:
     restored = OasisAdamW.__new__(OasisAdamW)
     restored.__setstate__(pickled)
     assert restored.param_groups[0]["step_count"] == 3 and "rounding_seed" not in restored.param_groups[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("amsgrad", True), ("fused", False), ("foreach", True), ("maximize", True), ("capturable", True)],
+)
+def test_options_of_torch_that_are_not_there_are_refused_with_the_reason(option, value) -> None:
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    with pytest.raises(ValueError, match=rf"{option} is {value}: OasisAdamW takes .* alone \(.*\); leave it out"):
+        OasisAdamW(weights, **{option: value})
+
+
+def test_options_of_torch_that_change_nothing_are_taken() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    plain = OasisAdamW(weights).defaults
+    assert OasisAdamW(weights, fused=True, amsgrad=False, foreach=None, maximize=False).defaults == plain
+    with pytest.raises(TypeError, match="unexpected keyword argument 'amsgard'"):
+        OasisAdamW(weights, amsgard=True)
