@@ -30,11 +30,14 @@ class Count(TorchDispatchMode):
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    rows = [[dtype, *count(dtype, kernels)] for dtype in ("float32", "bfloat16") for kernels in (False, True)]
-    print(tabulate(rows, ["weights", "operators", "kernels of ours"], tablefmt="github"))
+    cases = [
+        (dtype, bits, kernels) for dtype in ("float32", "bfloat16") for bits in (32, 8) for kernels in (False, True)
+    ]
+    rows = [[dtype, bits, *count(dtype, bits, kernels)] for dtype, bits, kernels in cases]
+    print(tabulate(rows, ["weights", "bits of states", "operators", "kernels of ours"], tablefmt="github"))
 
 
-def count(dtype: str, kernels: bool) -> tuple[int, int]:
+def count(dtype: str, bits: int, kernels: bool) -> tuple[int, int]:
     """Of the fourth step of a Llama of 8 blocks; kernels are counted, not run."""
     launches: list[int] = []
     made = dispatch.Kernels(lambda *_, **__: launches.append(1), lambda *_, **__: launches.append(1))
@@ -45,7 +48,7 @@ def count(dtype: str, kernels: bool) -> tuple[int, int]:
     model, batch = models.build(args)
     torch._dynamo.reset()
     model.compile(backend=oasis_backend(rank=32, inner="aot_eager"))
-    optimizer = OasisAdamW(model.parameters(), lr=1e-5)
+    optimizer = OasisAdamW(model.parameters(), lr=1e-5, state_bits=bits)
     for _ in range(4):
         model(**batch).loss.backward()
         launches.clear()

@@ -105,41 +105,42 @@ def in_float32(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Ite
 
 @dataclass(frozen=True)
 class _Codes:
-    """The codes of one state of several weights, one after the other.
+    """The codes of one state of several weights.
 
     Attributes:
         tensors: the codes of each weight, uint8.
         scales: float32, of each block of each weight.
+        joined, joined_scales: all of them in one buffer each, as their `Layout` has it.
         signed: whether the state has negative numbers.
     """
 
     tensors: list[torch.Tensor]
     scales: list[torch.Tensor]
+    joined: torch.Tensor
+    joined_scales: torch.Tensor
     signed: bool
 
     @classmethod
     def of(cls, states: Sequence[Mapping[str, Any]], name: str) -> _Codes:
-        return cls([state[name] for state in states], [state[f"{name}_scale"] for state in states], SIGNED[name])
+        tensors, scales = ([state[key] for state in states] for key in (name, f"{name}_scale"))
+        return cls(tensors, scales, Layout(tensors).join(tensors), Layout(scales).join(scales), SIGNED[name])
 
     def values(self) -> torch.Tensor:
         """Return what the codes stand for, float32 [total]."""
         from torchao.optim.quant_utils import dequant_with_qmap
 
-        table = _table(self.signed, self.tensors[0].device)
-        codes, scales = Layout(self.tensors).join(self.tensors), Layout(self.scales).join(self.scales)
-        return dequant_with_qmap(codes, table, scales)  # type: ignore[no-any-return]
+        table = _table(self.signed, self.joined.device)
+        return dequant_with_qmap(self.joined, table, self.joined_scales)  # type: ignore[no-any-return]
 
     def store(self, values: torch.Tensor, before: torch.Tensor) -> None:
         """Encode numbers into these codes, in place, but for the blocks that are as they were before."""
-        new_codes, new_scales = encode(values, self.signed)
+        codes, scales = encode(values, self.signed)
         # Read by nobody here: a GPU's host does not wait for it.
         changed = (values != before).view(-1, BLOCK).any(dim=1)
-        for kept, new in ((self.tensors, new_codes), (self.scales, new_scales)):
-            layout = Layout(kept)
-            present = layout.join(kept)
-            blocks = new.view(len(changed), -1), present.view(len(changed), -1)
-            stored = torch.where(changed[:, None], *blocks).flatten()
-            torch._foreach_copy_(kept, layout.parts(stored))
+        codes = torch.where(changed[:, None], codes.view(-1, BLOCK), self.joined.view(-1, BLOCK)).flatten()
+        scales = torch.where(changed, scales, self.joined_scales)
+        torch._foreach_copy_(self.tensors, Layout(self.tensors).parts(codes))
+        torch._foreach_copy_(self.scales, Layout(self.scales).parts(scales))
 
 
 def encode(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
