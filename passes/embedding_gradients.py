@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from oasis_fx.graph.edits import aten, insert_before, prims, shape, value
 from oasis_fx.graph.facts import JointFacts
@@ -72,9 +73,17 @@ def _read_sum(node: Any) -> _Sum | None:
         return None
     if not _is_zero(table) or value(table).dtype != torch.float32 or len(indices) != 1 or indices[0] is None:
         return None
-    if value(indices[0]).dtype != torch.int64 or tuple(shape(rows)[value(indices[0]).dim() :]) != shape(table)[1:]:
+    read, rest = shape(indices[0]), shape(table)[1:]
+    if value(indices[0]).dtype != torch.int64 or not _equal(shape(rows), (*read, *rest)):
+        return None
+    if mask is not None and not _equal(shape(mask), (*read, *[1] * len(rest))):
         return None
     return _Sum(node, indices[0], rows, mask)
+
+
+def _equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be equal, without a guard on sizes that vary."""
+    return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
 
 
 def _is_zero(node: Any) -> bool:

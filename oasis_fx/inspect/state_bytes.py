@@ -71,7 +71,13 @@ def state_bytes(record: CompiledGraph, trace: Trace, bits: int = 32) -> StateByt
 
 
 def moment_bytes(numbers: int, dtype: torch.dtype, bits: int) -> int:
-    """Count the bytes of a moment of so many numbers: in its dtype, or as codes with a float32 scale for each block."""
+    """Count the bytes of one moment, in its own dtype or as eight-bit codes with a float32 scale for each block.
+
+    Args:
+        numbers: how many the moment has.
+        dtype: of the moment where it is not kept in codes.
+        bits: 32 or 8, as ``state_bits`` of `OasisAdamW`.
+    """
     if bits == 32 or numbers < SMALLEST or numbers % BLOCK or dtype == torch.float64:
         return numbers * dtype.itemsize
     return numbers + 4 * (numbers // BLOCK)

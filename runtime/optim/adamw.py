@@ -70,7 +70,7 @@ class OasisAdamW(SubspaceOptimizer):
             torchao. A setting of a group; for weights whose moments have not begun.
         residual, full_rank: what `step_outside_subspace` and `full_size_states` were called until 0.2; they go with
             the next release.
-        of_torch: further options of `torch.optim.AdamW`, at values that ask for nothing that is not there, such as
+        of_torch: further options of `torch.optim.AdamW`. Each is accepted at a value that changes nothing here, such as
             ``fused=True``.
 
     Settings of groups are read at every step: schedulers may set them, or change tensors in place.
@@ -202,7 +202,6 @@ class OasisAdamW(SubspaceOptimizer):
 
     def step_dense(self, updates: Sequence[DenseUpdate], step: Step[AdamWSettings]) -> None:
         coded = [piece for update in updates if _in_codes(update.state) for piece in pieces(update)]
-        coded.sort(key=lambda update: str(update.weight.dtype))
         for chunk in in_chunks(coded, [update.weight.numel() for update in coded]):
             with in_float32([update.state for update in chunk], self.states) as states:
                 step_in_float32([replace(u, state=state) for u, state in zip(chunk, states, strict=True)], step)

@@ -65,7 +65,7 @@ class Algorithm(torch.optim.Optimizer):
     def settings_of(self, group: Mapping[str, Any], dtype: torch.dtype) -> Hashable:
         """Return the settings that a group has at this step for its weights of one dtype.
 
-        Weights of one device and equal settings are stepped together.
+        Weights of one device and dtype and of equal settings are stepped together.
 
         Raises:
             NotImplementedError: the class does not define this.
@@ -74,6 +74,8 @@ class Algorithm(torch.optim.Optimizer):
 
     def step_low_rank(self, updates: Sequence[LowRankUpdate], step: Step[Any]) -> None:
         """Step weights in place that have a gradient G [m, r] and states [m, r], and update these states in place.
+
+        The weights are on one device and of one dtype.
 
         Where ``step.gate`` is false, weights and states must stay as they are.
 

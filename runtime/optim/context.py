@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Step(Generic[S_co]):
-    """One step of weights that are on one device and have equal settings.
+    """One step of weights that are on one device, of one dtype, and have equal settings.
 
     Attributes:
         settings: of the optimizer, for these weights at this step.

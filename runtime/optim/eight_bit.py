@@ -58,8 +58,8 @@ def new_codes(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def pieces(update: DenseUpdate) -> list[DenseUpdate]:
     """Cut the update of a weight whose states are codes into updates of at most `chunks.CHUNK` numbers each.
 
-    An embedding has so many numbers that all of its moments in float32 would be the largest tensors of a step. What
-    lies in pieces of memory is left whole.
+    The moments of a large embedding would otherwise be the largest tensors of a step while they are float32. A weight
+    or a gradient that is not contiguous is left whole.
     """
     weight, gradient, state = update.weight, update.gradient, update.state
     if weight.numel() <= chunks.CHUNK or not (weight.is_contiguous() and gradient.is_contiguous()):

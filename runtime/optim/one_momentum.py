@@ -6,7 +6,7 @@ entry by entry runs once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -37,20 +37,13 @@ def step_low_rank(
 
 
 def step_dense(updates: Sequence[DenseUpdate], name: str, formula: Formula, step: Step[Any]) -> None:
-    """Step weights of one device whose momentum has their own shape; complex numbers are pairs of real ones."""
-    for batch in _of_one_dtype([real_update(update) for update in updates]):
-        for chunk in in_chunks(batch, [update.weight.numel() for update in batch]):
-            momenta = [update.state[name] for update in chunk]
-            minus_u = _minus_u(momenta, [update.gradient for update in chunk], formula, step)
-            step_dense_weights([update.weight for update in chunk], minus_u, step)
+    """Step weights of one device and dtype by momenta of their own shapes; complex numbers are pairs of real ones."""
+    real = [real_update(update) for update in updates]
+    for chunk in in_chunks(real, [update.weight.numel() for update in real]):
+        momenta = [update.state[name] for update in chunk]
+        minus_u = _minus_u(momenta, [update.gradient for update in chunk], formula, step)
+        step_dense_weights([update.weight for update in chunk], minus_u, step)
     step.count([update.state for update in updates])
-
-
-def _of_one_dtype(updates: Sequence[DenseUpdate]) -> Iterator[list[DenseUpdate]]:
-    by_dtype: dict[torch.dtype, list[DenseUpdate]] = {}
-    for update in updates:
-        by_dtype.setdefault(update.weight.dtype, []).append(update)
-    yield from by_dtype.values()
 
 
 def _minus_u(

@@ -97,8 +97,8 @@ def step_low_rank(optimizer: Algorithm, items: Iterable[Item], context: StepCont
     bases: dict[Subspace, torch.Tensor] = {}  # a coded one is made once
     for item in items:
         update = _low_rank_update(optimizer, item, bases)
-        batches.setdefault((item.weight.device, item.settings), []).append(update)
-    for (device, settings), updates in batches.items():
+        batches.setdefault((item.weight.device, item.weight.dtype, item.settings), []).append(update)
+    for (device, _, settings), updates in batches.items():
         optimizer.step_low_rank(updates, context.on(device, settings))
 
 
@@ -141,8 +141,8 @@ def step_dense(optimizer: Algorithm, items: Iterable[Item], context: StepContext
             optimizer.step_dense([update], context.on(device, item.settings))
         else:
             update = DenseUpdate(item.data, item.gradient, state)
-            batches.setdefault((device, item.settings), []).append(update)
-    for (device, settings), updates in batches.items():
+            batches.setdefault((device, item.weight.dtype, item.settings), []).append(update)
+    for (device, _, settings), updates in batches.items():
         optimizer.step_dense(updates, context.on(device, settings))
 
 

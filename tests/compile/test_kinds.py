@@ -114,7 +114,9 @@ def gradients(case: Case, backend: Any) -> tuple[Layer, torch.Tensor, torch.Tens
     return layer, x, out.detach()
 
 
-@pytest.mark.parametrize(("inner", "tail"), [("aot_eager", None), ("inductor", None), ("aot_eager", 1)])
+@pytest.mark.parametrize(
+    ("inner", "tail"), [("aot_eager", None), pytest.param("inductor", None, marks=pytest.mark.slow), ("aot_eager", 1)]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_and_statistic(name, inner, tail) -> None:
     pytest.importorskip("transformers.integrations.moe")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
 import torch
 
 from oasis_fx import LowRankGrad, oasis_backend
@@ -65,6 +66,7 @@ def test_a_subspace_that_was_put_in_the_place_of_another_is_found() -> None:
     assert STORE.all_of(model[0].weight) == (model[0].weight.grad.subspace,)
 
 
+@pytest.mark.slow
 def test_weights_come_and_go_through_one_graph() -> None:
     """Their addresses, by which the lender knows them, are used again."""
 

@@ -46,7 +46,7 @@ def test_what_is_no_budget_is_refused(budget) -> None:
 
 
 @pytest.mark.parametrize("exclude", [["no.such.*"], "*"], ids=["low-rank", "all weights left alone"])
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_budgets_in_bytes_are_kept_and_gradients_are_right(inner, exclude) -> None:
     model = net()
     reference = copy.deepcopy(model)

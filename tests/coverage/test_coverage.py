@@ -54,7 +54,9 @@ def assert_right(entry: Entry, name: str, found: torch.Tensor | None, expected: 
 LARGE = (
     "UNet of diffusers", "Gemma 3", "T5 (encoder-decoder, tied embedding)", "Whisper", "Mamba-2", "CLIP",
     "DeepSeek-V3 (MLA, experts)", "Mixtral (3-D experts, float64)", "Qwen3-MoE",
-    "LoRA of peft on Llama quantised by torchao (int8)",
+    "LoRA of peft on Llama quantised by torchao (int8)", "LoRA of peft on Llama", "Mixtral (3-D experts, bfloat16)",
+    "Qwen3", "Phi-3 (fused qkv and gate_up)", "ConvNeXt of timm (depthwise and patch convolutions)",
+    "nn.TransformerDecoder",
 )  # fmt: skip
 
 RUNS = [

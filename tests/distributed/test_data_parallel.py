@@ -60,6 +60,7 @@ def test_trainer(tmp_path) -> None:
     assert two["norms"] == pytest.approx(one["norms"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_weights_of_tensor_parallelism_stay_dense(tmp_path) -> None:
     found = result("tensor parallel", tmp_path)
     assert found["tensor parallel"] < 1e-6 and found["stepped"] < 1e-6 and found["reasons"] == ["it is a DTensor"]

@@ -39,11 +39,13 @@ def test_checkpoints_on_as_many_ranks_and_on_others(tmp_path) -> None:
                 assert one == pytest.approx(other, rel=0 if world == 2 else 1e-9), (world, kind)
 
 
+@pytest.mark.slow
 def test_mixed_precision(tmp_path) -> None:
     found = result("bfloat16", tmp_path)
     assert found["losses"][-1] < 0.5 * found["losses"][0] and found["dtypes"] == ["torch.float32"]
 
 
+@pytest.mark.slow
 def test_what_is_refused_or_left_out(tmp_path) -> None:
     found = result("refused", tmp_path)
     assert "OasisMuon needs all rows" in found["muon"]

@@ -40,8 +40,10 @@ def batch(step: int, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["f32", "bf16"]
+)
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "autocast"])
 def test_training_learns_and_stays_low_rank(inner, dtype, autocast) -> None:
     model = net(dtype)
     compiled = torch.compile(model, backend=oasis_backend(rank=8, inner=inner))

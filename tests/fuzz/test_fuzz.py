@@ -33,7 +33,7 @@ def few_collections() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "first",
-    [pytest.param(first, marks=[pytest.mark.slow] if first >= 100 else []) for first in range(0, COUNT, AT_ONCE)],
+    [pytest.param(first, marks=[pytest.mark.slow] if first >= 50 else []) for first in range(0, COUNT, AT_ONCE)],
 )
 def test_random_programs(first: int) -> None:
     kinds: Counter[str] = Counter()

@@ -75,7 +75,12 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "precision", ["32-true", pytest.param("bf16-mixed", marks=SLOW), pytest.param("bf16-true", marks=SLOW)]
+    "precision",
+    [
+        pytest.param("32-true", marks=SLOW),
+        pytest.param("bf16-mixed", marks=SLOW),
+        pytest.param("bf16-true", marks=SLOW),
+    ],
 )
 def test_lightning(tmp_path, precision) -> None:
     lightning = pytest.importorskip("lightning")

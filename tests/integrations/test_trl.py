@@ -39,7 +39,9 @@ ROWS = {
 MORE = {"GRPO": {"num_generations": 2, "max_completion_length": 4}}
 
 
-@pytest.mark.parametrize("kind", list(ROWS))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "DPO" else [pytest.mark.slow]) for kind in ROWS]
+)
 def test_trainers_of_preferences_and_rewards(tmp_path, kind) -> None:
     torch._dynamo.reset()
     config, trainer = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")

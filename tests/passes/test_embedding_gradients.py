@@ -105,3 +105,19 @@ def test_what_would_gain_nothing_stays_as_it_is(dtype, columns) -> None:
     backend = oasis_backend(rank=4)
     gradient(net, tokens_of(4, columns), backend)
     assert float32_tables(backend) != []
+
+
+def test_rows_that_are_broadcast_are_left_to_torch() -> None:
+    """One row for all places: a sum in a float32 table, too, but not that of an embedding."""
+
+    class Broadcast(Net):
+        def forward(self, tokens):
+            table = torch.zeros(VOCABULARY, WIDTH)
+            sums = table.index_put((tokens.flatten(),), self.layer.weight[0].float(), accumulate=True).bfloat16()
+            return super().forward(tokens) + sums.float().square().sum()
+
+    net, tokens = Broadcast().bfloat16(), tokens_of(4, 12)
+    backend = oasis_backend(rank=4)
+    found = gradient(net, tokens, backend)
+    assert float32_tables(backend) != []
+    assert torch.equal(found, gradient(net, tokens, "inductor"))

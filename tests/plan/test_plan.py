@@ -78,6 +78,7 @@ def test_states_and_gradients_are_those_of_real_tensors(plain) -> None:
     assert phases.gradients == pytest.approx(gradients + states.bases, rel=0.01)  # C of each basis is one, too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rewritten", [False, True])
 def test_blocks_more_are_as_if_traced(plain, rewritten) -> None:
     optimizer = Optimizer.OASIS if rewritten else Optimizer.ADAMW
@@ -170,7 +171,9 @@ def test_the_command(tmp_path, capsys) -> None:
     text = capsys.readouterr().out
     assert "stock compile, AdamW" in text and "largest batch" in text and "memory_budget=1.0" not in text
     assert "MiB at the peak" in text and " gives up nothing" in text
-    assert "<svg" in files["svg"].read_text()[:2000] and "--fit 100.0 MiB" in files["svg"].read_text()
+    # matplotlib draws letters as paths, and has the words in comments, where two hyphens may not stand side by side.
+    drawn = files["svg"].read_text()
+    assert "<svg" in drawn and "<!-- - -fit 100.0 MiB -->" in drawn
     found = json.loads(files["json"].read_text())
     assert all(set(one["bytes"]) == set(KINDS) for one in found["methods"])
     assert found["fits"][0]["lines"][0] == "model = torch.compile(model, backend=oasis_backend(rank=8))"
