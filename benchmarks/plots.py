@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import parse
+from benchmarks.labels import place_labels
 from benchmarks.tables import ratios
+
+_FONT = 7  # of labels, in points
 
 
 def plane(results: dict[str, Any], title: str, file: Path) -> None:
@@ -25,17 +28,41 @@ def plane(results: dict[str, Any], title: str, file: Path) -> None:
         for curve, points in curves.items():
             points.sort()
             axis.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=curve)
-            for x, y, name in points:
-                setting = name.removeprefix(curve).lstrip("-")
-                axis.annotate(setting, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.set(xlabel=f"{label}, ratio to stock", xlim=(0, None))
         axis.axhline(1, color="0.8", zorder=0)
         axis.axvline(1, color="0.8", zorder=0)
     axes[0].set(ylabel="seconds a step, ratio to stock")
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.suptitle(title, fontsize=10)
+    figure.canvas.draw()  # which settles where points are,
+    figure.set_layout_engine("none")  # and they stay there
+    for axis, kind in zip(axes, ("peak", "saved"), strict=True):
+        _label(
+            axis, [(own[kind], own["step"], name.removeprefix(_curve(name)).lstrip("-")) for name, own in found.items()]
+        )
     figure.savefig(file)
     plt.close(figure)
+
+
+def _label(axis: Any, points: list[tuple[float, float, str]]) -> None:
+    """Write the setting of each point beside it, with a line to it where there is no room close by."""
+    scale = 72 / axis.figure.dpi  # pixels to points, which fonts are measured in
+    at = [tuple(scale * axis.transData.transform((x, y))) for x, y, _ in points]
+    labels = [label for *_, label in points]
+    boxes = place_labels(at, labels, _FONT, right=scale * axis.bbox.x1)
+    for (*point, label), (x, y), box in zip(points, at, boxes, strict=True):
+        if not label:
+            continue
+        left, bottom = box[0] - x, box[1] - y
+        axis.annotate(
+            label,
+            point,
+            fontsize=_FONT,
+            xytext=(left, bottom),
+            textcoords="offset points",
+            va="bottom",
+            arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.5, "shrinkA": 0, "shrinkB": 2},
+        )
 
 
 def _curve(name: str) -> str:

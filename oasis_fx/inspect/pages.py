@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined  # torch depends on jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from oasis_fx.compile.lowering import CompiledGraph
 from oasis_fx.inspect.block import typical_block
@@ -140,7 +141,13 @@ def _drawing(shown: GraphSet, which: str, only: str | None) -> Markup | None:
     return Markup(format_svg(drawing)) if 0 < len(drawing.boxes) <= _MOST_BOXES else None
 
 
+def _breakable(text: str) -> Markup:
+    """Let a browser break a name where a person would, after a dot or an underscore; numbers stay whole."""
+    return Markup(re.sub(r"(?<=[^\W\d_])([._]+)(?=\w)|(?<=\w)([._]+)(?=[^\W\d_])", r"\g<0><wbr>", str(escape(text))))
+
+
 def _render(template: str, **context: Any) -> str:
     environment = Environment(loader=PackageLoader("oasis_fx.inspect"), autoescape=True, undefined=StrictUndefined)
     environment.filters["readable_bytes"] = readable_bytes
+    environment.filters["breakable"] = _breakable
     return environment.get_template(template).render(context) + "\n"

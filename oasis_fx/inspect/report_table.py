@@ -45,6 +45,16 @@ class Table:
     rows: Sequence[tuple[str, ...]]
     right: tuple[int, ...] = ()
 
+    @property
+    def labels(self) -> list[str]:
+        """What each column is called where it stands by itself: one without a first line has that of its neighbour."""
+        labels, first = [], ""
+        for header in self.headers:
+            above, _, below = header.rpartition("\n")
+            first = above or first
+            labels.append(f"{first} {below}" if "\n" in header else header)
+        return labels
+
     def __str__(self) -> str:
         align = ["right" if index in self.right else "left" for index in range(len(self.headers))]
         # Numbers are texts already: tabulate would print a rounded 0.10 as 0.1.

@@ -7,10 +7,13 @@ from itertools import pairwise
 
 from oasis_fx.inspect.drawing import Arrow, Box, Drawing
 from oasis_fx.inspect.placement import Placement, place
+from oasis_fx.inspect.text_width import shape_and_size, shortened
 
 _WIDTH, _HEIGHT = 144, 34  # of a box, in pixels
 _COLUMN, _ROW = 154, 58
 _MARGIN, _GAP = 12, 80
+_ROOM = _WIDTH - 10  # for the text of a box
+_TITLE, _DETAIL = 11, 9  # font sizes, as the page has them
 _CLASSES = {"+": "added", "-": "removed"}
 
 
@@ -80,10 +83,7 @@ def _box(box: Box, x: float, y: float) -> str:
     return (
         f'<g class="{" ".join(filter(None, classes))}"><title>{escape(box.hint)}: {escape(box.detail)}</title>'
         f'<rect x="{x - _WIDTH / 2:.1f}" y="{y - _HEIGHT / 2:.1f}" width="{_WIDTH}" height="{_HEIGHT}" rx="4"/>'
-        f'<text x="{x:.1f}" y="{y - 3:.1f}">{escape(_cut(box.title, 22))}</text>'
-        f'<text class="detail" x="{x:.1f}" y="{y + 11:.1f}">{escape(_cut(box.detail, 26))}</text></g>'
+        f'<text x="{x:.1f}" y="{y - 3:.1f}">{escape(shortened(box.title, _TITLE, _ROOM))}</text>'
+        f'<text class="detail" x="{x:.1f}" y="{y + 11:.1f}">'
+        f"{escape(shape_and_size(box.detail, _DETAIL, _ROOM))}</text></g>"
     )
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"

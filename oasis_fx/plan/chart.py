@@ -48,6 +48,16 @@ def draw_chart(rows: Sequence[Row], title: str, file: str, limit: int | None = N
     if limit is not None:
         axis.axvline(limit / unit, color="0.3", linestyle="--", label=f"--fit {readable_bytes(limit)}")
         right = max(right, limit / unit)
+        # Above the bars, where nothing else stands; on the side of the line that has room for it.
+        side = "right" if limit / unit > right / 2 else "left"
+        axis.annotate(
+            f" {readable_bytes(limit)} ",
+            (limit / unit, 1),
+            xycoords=("data", "axes fraction"),
+            ha=side,
+            va="bottom",
+            fontsize=8,
+        )
     axis.set_xlim(0, 1.1 * right)  # room for the figure behind the longest bar
     axis.invert_yaxis()
     axis.set_xlabel(f"{unit_name} at the peak of a step")

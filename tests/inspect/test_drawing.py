@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,6 +21,7 @@ from oasis_fx.inspect.graphs import GRAPHS, graphs
 from oasis_fx.inspect.merging import merge_boxes
 from oasis_fx.inspect.placement import place
 from oasis_fx.inspect.svg import format_svg
+from oasis_fx.inspect.text_width import text_width
 from oasis_fx.inspect.tracing import trace_model
 from oasis_fx.memory.node_costs import saved_storages
 from oasis_fx.settings import Settings
@@ -116,6 +117,33 @@ def test_svg(shown) -> None:
     crossing = [path.get("d", "") for path in svg.iter("path") if "saved" in path.get("class", "")]
     ends = [[float(number) for number in re.findall(r"(-?[\d.]+),", path)] for path in crossing]
     assert len(ends) == 3 and all(end[0] < end[-1] for end in ends)
+
+
+def test_texts_stay_within_their_boxes() -> None:
+    """By the estimate of widths: what a browser measures, `test_in_a_browser` says."""
+    long = Box(
+        "n",
+        "mm add mul WWWWWWWWWWWWWWWWW",
+        "bf16[128, 4096, 11008] 10.8 GiB",
+        "",
+        "other",
+        "forward",
+        "node",
+        "",
+        False,
+    )
+    svg = ElementTree.fromstring(format_svg(Drawing((long,), ())))
+    width = float(svg.find(".//rect").get("width", 0))
+    title, detail = (text for text in svg.iter("text") if text.get("class") != "half")
+    assert text_width(title.text, 11) <= width - 8 and text_width(detail.text, 9) <= width - 8
+    assert title.text.endswith("…") and detail.text.endswith(" 10.8 GiB")  # how much it is, is never left out
+
+
+def test_boxes_do_not_overlap(shown) -> None:
+    svg = ElementTree.fromstring(format_svg(merge_boxes(draw(shown, "after"))))
+    places = [tuple(float(rect.get(name)) for name in ("x", "y", "width", "height")) for rect in svg.iter("rect")]
+    for (x, y, w, h), (x2, y2, *_) in combinations(places, 2):
+        assert abs(x - x2) >= w or abs(y - y2) >= h
 
 
 @pytest.mark.parametrize("which", GRAPHS)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from oasis_fx import oasis_backend
 from oasis_fx.inspect.measure import saved_for_backward_bytes
+from oasis_fx.inspect.report_table import Table
 
 
 class Net(torch.nn.Module):
@@ -91,3 +92,11 @@ def test_an_activation_that_is_kept_anyway_is_told() -> None:
     first, second = found.rows
     assert first.note == "X is an input" and "X also kept" in second.note
     assert second.saved_bytes_after >= second.saved_bytes_before == 4 * 500 * 32
+
+
+def test_a_column_by_itself_has_its_whole_name() -> None:
+    """On a narrow page a row is a card, and "after" alone would not say of what."""
+    headers = ("name", "saved MiB\nbefore", "\nafter", "note", "dW GFLOP\nbefore", "\nafter")
+    assert Table(headers, []).labels == [
+        *("name", "saved MiB before", "saved MiB after", "note", "dW GFLOP before", "dW GFLOP after"),
+    ]
