@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from oasis_fx._old_arguments import rank_without_text, rule_with
-from oasis_fx.errors import survive
+from oasis_fx.errors import survive, warn_user
 from oasis_fx.runtime.subspaces.rules import Rule
 from oasis_fx.settings import Rank, Settings
 
@@ -57,10 +57,11 @@ def oasis_backend(
 
     Args:
         given: nothing; what `torch.compile` gives, where ``backend=oasis_backend`` was written without a call.
-        rank: the number of columns of each basis: a whole number from 1 (more than in_features means all of them), a
-            fraction of in_features between 0 and 1, `AutoRank` of such a fraction, which is shared out over the
-            weights during training, or a dict of globs over weight names to numbers, where the first glob that
-            matches counts and weights that none matches keep dense gradients.
+        rank: the number of columns of each basis: a whole number from 1, a fraction of in_features between 0 and 1,
+            `AutoRank` of such a fraction, which is shared out over the weights during training, or a dict of globs over
+            weight names to numbers, where the first glob that matches counts and weights that none matches keep dense
+            gradients. A weight that is narrower than a whole number has all of its columns, with a warning; 10**6 asks
+            for all columns on purpose.
         subspace: how a basis is chosen and moves: a rule of `oasis_fx.rules` with its settings, such as
             ``Oja(lr=0.5, every=10)``, or the name of a rule, which stands for the rule with its defaults: ``"oja"`` of
             OASIS (arXiv 2604.09406), ``"pca"``, ``"random"``, ``"principal_random"``, ``"sampled"``, ``"dct"`` for
@@ -117,6 +118,7 @@ class OasisBackend:
         # What its own graphs have used, of the store that all backends share (`runtime_inputs.OnUse`).
         self._subspaces: WeakKeyDictionary[Subspace, tuple[str, ...]] = WeakKeyDictionary()
         self._unmatched = set(settings.globs())
+        self._warned_of_width = False
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -164,15 +166,20 @@ class OasisBackend:
         compiled, record = lowering.lower(
             gm, example_inputs, self.settings, merged, self._inner_compile, self._subspaces.setdefault
         )
+        self._warn_of_wide_ranks(record, example_inputs)
         with self._lock:
             self._records.append(record)
         return compiled
 
     def report(self) -> list[GraphReport]:
-        """Return one report for each graph compiled so far, in order; `str()` of one is a table."""
-        from oasis_fx.inspect.report import report
+        """Return one report for each graph compiled so far, in order; `str()` of one is a table.
 
-        return report(self.compiled_graphs())
+        Where nothing was compiled the list is empty, and taking an item of it says what may be the reason.
+        """
+        from oasis_fx.inspect.report import report
+        from oasis_fx.inspect.reports import Reports
+
+        return Reports(report(self.compiled_graphs()))
 
     def graphs(self) -> list[GraphSet]:
         """Return the joint graph before and after, and the two partitions, of each graph with candidate weights."""
@@ -207,6 +214,13 @@ class OasisBackend:
         """Forget the compiled graphs. Bases belong to their weights and stay. `torch._dynamo.reset()` calls this."""
         with self._lock:
             self._records.clear()
+
+    def _warn_of_wide_ranks(self, record: CompiledGraph, example_inputs: Sequence[Any]) -> None:
+        from oasis_fx.compile.wide_ranks import wide_ranks
+
+        if not self._warned_of_width and (message := wide_ranks(record, example_inputs, self.settings)):
+            self._warned_of_width = True  # blocks that are compiled one by one would each say the same
+            warn_user(message)
 
     def _inductor_options(self, mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
         by_mode = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else {}

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 ALLOWED = "it must be a whole number from 1, or a fraction of in_features between 0 and 1"
+ALL_COLUMNS = 10**6  # from this rank on, which no layer has, all columns of every basis are wanted
 _AUTO = re.compile(r"auto:(0?\.\d+)")
 
 

@@ -116,10 +116,14 @@ class Settings:
 
         It is None where ``rank`` is a dict of globs and none of them matches.
         """
-        rank: Any = self.rank if self.share is None else self.share
-        if isinstance(rank, Mapping):
-            rank = next((r for glob, r in rank.items() if fnmatchcase(name, glob)), None)
+        rank = self.rank_asked_for(name)
         return None if rank is None else columns_of(rank, in_features)
+
+    def rank_asked_for(self, name: str) -> int | float | None:
+        """Return the rank of the weight ``name`` as it was given, a number of columns or a fraction of in_features."""
+        if isinstance(self.rank, Mapping):
+            return next((rank for glob, rank in self.rank.items() if fnmatchcase(name, glob)), None)
+        return self.rank.share if isinstance(self.rank, AutoRank) else self.rank
 
     def tail_of(self, in_features: int, rank: int) -> int:
         """Return the number of columns of the tail beside a basis of a rank, at most all that are left."""

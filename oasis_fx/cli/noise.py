@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from oasis_fx.errors import OasisWarning
+
 # torchao says "Failed to load ..." of kernels for other builds of torch, pytree that torchao's enums are registered as
 # they need not be, Dynamo that its caches are off, which we want. What is an error is raised as well, and told once.
 _LOGGERS = ("torchao", "torch.utils._pytree", "torch._dynamo", "torch._subclasses.fake_tensor", "torch.fx")
@@ -25,6 +27,7 @@ def without_noise() -> Iterator[None]:
         with warnings.catch_warnings():
             for kind in (UserWarning, FutureWarning, DeprecationWarning, SyntaxWarning):
                 warnings.filterwarnings("ignore", category=kind, module=r"(?!oasis_fx)")
+            warnings.filterwarnings("default", category=OasisWarning)  # whose place may be the user's line
             yield
     finally:
         for name, level in before.items():
