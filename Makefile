@@ -6,6 +6,10 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 ZOO    := transformers==5.23.0 peft==0.21.2 timm==1.0.31 diffusers==0.42.1 torchao==0.18.0 bitsandbytes==0.50.2
 
+# torchtitan's trainer, with what it imports on a CPU and the environment lacks. Its own requirements would bring an older `datasets`.
+TITAN  := torchtitan==0.3.0 torchdata==0.11.0 torch-checkpointing==0.1.0 spmd-types==0.2.3 tyro==1.0.17 docstring-parser==0.18.0 \
+          typeguard==4.6.1 tensorboard==2.21.0 protobuf==7.36.2 absl-py==2.5.1
+
 MANY := 10000
 
 .PHONY: setup demo test test-slow test-all mutants fuzz coverage contenders bench bench-large bench-models bench-growth bench-gpu gpu experiments lint typecheck docs release clean
@@ -22,6 +26,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ZOO)
 	# For tests of the kernels; beside the environment, not in it, since Inductor behaves otherwise where it finds one.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/triton triton==3.6.0
+	# Beside it too: Lightning would log to TensorBoard where it finds that.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/torchtitan $(TITAN)
 	touch $@
 
 demo: setup  ## fine-tune SmolLM2-135M on grade-school maths, beside stock torch.compile + AdamW
