@@ -114,11 +114,9 @@ class OasisMuon(SubspaceOptimizer):
 
     def settings_of(self, group: Mapping[str, Any], dtype: torch.dtype) -> MuonSettings:
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        rounding = rounds_stochastically(group, dtype)
-        adam = AdamWSettings(
-            learning_rate(group), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), rounding
-        )
-        scaling = bool(group.get("rank_scaling", False))
+        rounding, scaling = rounds_stochastically(group, dtype), bool(group.get("rank_scaling", False))
+        decay, eps = float(group["weight_decay"]), float(group["eps"])
+        adam = AdamWSettings(learning_rate(group), beta1, beta2, eps, decay, rounding, scaling)
         return MuonSettings(adam, float(group["momentum"]), float(group["scale"]), float(group["limit"]), scaling)
 
     def projected_states(

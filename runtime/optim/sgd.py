@@ -37,6 +37,7 @@ class SGDSettings:
     weight_decay: float
     nesterov: bool
     stochastic_rounding: bool
+    rank_scaling: ClassVar[bool] = False  # a step of SGD is as long as its gradient
 
 
 class OasisSGD(SubspaceOptimizer):

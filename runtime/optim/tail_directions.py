@@ -1,20 +1,24 @@
 """Step weights along their tails as well: columns outside of the basis that no state of an optimizer follows.
 
 With U [m, r] the direction that an optimizer takes in the coordinates of Q [n, r], G [m, r] the gradient in these and
-G' = dW T [m, t] the gradient in those of the tail:
+G' = dW T [m, t] the gradient in those of the tail, of each row i of the weight
 
-    W = (1 - lr wd) W - lr s (U Q^T + c phi G' T^T),   c = (n - r) / t
+    W = (1 - lr wd) W - lr s (a U Q^T + c b G' T^T),   c = (n - r) / t,   w_i^2 = ||G_i||^2 + c ||G'_i||^2
 
-    phi_i = ||U_i|| / max(||G_i||, sqrt(r / t) ||G'_i||)   of each row i
+    with rank_scaling:   a_i = ||G_i|| / w_i,   b_i = ||U_i|| / w_i
+    without:             a_i = 1,               b_i = ||U_i|| / max(||G_i||, sqrt(r / t) ||G'_i||)
 
 The tail is drawn anew at each step, and ``c T T^T`` is on average the projector on all that Q leaves out: over the
-steps the weight moves along the whole of its gradient. phi is the length that the optimizer gives the gradient inside
-of the basis, as in Fira; where a row has less of its gradient in the basis than in as many columns of the tail, as one
-that the basis does not see at all, the tail sets the length.
+steps the weight moves along the whole of its gradient, and w is on average the length of a whole row of it.
+rank_scaling makes s U as long as a step of AdamW along a whole row is. So the row's step gets that length, and what
+is inside of the basis and outside of it get the shares of it that they have in the gradient: a tail does not lengthen
+steps, and AdamW's learning rate stays right, however little of the gradient the basis sees. Without it U is as long as
+the gradient inside is, and the tail is stepped along at the same rate, as in Fira; where a row has less of its gradient
+in the basis than in as many columns of the tail, the tail sets the length.
 
 Source: the scaling, Fira, arXiv 2410.01623. That directions drawn at random learn what a tracked basis leaves out:
 SARA, arXiv 2502.05790, and GrassJump, arXiv 2510.01878, which have the whole gradient. The tail, which needs no more of
-it than its own columns, and the bound of phi are ours (docs/results.md says what they are worth).
+it than its own columns, and the shares are ours (docs/results.md says what they are worth).
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ def with_tails(
         minus_us: -U [m, r] of each, contiguous; zero where the gate of the step is false.
 
     Returns:
-        The updates, with [Q, T] [n, r + t] for their basis, and -[U, c phi G'] [m, r + t]. Those without a tail are
+        The updates, with [Q, T] [n, r + t] for their basis, and -[a U, c b G'] [m, r + t]. Those without a tail are
         returned as they are.
     """
     if all(update.tail is None for update in updates):
@@ -71,11 +75,16 @@ def _directions(
     )
     n, t = updates[0].tail.shape  # type: ignore[union-attr]
     r = minus_u.shape[-1]
-    per_column = torch.maximum(_row_norms(inside), math.sqrt(r / t) * _row_norms(outside))
-    # At most sqrt(t / r) long, and zero where a row has no gradient at all.
-    shares = outside / per_column.clamp_min(torch.finfo(minus_u.dtype).tiny)
-    along = step.where(-((n - r) / t) * _row_norms(minus_u) * shares)
-    return torch.cat([minus_u, along], dim=-1).unbind()
+    c, tiny = (n - r) / t, torch.finfo(minus_u.dtype).tiny
+    lengths, seen, left = _row_norms(minus_u), _row_norms(inside), _row_norms(outside)
+    if step.settings.rank_scaling:
+        whole = (seen.square() + c * left.square()).sqrt()
+        minus_u = torch.where(whole > 0, minus_u * (seen / whole.clamp_min(tiny)), minus_u)
+        per_column = whole
+    else:
+        per_column = torch.maximum(seen, math.sqrt(r / t) * left)
+    along = -c * lengths * outside / per_column.clamp_min(tiny)
+    return step.where(torch.cat([minus_u, along], dim=-1)).unbind()
 
 
 def _row_norms(factors: torch.Tensor) -> torch.Tensor:

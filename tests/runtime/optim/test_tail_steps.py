@@ -60,21 +60,27 @@ def test_the_step_is_that_without_a_tail_and_the_formula(name) -> None:
         torch.testing.assert_close(inside, plain[0].weight.grad.factor)
         frame, before = gradient.basis.detach().clone(), weight.detach().clone()
         optimizer.step(), theirs.step()
-        along = weight.detach() - plain[0].weight.detach()
         # U, from the step of the twin.
         decayed = (1 - 0.05 * 0.1) * before
         scaled = (plain[0].weight.detach() - decayed) @ frame[:, :R]  # -lr s U
-        lengths = torch.maximum(inside.norm(dim=1), math.sqrt(R / T) * outside.norm(dim=1))
-        phi = scaled.norm(dim=1) / lengths
-        expected = -(N - R) / T * phi[:, None] * outside @ frame[:, R:].T
-        torch.testing.assert_close(along, expected, rtol=1e-8, atol=1e-10)
+        c, lengths = (N - R) / T, scaled.norm(dim=1)
+        if name == "SGD":
+            share, whole = 1.0, torch.maximum(inside.norm(dim=1), math.sqrt(R / T) * outside.norm(dim=1))
+        else:
+            whole = (inside.norm(dim=1) ** 2 + c * outside.norm(dim=1) ** 2).sqrt()
+            share = (inside.norm(dim=1) / whole)[:, None]
+        along = -c * (lengths / whole)[:, None] * outside @ frame[:, R:].T
+        expected = decayed + share * scaled @ frame[:, :R].T + along
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-8, atol=1e-10)
         assert along.norm() > 1e-3
         optimizer.zero_grad()
 
 
-def test_a_row_that_the_basis_does_not_see_takes_no_huge_step() -> None:
+@pytest.mark.parametrize("rank_scaling", [True, False])
+def test_a_row_that_the_basis_does_not_see_takes_no_huge_step(rank_scaling) -> None:
     model = net()
-    optimizer, run = OasisAdamW(model.parameters(), lr=0.01, weight_decay=0.0), compiled(model)
+    settings = {"lr": 0.01, "weight_decay": 0.0, "rank_scaling": rank_scaling}
+    optimizer, run = OasisAdamW(model.parameters(), **settings), compiled(model)
     train(model, optimizer, 3, run=run)
     run(batch(9)).square().mean().backward()
     model[0].weight.grad.factor[0, :R] = 0.0
@@ -83,6 +89,26 @@ def test_a_row_that_the_basis_does_not_see_takes_no_huge_step() -> None:
     optimizer.step()
     moved = (model[0].weight.detach() - before).norm(dim=1)
     assert moved[0] < 3 * moved[2:].max() and 0 < moved[1] < moved[2:].max()
+
+
+def test_a_tail_does_not_lengthen_the_steps_of_adamw() -> None:
+    """Where the basis sees little of the gradient, too: a first step has the length of AdamW's, whatever r and t."""
+    torch.manual_seed(0)
+    n, m = 96, 64
+    lengths = {}
+    for rank, tail in ((4, 8), (4, None), (8, 80)):
+        torch._dynamo.reset()
+        model = torch.nn.Sequential(torch.nn.Linear(n, m, bias=False))
+        run = compiled(model, rank=rank, tail=tail, include=None)
+        optimizer = OasisAdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+        before = model[0].weight.detach().clone()
+        run(torch.randn(400, n)).square().mean().backward()
+        assert isinstance(model[0].weight.grad, LowRankGrad)
+        optimizer.step()
+        lengths[rank, tail] = float((model[0].weight.detach() - before).norm()) / (0.01 * math.sqrt(m * n))
+    assert lengths[4, None] == pytest.approx(1.0, rel=1e-3)
+    assert lengths[8, 80] == pytest.approx(1.0, rel=0.15)
+    assert lengths[4, 8] < 1.1 * math.sqrt((n - 4) / 8)  # eight columns stand for 92: longer by the noise of that
 
 
 def test_the_norm_of_a_gradient_counts_its_tail() -> None:
