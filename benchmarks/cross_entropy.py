@@ -52,6 +52,12 @@ def of_torch(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> tor
     return F.linear_cross_entropy(x, weight, target, options=options)
 
 
+def chunked(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    from oasis_fx.chunked_loss import chunked_cross_entropy
+
+    return chunked_cross_entropy(x, weight, target, num_chunks=NUM_CHUNKS)
+
+
 def cut(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -77,6 +83,8 @@ WAYS: dict[str, tuple[HeadLoss, dict[str, Any], bool]] = {
     "auto_chunker": (plain, AUTO_CHUNKER, True),
     "torch": (of_torch, {}, True),
     "torch-outside": (of_torch, {}, False),
+    "chunked": (chunked, {}, True),
+    "chunked-outside": (chunked, {}, False),
     "checkpointed": (checkpointed, {}, True),
     "checkpointed-outside": (checkpointed, {}, False),
     "cut": (cut, {}, True),

@@ -18,6 +18,7 @@ ROOMS = (
     "errors",
     "ranks",
     "_torch",
+    "chunked_loss",
     "graph",
     "memory",
     "passes",

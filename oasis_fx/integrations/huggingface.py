@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from oasis_fx.backend import OasisBackend, oasis_backend
 from oasis_fx.distributed import prepare
 from oasis_fx.errors import warn_user
+from oasis_fx.integrations.chunked_loss import chunk_loss
 from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.optim.base import SubspaceOptimizer
 from oasis_fx.settings import Rank
@@ -37,6 +38,7 @@ def oasis_trainer(
     optimizer_options: dict[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     trainer: type[Trainer] = Trainer,
+    loss: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Compile ``model`` in place for training in subspaces, and return keyword arguments for its `Trainer`.
@@ -50,6 +52,8 @@ def oasis_trainer(
         optimizer_options: further arguments of it, such as ``{"state_bits": 8}``, which override those of ``args``.
         callbacks: of your own, for the trainer; `Trainer` takes one list of them, which ours has to be in.
         trainer: the class that gets what this returns, such as TRL's ``DPOTrainer``, ``GRPOTrainer`` or ``KTOTrainer``.
+        loss: ``"chunked"`` for a cross-entropy whose logits are never whole (`chunk_loss`), of a causal language model;
+            it takes ``label_smoothing_factor`` over from ``args``, where 0 is left. None for the model's own.
         settings: further arguments of `oasis_backend`.
 
     Returns:
@@ -60,10 +64,12 @@ def oasis_trainer(
 
     Raises:
         ValueError: ``optimizer`` is not the class of one of our optimizers; ``args`` asks for what does not go together
-            with this: ``torch_compile``, DeepSpeed, FSDP, several GPUs in one process; or a setting has a value that
-            `oasis_backend` refuses.
+            with this: ``torch_compile``, DeepSpeed, FSDP, several GPUs in one process; a setting has a value that
+            `oasis_backend` refuses; or the loss is to be chunked, and the model's cannot be (`chunk_loss`) or
+            ``trainer`` computes a loss of its own.
     """
     _check_optimizer(optimizer)
+    _check_loss(loss, trainer)
     if args.torch_compile:
         raise ValueError("torch_compile is True: leave it False, the model is compiled by oasis_trainer")
     for name in ("deepspeed", "fsdp"):
@@ -84,6 +90,9 @@ def oasis_trainer(
     if optimizer is OasisAdamW:
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     backend = oasis_backend(rank, **settings)
+    if loss == "chunked":
+        chunk_loss(model, label_smoothing=args.label_smoothing_factor)
+        args.label_smoothing_factor = 0.0  # `Trainer` would compute it from logits
     _ = args.device  # makes the process group, where there is one
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         prepare(model)
@@ -105,6 +114,20 @@ def _check_optimizer(given: object) -> None:
         raise ValueError(
             f"optimizer is {given!r}: it must be the class of one of our optimizers, such as oasis_fx.OasisAdamW; "
             "for moments in eight bits add optimizer_options={'state_bits': 8}"
+        )
+
+
+def _check_loss(loss: str | None, trainer: type[Trainer]) -> None:
+    """Refuse a loss that there is not, or that a trainer would not use.
+
+    Raises:
+        ValueError: the message names what was given, and what is allowed.
+    """
+    if loss not in (None, "chunked"):
+        raise ValueError(f"loss is {loss!r}: it must be 'chunked', or None for the model's own")
+    if loss is not None and trainer.compute_loss is not Trainer.compute_loss:
+        raise ValueError(
+            f"loss is {loss!r}: {trainer.__name__} computes a loss of its own and not the model's, so leave loss out"
         )
 
 
