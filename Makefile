@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/torchtitan $(TITAN)
 	touch $@
 
-demo: setup  ## fine-tune SmolLM2-135M on grade-school maths, beside stock torch.compile + AdamW
+demo: setup  ## fine-tune SmolLM2-135M on grade-school maths, beside stock torch.compile + AdamW, and LoRA
 	$(BIN)/python examples/finetune.py --out runs/demo
 
 test: TESTS := not gpu and not slow

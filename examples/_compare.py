@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -38,11 +38,13 @@ def _drive(args: Namespace, calls: dict[str, Callable[[str], Any]]) -> dict[str,
     results: dict[str, dict[str, Any]] = {method: {"losses": [], "seconds": [], "heldout": []} for method in calls}
     progress = Progress(args.steps)
     try:
-        for method, call in calls.items():
-            progress.doing(f"{method}: loading")
-            call("loaded")
-            progress.doing(f"{method}: evaluating")
-            results[method]["heldout"].append([0, call("heldout_loss")])
+        progress.doing("loading")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda call: call("loaded"), calls.values()))
+        progress.doing("evaluating")
+        before = next(iter(calls.values()))("heldout_loss")  # of all: they start as one model, LoRA's adapters at 0
+        for result in results.values():
+            result["heldout"].append([0, before])
         for step in range(1, args.steps + 1):
             for method, call in calls.items():
                 progress.doing(f"{method}: compiling" if step == 1 else "training")
@@ -87,7 +89,6 @@ def _caller(method: str, process: Any, connection: Connection) -> Callable[[str]
 
 def _work(args: Namespace, method: str, connection: Connection) -> None:
     """What a worker process does: build the run at the first request, then answer requests until the pipe closes."""
-    os.environ["TQDM_DISABLE"] = "1"  # the parent has the only progress bar
     silence()
     run = None
     while True:

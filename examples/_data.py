@@ -40,6 +40,13 @@ class Examples:
             }
 
 
+def without_padding(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Cut off the columns behind the last label, which change no loss under causal attention."""
+    columns = (batch["labels"] != IGNORE).any(0).nonzero()
+    width = int(columns.max()) + 1 if len(columns) else batch["labels"].shape[1]
+    return {name: tensor[:, :width] for name, tensor in batch.items()}
+
+
 def check_data(source: str) -> None:
     """Read a file of data and check each line of it, before a model is loaded for it.
 

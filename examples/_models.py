@@ -56,3 +56,11 @@ def add_lora(model: torch.nn.Module, rank: int) -> torch.nn.Module:
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config)
+
+
+def transformer_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks of a model, in order: the members of its longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    if not lists:
+        raise ValueError("--compile is 'blocks': the model has no list of modules, give --compile model")
+    return list(max(lists, key=len))

@@ -20,7 +20,7 @@ class Progress:
 
     def __init__(self, steps: int, stream: TextIO | None = None) -> None:
         stream = sys.stderr if stream is None else stream
-        self._bar = tqdm(total=steps, desc="starting", unit="step", file=stream)
+        self._bar = tqdm(total=steps, desc="starting", unit="step", file=stream, disable=False)
         self._what, self._since = "starting", time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._repeat, args=(1.0 if stream.isatty() else 15.0,), daemon=True)

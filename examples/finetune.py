@@ -1,6 +1,6 @@
-"""Fine-tune a causal language model in activation subspaces, beside stock torch.compile with AdamW.
+"""Fine-tune a causal language model in activation subspaces, beside stock torch.compile with AdamW, and LoRA.
 
-    python examples/finetune.py                          # both, side by side, on the embedded model and data
+    python examples/finetune.py                          # three methods in turns, on the embedded model and data
     python examples/finetune.py --method oasis --model gpt2 --data my.jsonl --save out
 
 All linear layers of the blocks are trained, no weight is frozen (but for --method lora). Nothing is downloaded,
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # the only bar is ours; tqdm reads this when it is imported
 
 from _compare import compare
 from _data import GENERATED, check_data
@@ -24,7 +25,7 @@ from _progress import Progress
 from _report import conclude, device_name, draw, summarize, write_json
 
 METHODS = ("oasis", "adamw", "lora")
-OF_OASIS = {"tail": None, "memory_budget": 1.0, "state_bits": 32, "subspace_every": None}  # and their defaults
+OF_OASIS = {"tail": 128, "memory_budget": 1.0, "state_bits": 32, "subspace_every": None}  # and their defaults
 DATA = (
     f'{GENERATED}, generated (default); a .jsonl file, of which each line is an object with the texts "prompt" and '
     '"answer", or "question" and "answer"; or a text file, which is cut into sequences'
@@ -34,14 +35,21 @@ DATA = (
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, help="run this one alone, in this process")
-    parser.add_argument("--compare", default="oasis,adamw", help="methods to run side by side (default: %(default)s)")
+    parser.add_argument(
+        "--compare", default="oasis,adamw,lora", help="methods to run side by side (default: %(default)s)"
+    )
     parser.add_argument(
         "--model", default=EMBEDDED, help="Hugging Face name or folder (default: %(default)s, embedded)"
     )
     parser.add_argument("--data", default=GENERATED, help=DATA)
     parser.add_argument("--layers", type=int, help="keep the first N blocks")
-    parser.add_argument("--rank", type=int, default=32, help="columns of each basis, or of each adapter")
-    parser.add_argument("--tail", type=_number, help="columns drawn anew at each step beside each basis (oasis)")
+    parser.add_argument("--rank", type=int, default=64, help="columns of each basis, or of each adapter")
+    parser.add_argument(
+        "--tail",
+        type=_number,
+        default=OF_OASIS["tail"],
+        help="columns drawn anew at each step beside each basis, 0 for none (oasis; default: %(default)s)",
+    )
     parser.add_argument(
         "--memory-budget",
         type=_budget,
@@ -63,6 +71,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a process (0: torch's choice)")
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor")
+    parser.add_argument(
+        "--compile",
+        choices=("blocks", "model"),
+        default="blocks",
+        help="each transformer block by itself, whose code is compiled once for all of them, or the model as a whole",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"), help="folder for results.json and plot.png")
     parser.add_argument("--save", type=Path, help="checkpoint folder (with --method)")
     parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints (0: at the end only)")

@@ -41,7 +41,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *arguments: object, data: str = "sums.jsonl") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "examples" / "finetune.py", "--model", folder / "model", "--data", folder / data]
-    command += ["--inner", "aot_eager", "--seq-len", 16, "--batch-size", 8, "--rank", 8, "--num-heldout", 16]
+    command += [
+        "--inner",
+        "aot_eager",
+        "--seq-len",
+        16,
+        "--batch-size",
+        8,
+        "--rank",
+        8,
+        "--tail",
+        4,
+        "--num-heldout",
+        16,
+    ]
     command += ["--out", folder / "out", "--threads", 1, *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, cwd=folder)
