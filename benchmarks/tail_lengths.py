@@ -7,6 +7,7 @@ A Llama of two blocks (d = 128) learns to count upwards from random numbers; bat
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def mean_loss(lr: float, settings: dict[str, Any]) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = [[name, *(f"{mean_loss(lr, given):.3f}" for lr in RATES)] for name, given in METHODS.items()]
     print(tabulate(rows, headers=["", *(f"lr {lr}" for lr in RATES)], tablefmt="github", disable_numparse=True))
 

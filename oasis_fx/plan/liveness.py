@@ -81,7 +81,7 @@ def moments(graph: fx.Graph, elsewhere: Collection[str] = (), wide: int = -1, ch
     found = []
     alive: dict[fx.Node, int] = {}
     dying: dict[int, list[fx.Node]] = {}
-    inputs = {node for node in nodes if node.op == "placeholder"}
+    inputs = {node: None for node in nodes if node.op == "placeholder"}  # in order, as equal sizes are named in it
     for node in inputs:
         if node.name not in elsewhere and isinstance(value(node), torch.Tensor):
             alive[node] = num_bytes(value(node)) // (chunks if is_wide(node) else 1)
