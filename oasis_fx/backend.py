@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from oasis_fx._old_arguments import rank_without_text, rule_with
-from oasis_fx.errors import survive, warn_user
+from oasis_fx.errors import OasisWarning, survive, warn_user
 from oasis_fx.runtime.subspaces.rules import Rule
 from oasis_fx.settings import Rank, Settings
 
@@ -166,7 +166,10 @@ class OasisBackend:
         compiled, record = lowering.lower(
             gm, example_inputs, self.settings, merged, self._inner_compile, self._subspaces.setdefault
         )
-        self._warn_of_wide_ranks(record, example_inputs)
+        try:
+            self._warn_of_wide_ranks(record, example_inputs)
+        except OasisWarning as error:  # under ``-W error``
+            return _raise_when_called(error)
         with self._lock:
             self._records.append(record)
         return compiled

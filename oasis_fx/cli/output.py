@@ -117,6 +117,10 @@ def print_graphs(records: Sequence[CompiledGraph], args: argparse.Namespace) -> 
         from oasis_fx.inspect.pages import graphs_page
 
         return graphs_page(sets, title=f"Graphs of {args.target}", which=chosen, only=args.only, note=note)
+    if args.format == "svg":
+        from oasis_fx.inspect.pages import graphs_svg
+
+        return graphs_svg(sets, which=("before", "after") if args.graph is None else chosen, only=args.only)
     if args.diff:
         parts = [_diff(shown, title.removeprefix("before"), args) for title, shown, _ in views(sets, ("before",))]
     else:

@@ -30,6 +30,7 @@ examples:
   oasis-fx print tiny_llama --diff                          the joint graph before and after, side by side
   oasis-fx print mlp --format dot --graph after -o mlp.dot  for Graphviz: dot -Tsvg mlp.dot
   oasis-fx print tiny_llama --format html -o graphs.html    drawings and tables in one page
+  oasis-fx print mlp --only 2 --format svg -o mlp.svg       a drawing, before and after
   oasis-fx print my_model.py:build                          def build(): return model, example_inputs
 """,
     "explain": """
@@ -48,7 +49,7 @@ examples:
 """,
 }
 _GRAPHS = ("before", "after", "forward", "backward", "all")
-_FORMATS = ("python", "table", "dot", "html")
+_FORMATS = ("python", "table", "dot", "html", "svg")
 _TARGET = (
     f"module:callable or file.py:callable that returns (model, example_inputs); {' or '.join(SAMPLES)}, small samples; "
     f"or a causal language model by its name: {plan.MODEL}"
@@ -96,7 +97,7 @@ def make_parser() -> Parser:
         _add_common(command)
     plan.add_arguments(planner)
     _add_shared(planner)
-    printer.add_argument("--graph", choices=_GRAPHS, help="which graph (default: all)")
+    printer.add_argument("--graph", choices=_GRAPHS, help="which graph (default: all; svg: before and after)")
     printer.add_argument("--format", choices=_FORMATS, default="python", help="default: python, which runs")
     printer.add_argument("--only", metavar="NAME", help="nodes of a module or weight: its path, end of it, or a glob")
     printer.add_argument("--diff", action="store_true", help="the joint graph before and after, side by side")

@@ -1,4 +1,4 @@
-"""Pages of HTML, each whole in one file: the report of a model, and its graphs."""
+"""Pages of HTML, each whole in one file: the report of a model, and its graphs; and drawings as an SVG."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from oasis_fx.inspect.report_table import (
     totals_table,
     weight_table,
 )
-from oasis_fx.inspect.svg import format_svg
+from oasis_fx.inspect.svg import format_svg, format_svg_file
 from oasis_fx.memory.node_costs import readable_bytes, saved_storages
 from oasis_fx.settings import Settings
 
@@ -81,6 +81,19 @@ def graphs_page(
         table = node_table(shown, name, only)
         pages.append({"title": caption, "svg": _drawing(shown, name, only), "table": table, "classes": looks})
     return _render("graphs.html", title=title, graphs=pages, note=note)
+
+
+def graphs_svg(sets: Sequence[GraphSet], *, which: Sequence[str] = ("before", "after"), only: str | None = None) -> str:
+    """Return drawings of graphs as one SVG, a file of its own.
+
+    Raises:
+        ValueError: nothing belongs to ``only``, or there is too much to draw.
+    """
+    drawings = [(title, merge_boxes(draw(shown, name, only))) for title, shown, name in views(sets, which, only)]
+    if any(len(drawing.boxes) > _MOST_BOXES for _, drawing in drawings):
+        raise ValueError(f"there are more than {_MOST_BOXES} boxes to draw: choose a module with --only")
+    style = _environment().get_template("drawing.css").render() + "\n"
+    return format_svg_file(drawings, style)
 
 
 def saved_by_operator(shown: GraphSet) -> list[Bar]:
@@ -147,7 +160,11 @@ def _breakable(text: str) -> Markup:
 
 
 def _render(template: str, **context: Any) -> str:
+    return _environment().get_template(template).render(context) + "\n"
+
+
+def _environment() -> Environment:
     environment = Environment(loader=PackageLoader("oasis_fx.inspect"), autoescape=True, undefined=StrictUndefined)
     environment.filters["readable_bytes"] = readable_bytes
     environment.filters["breakable"] = _breakable
-    return environment.get_template(template).render(context) + "\n"
+    return environment

@@ -1,7 +1,8 @@
-"""A graph as an inline SVG: the forward half downwards on the left, the backward half upwards beside it."""
+"""A graph as an SVG, in a page or alone: the forward half downwards on the left, the backward half upwards."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 
@@ -13,12 +14,40 @@ _WIDTH, _HEIGHT = 144, 34  # of a box, in pixels
 _COLUMN, _ROW = 154, 58
 _MARGIN, _GAP = 12, 80
 _ROOM = _WIDTH - 10  # for the text of a box
+_TITLED = 30  # pixels for the title of a drawing in a file
 _TITLE, _DETAIL = 11, 9  # font sizes, as the page has them
 _CLASSES = {"+": "added", "-": "removed"}
 
 
 def format_svg(drawing: Drawing) -> str:
     """Return an ``<svg>`` element; the page colours its classes added, removed, saved, recomputed, input, outside."""
+    inside, width, height = _element(drawing)
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}" role="img">\n{inside}\n</svg>'
+    )
+
+
+def format_svg_file(drawings: Sequence[tuple[str, Drawing]], style: str) -> str:
+    """Return drawings as one SVG to be a file of its own, one under the other, each below its title.
+
+    Args:
+        drawings: each with its title.
+        style: the rules of CSS for the classes that `format_svg` names.
+    """
+    parts: list[str] = []
+    widest, top = 0.0, 0
+    for title, drawing in drawings:
+        inside, width, height = _element(drawing)
+        parts.append(f'<text class="title" x="{_MARGIN}" y="{top + 22}">{escape(title)}</text>')
+        parts.append(f'<g transform="translate(0 {top + _TITLED})">\n{inside}\n</g>')
+        widest, top = max(widest, width), top + _TITLED + height + _MARGIN
+    size = f'viewBox="0 0 {widest:.0f} {top}" width="{widest:.0f}" height="{top}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n<style>\n{style}</style>'
+    return "\n".join([head, '<rect class="page" width="100%" height="100%"/>', *parts, "</svg>"]) + "\n"
+
+
+def _element(drawing: Drawing) -> tuple[str, float, int]:
+    """What is inside of a drawing's element, and its width and height."""
     halves = {half: [box for box in drawing.boxes if box.half == half] for half in ("forward", "backward")}
     placements = {half: _place(boxes, drawing.arrows) for half, boxes in halves.items()}
     rows = max(1 + max(placed.layer.values(), default=0) for placed in placements.values())
@@ -45,8 +74,7 @@ def format_svg(drawing: Drawing) -> str:
     crossing = [_crossing(a, spot, a.source in saved) for a in drawing.arrows if a.crossing]
     boxes = [_box(box, *spot[box.name]) for box in drawing.boxes]
     width, height = left - _GAP + _MARGIN, 30 + rows * _ROW
-    head = f'<svg viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}" role="img">'
-    return "\n".join([head, *heads, *paths, *crossing, *boxes, "</svg>"])
+    return "\n".join([*heads, *paths, *crossing, *boxes]), width, height
 
 
 def _place(boxes: list[Box], arrows: tuple[Arrow, ...]) -> Placement:

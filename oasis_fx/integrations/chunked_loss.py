@@ -141,12 +141,18 @@ def _refuse(model: torch.nn.Module, reason: str) -> NoReturn:
     raise ValueError(f"the loss of {type(model).__name__} cannot be chunked: {reason}")
 
 
-@functools.cache
-def _warn_without_labels(name: str) -> None:
-    warn_user(
-        f"{name} trains without labels, so that its chunked loss has no effect: give the model its labels, and leave "
-        "the loss to it (no compute_loss_func)"
-    )
+_warned_without_labels: set[str] = set()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo calls it as it compiles
+def _warn_without_labels(name: str) -> bool:
+    if name not in _warned_without_labels:
+        _warned_without_labels.add(name)
+        warn_user(
+            f"{name} trains without labels, so that its chunked loss has no effect: give the model its labels, and "
+            "leave the loss to it (no compute_loss_func)"
+        )
+    return True  # Dynamo takes no None for a constant
 
 
 def _probe(model: Any, head: torch.nn.Linear) -> None:

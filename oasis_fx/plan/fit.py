@@ -124,12 +124,7 @@ def _planners(asked: Planner, seq: int) -> Iterator[Planner]:
     elif settings.tail is not None:
         tried.append((settings.rank, None))
     for rank, tail in dict.fromkeys(tried):
-        if (rank, tail, seq) == (settings.rank, settings.tail, asked.seq):
-            yield asked
-        else:
-            beside = "" if tail is None else f" with a tail of {tail}"
-            asked.tell(f"trying rank {rank}{beside}, {seq} tokens a sample")
-            yield replace(asked, settings=replace(settings, rank=rank, tail=tail), seq=seq)
+        yield asked.beside(rank, tail, seq)
 
 
 def _divided(rank: int | float, by: int) -> int | float:

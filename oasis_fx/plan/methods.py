@@ -63,10 +63,22 @@ class Planner:
     chunked: bool = False
     tell: Callable[[str], object] = lambda what: None
     partitions: Partitions = field(init=False)
+    _beside: dict[tuple[Any, Any, int], Planner] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         given = self.config, self.batch, self.seq, self.dtype, self.settings
         self.partitions = Partitions(*given, self.lora_rank, self.tell)
+
+    def beside(self, rank: Any, tail: int | float | None, seq: int) -> Planner:
+        """Return the planner of the same model at another rank, tail or length, made once: its graphs take long."""
+        if (rank, tail, seq) == (self.settings.rank, self.settings.tail, self.seq):
+            return self
+        if (found := self._beside.get((rank, tail, seq))) is None:
+            what = "" if tail is None else f" with a tail of {tail}"
+            self.tell(f"trying rank {rank}{what}, {seq} tokens a sample")
+            found = replace(self, settings=replace(self.settings, rank=rank, tail=tail), seq=seq)
+            self._beside[rank, tail, seq] = found
+        return found
 
     def stock(self, share: float = 1.0) -> tuple[States, Phases]:
         """Return what stock `torch.compile` and AdamW need, under torch's own activation budget."""

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -73,6 +74,12 @@ def test_formats(target, capsys) -> None:
     assert capsys.readouterr().out.count("digraph") == 1  # one file that is valid, with a cluster for each graph
     assert main(["print", target, "--rank", "4", "--format", "html", "-o", "graphs.html"]) == 0
     assert capsys.readouterr().out == "" and Path("graphs.html").read_text(encoding="utf-8").count("<svg ") == 4
+    assert main(["print", target, "--rank", "4", "--format", "svg"]) == 0
+    drawing = ElementTree.fromstring(capsys.readouterr().out)
+    titles = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "title"]
+    assert titles == ["before", "after"]
+    assert main(["print", target, "--rank", "4", "--format", "svg", "--graph", "forward"]) == 0
+    assert capsys.readouterr().out.count('class="title"') == 1
 
 
 def test_only(target, capsys) -> None:
@@ -125,7 +132,7 @@ def test_settings_reach_the_passes(target, capsys) -> None:
         (["explain", "some_model:build", "--html", "x.html", "--only", "layers"], "belongs to 'layers'"),
         (["print", "some_model:build", "--diff", "--format", "dot"], "--diff shows"),
         (["print", "some_model:build", "--diff", "--only", "2"], "--diff shows"),
-        (["print", "some_model:build", "--format", "svg"], "invalid choice"),
+        (["print", "some_model:build", "--format", "png"], "invalid choice"),
         (["explain", "some_model:build", "--seq", "8"], "--seq goes with a model that is given by its name"),
         (["explain", "no_such_model"], "a sample is mlp or tiny_llama"),
         (["explain", "folder"], "folder without a config.json"),

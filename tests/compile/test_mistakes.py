@@ -67,6 +67,14 @@ def test_a_rank_over_the_width_is_told_once(rank, names) -> None:
     assert told[0].filename == __file__  # the line that called the model
 
 
+def test_a_rank_over_the_width_is_an_error_that_says_so_where_warnings_are_errors() -> None:
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OasisWarning)
+        with pytest.raises(OasisWarning, match=r"^rank is 64, over the width of 0\.weight, 2\.weight"):
+            torch.compile(small(), backend=oasis_backend(rank=64, inner="aot_eager"))(torch.randn(32, 24))
+
+
 def test_what_a_rank_over_the_width_costs() -> None:
     """What the warning says: more than a dense gradient takes."""
     backend = oasis_backend(rank=64, inner="aot_eager")

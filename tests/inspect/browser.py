@@ -61,7 +61,27 @@ def measure(page: str, widths: Sequence[int], folder: Path) -> list[dict[str, An
         f'<iframe srcdoc="{escape(page)}" style="width: {width}px; height: 900px; border: 0"></iframe>'
         for width in widths
     )
-    (folder / "frames.html").write_text(_FRAMES % frames, encoding="utf-8")
+    return _found(_FRAMES % frames, folder)
+
+
+_DRAWING = """<body>%s<script>
+onload = () => {
+  const drawing = document.querySelector("svg"), room = drawing.getBoundingClientRect();
+  document.body.dataset.found = JSON.stringify([...drawing.querySelectorAll("text, rect")].filter(part => {
+    const place = part.getBoundingClientRect();
+    return place.left < room.left || place.right > room.right || place.top < room.top || place.bottom > room.bottom;
+  }).map(part => part.textContent || part.outerHTML));
+};
+</script></body>"""
+
+
+def drawing_fits(drawing: Path, folder: Path) -> list[str]:
+    """Return what of an SVG file stands out of it."""
+    return _found(_DRAWING % drawing.read_text(encoding="utf-8"), folder)
+
+
+def _found(page: str, folder: Path) -> Any:
+    (folder / "frames.html").write_text(page, encoding="utf-8")
     shown = subprocess.run(
         [str(BROWSER), *_OFFLINE, f"--user-data-dir={folder}/profile", "--window-size=1400,1000",
          "--enable-logging=stderr", "--dump-dom", f"file://{folder}/frames.html"],

@@ -114,9 +114,21 @@ def test_other_models_and_a_second_time_are_refused() -> None:
 
 
 def test_training_without_labels_is_warned_of() -> None:
-    chunked_loss._warn_without_labels.cache_clear()
+    chunked_loss._warned_without_labels.clear()
     with pytest.warns(OasisWarning, match="LlamaForCausalLM trains without labels"):
         chunk_loss(tiny.model())(batch()["input_ids"])
+
+
+def test_a_compiled_model_is_warned_of_in_whole_graphs_and_without_noise() -> None:
+    chunked_loss._warned_without_labels.clear()
+    torch._dynamo.reset()
+    model = chunk_loss(tiny.model())
+    model.compile(backend="eager", fullgraph=True)
+    with pytest.warns() as told:
+        for _ in range(2):
+            model(batch()["input_ids"])
+    (message,) = (str(one.message) for one in told)
+    assert message.startswith("LlamaForCausalLM trains without labels") and told[0].filename == __file__
 
 
 def test_adapters_around_the_model() -> None:
