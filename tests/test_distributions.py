@@ -44,7 +44,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
 def test_the_source_distribution_has_examples_and_pages(built) -> None:
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder, ending in (("examples", "*.py"), ("examples", "*.ipynb"), ("docs", "*.md")):
+    for folder, ending in (("examples", "*.py"), ("examples", "*.ipynb"), ("docs", "*.md"), ("docs", "figures/*.svg")):
         files = {str(file.relative_to(ROOT)) for file in (ROOT / folder).glob(ending)}
         assert files and files <= names
     assert {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "pyproject.toml"} <= names
