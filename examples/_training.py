@@ -42,6 +42,7 @@ class Run:
         torch.manual_seed(args.seed)
         if args.threads:
             torch.set_num_threads(args.threads)
+        torch.set_float32_matmul_precision(args.matmul_precision)
         self.args, self.method, self.device = args, method, args.device
         dtype = getattr(torch, args.dtype)
         self.model, self.tokenizer = load_model(args.model, dtype=dtype, device=args.device, layers=args.layers)
@@ -77,7 +78,7 @@ class Run:
         """Take one optimizer step; return its loss and seconds."""
         batch = self._to_device(self.train.batch(self.step_number, self.args.batch_size, self.args.seed))
         start = self._now()
-        loss = self.model(**batch).loss
+        loss = self._loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -92,7 +93,24 @@ class Run:
     def loaded(self) -> None:
         """Answer that there is a run: making it took what loading takes."""
 
+    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The mean loss of the tokens that have a label.
+
+        Where the head is not compiled, it computes logits for these alone, and none for prompts and padding.
+        """
+        if self.args.compile == "model":
+            return self.model(**batch).loss
+        following = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:]
+        counted = following != IGNORE
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, hidden: hidden[0][counted])
+        try:
+            return self.model(**batch, shift_labels=following[counted]).loss
+        finally:
+            hook.remove()
+
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
     def heldout_loss(self) -> float:
         """Mean loss a token over the held-out examples, by the uncompiled forward pass: no graph for one use."""
         total, count = 0.0, 0
@@ -100,7 +118,7 @@ class Run:
         for batch in self.heldout.batches(self.args.batch_size):
             batch = self._to_device(without_padding(batch))
             tokens = int((batch["labels"][:, 1:] != IGNORE).sum())
-            total += float(self.model.forward(**batch).loss) * tokens
+            total += float(self._loss(batch)) * tokens
             count += tokens
         self.model.train()
         return total / count
@@ -108,7 +126,7 @@ class Run:
     def sizes(self) -> dict[str, int]:
         """Bytes of weights, gradients, optimizer state and saved activations, from one more forward and backward."""
         batch = self._to_device(self.train.batch(0, self.args.batch_size, self.args.seed))
-        loss = self.model(**batch).loss
+        loss = self._loss(batch)
         bases = {s["basis"] for s in self.optimizer.state.values() if "basis" in s}
         known = [*self.model.parameters(), *self.model.buffers(), *bases, *batch.values()]
         saved = saved_for_backward_bytes(loss, known)

@@ -25,7 +25,7 @@ from _progress import Progress
 from _report import conclude, device_name, draw, summarize, write_json
 
 METHODS = ("oasis", "adamw", "lora")
-OF_OASIS = {"tail": 128, "memory_budget": 1.0, "state_bits": 32, "subspace_every": None}  # and their defaults
+OF_OASIS = {"tail": 64, "memory_budget": 1.0, "state_bits": 32, "subspace_every": None}  # and their defaults
 DATA = (
     f'{GENERATED}, generated (default); a .jsonl file, of which each line is an object with the texts "prompt" and '
     '"answer", or "question" and "answer"; or a text file, which is cut into sequences'
@@ -60,14 +60,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--subspace", default="oja", help="rule of the bases, see docs/subspaces.md (oasis)")
     parser.add_argument("--subspace-every", type=int, help="a basis moves at each so many steps (oasis)")
     parser.add_argument("--lr", type=float, help="default: the method's own, see _training.py")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--stop-after", type=int, help="stop at this step of the schedule's --steps (with --method)")
-    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--num-heldout", type=int, default=32, help="held-out examples")
-    parser.add_argument("--evaluations", type=int, default=4, help="how often held-out loss is taken while training")
+    parser.add_argument("--evaluations", type=int, default=1, help="how often held-out loss is taken while training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
+    parser.add_argument(
+        "--matmul-precision",
+        choices=("highest", "high", "medium"),
+        default="highest",
+        help="of products of float32 matrices: medium computes them in bfloat16 where a CPU has units for it",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a process (0: torch's choice)")
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor")
