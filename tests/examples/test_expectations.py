@@ -21,3 +21,9 @@ def test_a_row_is_shown_by_files_that_exist(need, shown_by) -> None:
 def test_every_row_names_what_shows_it() -> None:
     rows = PAGE[PAGE.index("| need |") : PAGE.index("What they have")].strip().splitlines()
     assert len(ROWS) == len(rows) - 2 >= 14
+
+
+def test_the_names_of_optimizers_are_those_of_transformers() -> None:
+    names = pytest.importorskip("transformers.training_args").OptimizerNames
+    given = re.findall(r'`optim="(\w+)"`', PAGE)
+    assert len(given) == 3 and set(given) <= {name.value for name in names}
