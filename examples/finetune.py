@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--subspace", default="oja", help="rule of the bases, see docs/subspaces.md (oasis)")
     parser.add_argument("--subspace-every", type=int, help="a basis moves at each so many steps (oasis)")
     parser.add_argument("--lr", type=float, help="default: the method's own, see _training.py")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--stop-after", type=int, help="stop at this step of the schedule's --steps (with --method)")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)

