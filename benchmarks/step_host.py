@@ -1,7 +1,8 @@
 """What an optimizer step takes of its host's time: ours and stock fused AdamW, in alternation, on tensors so small that
 arithmetic costs next to nothing. On a GPU this is the time before the last launch of a step.
 
-python -m benchmarks.step_host
+    python -m benchmarks.step_host
+    python -m benchmarks.step_host --as-on-cuda      # nothing is read, and launches of our kernels are left out
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from tabulate import tabulate
 
 from oasis_fx import OasisAdamW, OasisLion, OasisMuon, OasisSGD, oasis_backend
+from oasis_fx.runtime.optim.kernels import dispatch
+from oasis_fx.runtime.subspaces import host_reads
 
 OURS = {"adamw": OasisAdamW, "sgd": OasisSGD, "lion": OasisLion, "muon": OasisMuon}
 
@@ -53,8 +56,14 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 32], help="depths of the Llama")
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], choices=OURS)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--as-on-cuda", action="store_true", help="take the path of a GPU, without the launches")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the time of other threads would not be counted
+    if args.as_on_cuda:
+        host_reads.reads_are_free = lambda device: False
+        dispatch.DEVICES = ("cpu",)
+        launches = dispatch.Kernels(lambda *_, **__: None, lambda *_, **__: None)
+        dispatch._kernels = lambda: launches  # type: ignore[assignment]
     rows = [row for blocks in args.blocks for row in compare(blocks, args.optimizers, args.steps)]
     print(tabulate(rows, ["blocks", "optimizer", "host ms", "ratio to stock"], tablefmt="github", floatfmt=".2f"))
 

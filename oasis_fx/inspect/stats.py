@@ -89,7 +89,7 @@ def collect_stats(subspaces: Mapping[Subspace, tuple[str, ...]], model: torch.nn
     for device in dict.fromkeys(subspace.device for subspace in kept):
         here = [subspace for subspace in kept if subspace.device == device]
         scalars = [
-            [getattr(s, q).double() for q in QUANTITIES] + [c.double() for c in (s.num_updates, s.num_stuck)]
+            [s.measure(q).double() for q in QUANTITIES] + [c.double() for c in (s.num_updates, s.num_stuck)]
             for s in here
         ]
         read = torch.stack([scalar for row in scalars for scalar in row]).view(len(here), -1).tolist()

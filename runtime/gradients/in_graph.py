@@ -120,7 +120,7 @@ def _move_if_due(subspace: Subspace, batch: torch.Tensor) -> torch.Tensor | None
     subspace.replace(_choose(subspace, wide, generator_of(subspace.seed, int(subspace.num_updates))))
     subspace.steps_since_due.zero_()
     unit = wide / peak  # squares could leave the exponent range
-    subspace.captured_energy = ((unit @ subspace.basis.detach()).norm() / unit.norm()).square()
+    subspace.note_measure("captured_energy", ((unit @ subspace.basis.detach()).norm() / unit.norm()).square())
     return old
 
 

@@ -24,7 +24,7 @@ from oasis_fx.graph.matricization import as_rows, from_rows
 from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.strides import all_plain, is_packed, laid_out_as
-from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State, real_view
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State, column, rank_scales, real_view, states_of
 from oasis_fx.runtime.optim.weight_steps import (
     add_scaled_,
     step_weights,
@@ -32,6 +32,7 @@ from oasis_fx.runtime.optim.weight_steps import (
     store_weights,
     zero_directions,
 )
+from oasis_fx.runtime.roster import once
 from oasis_fx.runtime.subspaces.banks import Layout, in_dtypes_of
 from oasis_fx.runtime.subspaces.momentum import bias_correction
 
@@ -57,8 +58,7 @@ def step_low_rank(updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -
     parameters of zero, a learning rate of 1 and no decay, it leaves -U in the parameters.
     """
     settings = step.settings
-    states = [update.state for update in updates]
-    means = [state["exp_avg"] for state in states]
+    states, means = once(updates, states_of), once(updates, column, "exp_avg")
     directions = zero_directions(updates, means)
     step_fused(
         directions,
@@ -67,7 +67,7 @@ def step_low_rank(updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -
         replace(settings, lr=1.0, weight_decay=0.0),
         step.gate,
     )
-    scales = [update.rank_scale if settings.rank_scaling else 1.0 for update in updates]
+    scales = once(updates, rank_scales) if settings.rank_scaling else [1.0] * len(updates)
     if not settings.step_outside_subspace:
         step_weights(updates, directions, step, scales)
         return

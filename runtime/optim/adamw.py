@@ -34,7 +34,8 @@ from oasis_fx.runtime.optim.group_settings import (
 )
 from oasis_fx.runtime.optim.kernels import dispatch
 from oasis_fx.runtime.optim.transport import fit_columns, transport_mean, transport_second_moment
-from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State, states_of
+from oasis_fx.runtime.roster import Roster, once
 from oasis_fx.runtime.subspaces import host_reads
 from oasis_fx.runtime.subspaces.momentum import bias_correction
 
@@ -192,28 +193,27 @@ class OasisAdamW(SubspaceOptimizer):
         return float(group["betas"][0])
 
     def step_low_rank(self, updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -> None:
-        plain = [update for update in updates if not _in_codes(update.state)]
+        plain, coded = once(updates, _plain_and_coded)
         if plain:
             step_low_rank(plain, step)
-        coded = [update for update in updates if _in_codes(update.state)]
         for chunk in in_chunks(coded, [update.state["exp_avg"].numel() for update in coded]):
             with in_float32([update.state for update in chunk], self.states) as states:
                 step_low_rank([replace(u, state=state) for u, state in zip(chunk, states, strict=True)], step)
 
     def step_dense(self, updates: Sequence[DenseUpdate], step: Step[AdamWSettings]) -> None:
-        coded = [piece for update in updates if _in_codes(update.state) for piece in pieces(update)]
+        plain, in_codes = once(updates, _plain_and_coded)
+        coded = [piece for update in in_codes for piece in pieces(update)]
         for chunk in in_chunks(coded, [update.weight.numel() for update in coded]):
             with in_float32([update.state for update in chunk], self.states) as states:
                 step_in_float32([replace(u, state=state) for u, state in zip(chunk, states, strict=True)], step)
-        updates = [update for update in updates if not _in_codes(update.state)]
         if step.settings.stochastic_rounding:
-            for update in dispatch.step_dense_bfloat16(updates, step):
+            for update in dispatch.step_dense_bfloat16(plain, step):
                 step_dense_bfloat16(update.weight, update.gradient, update.state, step)
             return
-        if not updates:
+        if not plain:
             return
-        weights, gradients = [update.weight for update in updates], [update.gradient for update in updates]
-        step_fused(weights, gradients, [update.state for update in updates], step.settings, step.gate)
+        weights, gradients = [update.weight for update in plain], [update.gradient for update in plain]
+        step_fused(weights, gradients, once(plain, states_of), step.settings, step.gate)
 
     def transport(self, states: Sequence[State], overlap: torch.Tensor, group: Mapping[str, Any]) -> None:
         mean, second = (torch.stack([s[key] for s in states]) for key in self.states)
@@ -230,3 +230,9 @@ class OasisAdamW(SubspaceOptimizer):
 
 def _in_codes(state: State) -> bool:
     return bool(state["exp_avg"].dtype == torch.uint8)
+
+
+def _plain_and_coded(updates: Sequence[Any]) -> tuple[Roster[Any], list[Any]]:
+    """Return the updates whose moments are numbers, and those whose moments are eight-bit codes."""
+    plain = Roster(update for update in updates if not _in_codes(update.state))
+    return plain, [update for update in updates if _in_codes(update.state)]

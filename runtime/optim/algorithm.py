@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,10 +21,17 @@ from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
+if TYPE_CHECKING:
+    from oasis_fx.runtime.optim.plan import Plan
+    from oasis_fx.runtime.optim.settled import Rest
 
-@dataclass(frozen=True)
+
+@dataclass(slots=True, eq=False)
 class Binding:
-    """The coordinates that the states of a weight are in: a subspace, and the version of its basis."""
+    """The coordinates that the states of weights are in: a subspace, and the version of its basis.
+
+    After a step, weights that share a subspace share their binding.
+    """
 
     subspace: Subspace
     version: int
@@ -49,6 +56,10 @@ class Algorithm(torch.optim.Optimizer):
     renamed_settings: ClassVar[Mapping[str, str]] = {}
 
     bindings: dict[torch.Tensor, Binding]
+
+    # What the last step found out, for the next one: `oasis_fx.runtime.optim.settled`, `oasis_fx.runtime.optim.plan`.
+    rest: Rest | None = None
+    plan: Plan | None = None
 
     # The subspaces of the weights of all groups, and what they are a function of: see `stored_subspaces`.
     _stored: tuple[object, tuple[Subspace, ...]] | None = None
@@ -160,10 +171,10 @@ class Algorithm(torch.optim.Optimizer):
 
     def stored_subspaces(self) -> tuple[Subspace, ...]:
         """Return the subspaces that the store has of the weights, those that no states are in too, each once."""
-        matrices = [weight for weight in self.weights() if weight.dim() >= 2]
         # Numbers of weights, which hold none of them. One that is used again is that of a weight whose entry has gone.
-        key = STORE.state_of_entries, tuple(map(id, matrices))
+        key = STORE.state_of_entries, tuple(map(id, self.weights()))
         if self._stored is None or self._stored[0] != key:
+            matrices = [weight for weight in self.weights() if weight.dim() >= 2]
             self._stored = key, tuple(dict.fromkeys(s for weight in matrices for s in STORE.all_of(weight)))
         return self._stored[1]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
 from oasis_fx._torch.precision import whole_float32_products
-from oasis_fx.runtime.optim.algorithm import Algorithm, Binding
+from oasis_fx.runtime.optim.algorithm import Algorithm
 from oasis_fx.runtime.optim.chunks import in_chunks
 from oasis_fx.runtime.optim.states import basis_before, note_basis
 from oasis_fx.runtime.optim.updates import State, is_low_rank
@@ -17,44 +19,73 @@ from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
 
+@dataclass(frozen=True)
+class Route:
+    """States of one group, of equal shapes, that are transported together.
+
+    Attributes:
+        states: of L weights.
+        places: of each, the place of its overlap among those that the routes were found for.
+        group: the parameter group of the weights.
+    """
+
+    states: Sequence[State]
+    places: Sequence[int]
+    group: Mapping[str, Any]
+
+
 def transport_states(optimizer: Algorithm, moves: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Transport the states of weights, batched over weights of one group with equal m and r, as many as make a chunk.
 
     Args:
         moves: each weight with its R = Q^T Q+ [r, r]; weights without low-rank states are passed over.
     """
-    if not moves or not optimizer.states:
-        return
+    overlaps = [overlap for _, overlap in moves]
+    transport_along(optimizer, find_routes(optimizer, [weight for weight, _ in moves], overlaps), overlaps)
+
+
+def find_routes(
+    optimizer: Algorithm, weights: Sequence[torch.Tensor], overlaps: Sequence[torch.Tensor]
+) -> list[list[Route]]:
+    """Return what is transported together: lists of routes, whose states are worked on at once.
+
+    They hold as long as the weights have the same states and groups, and overlaps of the same dtypes and devices.
+    """
+    if not weights or not optimizer.states:
+        return []
     first = optimizer.states[0]
-    # By numbers, as many weights are looked up at each step, and torch hashes a tensor in Python.
+    # By numbers, as many weights are looked up, and torch hashes a tensor in Python.
     groups: dict[int, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         groups.update(dict.fromkeys(map(id, group["params"]), group))
     by_id = {id(group): group for group in (*optimizer.param_groups, optimizer.defaults)}
-    batches: dict[Any, list[tuple[State, torch.Tensor]]] = {}
-    for weight, overlap in moves:
+    batches: dict[Any, list[tuple[State, int]]] = {}
+    for place, (weight, overlap) in enumerate(zip(weights, overlaps, strict=True)):
         state = optimizer.state[weight]
         if is_low_rank(state):
             # The defaults count for a bound weight that was removed from its group.
             key = id(groups.get(id(weight), optimizer.defaults)), overlap.dtype, overlap.device
-            batches.setdefault(key, []).append((state, overlap))
+            batches.setdefault(key, []).append((state, place))
+    found = []
     for (number, *_), batch in batches.items():
         for chunk in in_chunks(batch, [state[first].numel() for state, _ in batch]):
-            with optimizer.states_in_place([state for state, _ in chunk]) as states:
-                overlaps = [overlap for _, overlap in chunk]
-                _transport_by_shape(optimizer, states, overlaps, by_id[number])
+            by_shape: dict[torch.Size, list[tuple[State, int]]] = {}
+            for state, place in chunk:
+                by_shape.setdefault(state[first].shape, []).append((state, place))
+            pairs = [tuple(zip(*equal, strict=True)) for equal in by_shape.values()]
+            found.append([Route(states, places, by_id[number]) for states, places in pairs])
+    return found
 
 
-def _transport_by_shape(
-    optimizer: Algorithm, states: Sequence[State], overlaps: Sequence[torch.Tensor], group: Mapping[str, Any]
-) -> None:
-    by_shape: dict[torch.Size, list[int]] = {}
-    for place, state in enumerate(states):
-        by_shape.setdefault(state[optimizer.states[0]].shape, []).append(place)
-    for places in by_shape.values():
-        bank = torch.stack([overlaps[place] for place in places])
-        with whole_float32_products(bank.device.type):  # a product with I, where no basis has moved, is exact
-            optimizer.transport([states[place] for place in places], bank, group)
+def transport_along(optimizer: Algorithm, routes: Iterable[Sequence[Route]], overlaps: Sequence[torch.Tensor]) -> None:
+    """Transport states along routes by R = Q^T Q+ [r, r], at the place that a route names."""
+    for together in routes:
+        with optimizer.states_in_place([state for route in together for state in route.states]) as states:
+            rest = iter(states)
+            for route in together:
+                bank = torch.stack([overlaps[place] for place in route.places])
+                with whole_float32_products(bank.device.type):  # a product with I, of no move, is exact
+                    optimizer.transport(list(islice(rest, len(route.states))), bank, route.group)
 
 
 def transport_pending(optimizer: Algorithm) -> None:
@@ -124,9 +155,12 @@ def bind_all(optimizer: Algorithm, members: Mapping[Subspace, Sequence[torch.Ten
     for subspace, weights in (optimizer.subspaces() if members is None else members).items():
         # What moved before the first step of its weights moved from a random start: there is nothing to transport.
         subspace.forget_pending_move()
-        binding = Binding(subspace, subspace.version)
-        for weight in weights:
-            optimizer.bindings[weight] = binding
+        bindings = [optimizer.bindings[weight] for weight in weights]
+        shared = bindings[0]
+        shared.version = subspace.version
+        for weight, binding in zip(weights, bindings, strict=True):
+            if binding is not shared:
+                optimizer.bindings[weight] = shared
             note_basis(optimizer.state[weight], subspace)
         if optimizer.mean_state is not None and getattr(subspace.spec.rule, "uses_momentum", False):
             _lend_momentum(optimizer, subspace, weights, optimizer.mean_state)

@@ -12,6 +12,7 @@ from oasis_fx.graph.matricization import Features, num_features, num_rows
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.algorithm import Algorithm
 from oasis_fx.runtime.optim.group_settings import parameter_name, rename_settings
+from oasis_fx.runtime.optim.settled import settled_items
 from oasis_fx.runtime.optim.updates import State, is_low_rank
 from oasis_fx.runtime.subspaces.shards import local, local_gradient
 from oasis_fx.runtime.subspaces.store import STORE
@@ -29,7 +30,7 @@ class Item:
         weight: the parameter, which states are found by.
         name: of the parameter, for messages.
         data: what is stepped: the parameter itself, or the local part of one that is sharded.
-        gradient: of ``data``: a `LowRankGrad` or a plain tensor.
+        gradient: of ``data``: a `LowRankGrad` or a plain tensor; taken out at the end of the step.
         group: the parameter group of the weight.
         settings: of the group at this step, for weights of this dtype.
         subspace: the one that the weight is in; None where it is in none, or in one that only a checkpoint knows.
@@ -51,11 +52,14 @@ class Item:
 def find_items(optimizer: Algorithm) -> Iterator[Item]:
     """Yield an item for every parameter that has a gradient; nothing has changed where one is refused.
 
+    A parameter of which nothing has changed since the last step has the item that it had then.
+
     Raises:
         ValueError: a setting is not allowed, or a gradient or a state does not fit its parameter.
         RuntimeError: a gradient is sparse, was not averaged over ranks, or is in a basis that has moved since.
     """
     has_ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    settled, versions = settled_items(optimizer), dict[Subspace, int]()
     for index, group in enumerate(optimizer.param_groups):
         rename_settings(group, optimizer.renamed_settings, f"parameter group {index}")
         optimizer.check_group(group)  # it may have been set since the last step
@@ -64,14 +68,19 @@ def find_items(optimizer: Algorithm) -> Iterator[Item]:
             gradient = weight.grad
             if gradient is None:
                 continue
-            name = parameter_name(group, index, number)
-            if gradient.is_sparse:
-                raise RuntimeError(f"parameter {name}: {type(optimizer).__name__} does not support sparse gradients")
             if has_ranks:
                 for subspace in STORE.all_of(weight):
                     subspace.check_averaged()
             if weight.dtype not in settings:
                 settings[weight.dtype] = optimizer.settings_of(group, weight.dtype)
+            known = settled.get(id(weight))
+            if known is not None and known.takes(weight, gradient, group, optimizer, versions):
+                known.item.gradient, known.item.settings = gradient, settings[weight.dtype]
+                yield known.item
+                continue
+            name = parameter_name(group, index, number)
+            if gradient.is_sparse:
+                raise RuntimeError(f"parameter {name}: {type(optimizer).__name__} does not support sparse gradients")
             yield _item(optimizer, weight, group, settings[weight.dtype], name)
 
 

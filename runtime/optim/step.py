@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from oasis_fx.errors import warn_user
-from oasis_fx.graph.matricization import as_rows
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.algorithm import Algorithm
 from oasis_fx.runtime.optim.context import Generators, StepContext
-from oasis_fx.runtime.optim.coordinates import bind_all, bind_resting, transport_pending, transport_states
+from oasis_fx.runtime.optim.coordinates import bind_all, bind_resting, transport_pending
 from oasis_fx.runtime.optim.items import Item
+from oasis_fx.runtime.optim.plan import NO_GRADIENT, Plan, PlannedBatch
 from oasis_fx.runtime.optim.preparation import prepare_state
 from oasis_fx.runtime.optim.resizing import spend_budget
+from oasis_fx.runtime.optim.settled import settle
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, all_finite
+from oasis_fx.runtime.roster import Roster
 from oasis_fx.runtime.subspaces import host_reads
 from oasis_fx.runtime.subspaces.basis_updates import count_steps, move_due_bases
 from oasis_fx.runtime.subspaces.missed_moves import note_idle
@@ -30,7 +32,7 @@ from oasis_fx.runtime.subspaces.subspace import Subspace
 RANK_STEPS = (100, 1000)
 
 
-def take_step(optimizer: Algorithm, items: Sequence[Item], finite: torch.Tensor) -> None:
+def take_step(optimizer: Algorithm, items: list[Item], finite: torch.Tensor) -> None:
     """Step the parameters of ``items``, move the bases, and transport the states to them.
 
     Args:
@@ -41,16 +43,28 @@ def take_step(optimizer: Algorithm, items: Sequence[Item], finite: torch.Tensor)
     if known and not bool(finite):
         leave_out(optimizer, items)
         return
+    plan = make_plan(optimizer, items)
+    note_idle(plan.subspaces)
+    context = begin_step(optimizer, None if known else finite)
+    step_low_rank(optimizer, plan.low_rank, context)
+    step_dense(optimizer, plan.dense, context)
+    share_ranks_out(optimizer, plan, context)
+    move_all_bases(optimizer, plan, context)
+    settle(optimizer, items)
+    plan.drop_gradients()
+
+
+def make_plan(optimizer: Algorithm, items: list[Item]) -> Plan:
+    """Return the plan of a step, when all states are where it needs them: that of the last step where it serves."""
+    if optimizer.plan is not None and optimizer.plan.serves(optimizer, items):
+        optimizer.plan.take_gradients()
+        return optimizer.plan
     transport_pending(optimizer)
     bind_resting(optimizer, [item.weight for item in items])
     for item in items:
         prepare_state(optimizer, item)
-    note_idle({item.subspace: None for item in items if item.subspace is not None})
-    context = begin_step(optimizer, None if known else finite)
-    step_low_rank(optimizer, [item for item in items if item.low_rank], context)
-    step_dense(optimizer, [item for item in items if not item.low_rank], context)
-    share_ranks_out(optimizer, context)
-    move_all_bases(optimizer, context)
+    optimizer.plan = Plan(optimizer, items)
+    return optimizer.plan
 
 
 def are_finite(items: Sequence[Item]) -> torch.Tensor:
@@ -78,6 +92,8 @@ def leave_out(optimizer: Algorithm, items: Iterable[Item]) -> None:
     for subspace in count_steps(subspaces):
         subspace.drop_statistic()
     bind_all(optimizer)
+    for item in items:
+        item.gradient = NO_GRADIENT
 
 
 def begin_step(optimizer: Algorithm, gate: torch.Tensor | None) -> StepContext:
@@ -91,87 +107,44 @@ def begin_step(optimizer: Algorithm, gate: torch.Tensor | None) -> StepContext:
     return StepContext(gate, Generators(seed))
 
 
-def step_low_rank(optimizer: Algorithm, items: Iterable[Item], context: StepContext) -> None:
+def step_low_rank(optimizer: Algorithm, batches: Iterable[PlannedBatch[LowRankUpdate]], context: StepContext) -> None:
     """Step the weights whose states are in the coordinates of a basis."""
-    batches: dict[Any, list[LowRankUpdate]] = {}
-    bases: dict[Subspace, torch.Tensor] = {}  # a coded one is made once
-    for item in items:
-        update = _low_rank_update(optimizer, item, bases)
-        batches.setdefault((item.weight.device, item.weight.dtype, item.settings), []).append(update)
-    for (device, _, settings), updates in batches.items():
-        optimizer.step_low_rank(updates, context.on(device, settings))
+    for batch in batches:
+        optimizer.step_low_rank(batch.updates, context.on(batch.device, batch.settings))
 
 
-def _low_rank_update(optimizer: Algorithm, item: Item, bases: dict[Subspace, torch.Tensor]) -> LowRankUpdate:
-    state, subspace = optimizer.state[item.weight], item.subspace
-    orthonormal, tail = True, None
-    if subspace is not None:
-        if subspace not in bases:
-            bases[subspace] = subspace.basis.to(item.weight.device)
-        basis, orthonormal = bases[subspace], subspace.spec.rule.orthonormal
-        tail = None if subspace.tail is None else subspace.tail.to(item.weight.device)
-    elif "basis" in state:  # loaded from a checkpoint, and not compiled since
-        basis = state["basis"]  # others are coded
-    else:
-        raise RuntimeError(
-            f"parameter {item.name} has moments in a drawn basis from a checkpoint, and a dense gradient before any "
-            "low-rank one: take the first step after loading with the compiled model"
-        )
-    if isinstance(item.gradient, LowRankGrad):
-        factor, dense = item.gradient.factor, None
-        outside = None if tail is None else factor[:, basis.shape[1] :]
-        factor = factor if tail is None else factor[:, : basis.shape[1]]
-    else:  # a dense gradient of a weight with low-rank states: what the pass would have computed
-        dense = item.gradient
-        rows = as_rows(dense, state["features"]).to(basis.dtype)
-        factor, outside = rows @ basis, None if tail is None else rows @ tail
-        weights = None if subspace is None else subspace.projection_weights
-        if weights is not None:
-            factor = factor * weights.to(factor)
-    return LowRankUpdate(item.data, factor, basis, state["features"], state, orthonormal, dense, tail, outside)
-
-
-def step_dense(optimizer: Algorithm, items: Iterable[Item], context: StepContext) -> None:
+def step_dense(optimizer: Algorithm, batches: Iterable[PlannedBatch[DenseUpdate]], context: StepContext) -> None:
     """Step the weights whose states have their own shape."""
-    batches: dict[Any, list[DenseUpdate]] = {}
-    for item in items:
-        device, state = item.weight.device, optimizer.state[item.weight]
-        if isinstance(item.gradient, LowRankGrad):  # one full-size gradient at a time
-            update = DenseUpdate(item.data, item.gradient.to_dense(), state)
-            optimizer.step_dense([update], context.on(device, item.settings))
-        else:
-            update = DenseUpdate(item.data, item.gradient, state)
-            batches.setdefault((device, item.weight.dtype, item.settings), []).append(update)
-    for (device, _, settings), updates in batches.items():
-        optimizer.step_dense(updates, context.on(device, settings))
+    for batch in batches:
+        updates = batch.updates
+        if isinstance(updates[0].gradient, LowRankGrad):  # one full-size gradient at a time
+            updates = Roster(replace(update, gradient=update.gradient.to_dense()) for update in updates)
+        optimizer.step_dense(updates, context.on(batch.device, batch.settings))
 
 
-def share_ranks_out(optimizer: Algorithm, context: StepContext) -> None:
+def share_ranks_out(optimizer: Algorithm, plan: Plan, context: StepContext) -> None:
     """Share the columns of ``rank=AutoRank(...)`` out, at the first step from each of `RANK_STEPS` on that counts."""
     group = optimizer.param_groups[0]
     plans, steps = group.get("rank_plans", 0), group["step_count"]
     if plans >= len(RANK_STEPS) or steps < RANK_STEPS[plans]:
         return
-    if all(subspace.spec.budget is None for subspace in optimizer.subspaces()):
+    if all(subspace.spec.budget is None for subspace in plan.members(optimizer)):
         return
     if context.gate is None or bool(context.gate):
         group["rank_plans"] = plans + 1
         spend_budget(optimizer)
+        plan.forget_members()
 
 
-def move_all_bases(optimizer: Algorithm, context: StepContext) -> None:
+def move_all_bases(optimizer: Algorithm, plan: Plan, context: StepContext) -> None:
     """Move the bases, and transport the states of every weight in one, those without a gradient too."""
-    members = optimizer.subspaces()
+    members = plan.members(optimizer)
     # Those of weights that keep dense states, or that another graph has put into a second one, move as well.
     stored = (subspace for subspace in optimizer.stored_subspaces() if subspace.statistic is not None)
-    by_device: dict[torch.device, list[Subspace]] = {}
-    for subspace in dict.fromkeys([*members, *stored]):
-        by_device.setdefault(subspace.device, []).append(subspace)
-    for device, subspaces in by_device.items():
+    for device, subspaces in plan.by_device(dict.fromkeys([*members, *stored])).items():
         overlaps = move_due_bases(subspaces, context.gate_on(device))
         overlaps = {s: overlap for s, overlap in overlaps.items() if s.spec.rule.transports}
-        moves = [(weight, overlap) for s, overlap in overlaps.items() for weight in members.get(s, ())]
-        transport_states(optimizer, moves)
+        plan.transport(optimizer, overlaps, members)
     bind_all(optimizer, members)
 
 

@@ -41,14 +41,10 @@ def is_packed(tensor: torch.Tensor) -> bool:
 
 def all_plain(*columns: list[torch.Tensor]) -> bool:
     """Whether, place by place, all have one real dtype and are contiguous: the usual case, quickly told."""
-    for row in zip(*columns, strict=True):
-        dtype = row[0].dtype
-        if dtype.is_complex:
-            return False
-        for tensor in row:
-            if tensor.dtype != dtype or not tensor.is_contiguous():
-                return False
-    return True
+    if not all(all(map(torch.Tensor.is_contiguous, column)) for column in columns):
+        return False
+    dtypes = [[tensor.dtype for tensor in column] for column in columns]
+    return all(column == dtypes[0] for column in dtypes[1:]) and not any(d.is_complex for d in set(dtypes[0]))
 
 
 def laid_out_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

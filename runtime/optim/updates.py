@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,21 @@ class DenseUpdate:
     weight: torch.Tensor
     gradient: torch.Tensor
     state: State
+
+
+def states_of(updates: Sequence[Any]) -> list[State]:
+    """Return the state of each update."""
+    return [update.state for update in updates]
+
+
+def column(updates: Sequence[Any], name: str) -> list[torch.Tensor]:
+    """Return one tensor of the state of each update."""
+    return [update.state[name] for update in updates]
+
+
+def rank_scales(updates: Sequence[LowRankUpdate]) -> list[float]:
+    """Return `LowRankUpdate.rank_scale` of each update."""
+    return [update.rank_scale for update in updates]
 
 
 def is_low_rank(state: State) -> bool:

@@ -23,6 +23,19 @@ def as_bank(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
 
 
+def side_by_side(owners: Sequence[Any], name: str) -> torch.Tensor:
+    """Return the tensors that objects have under a name as one [k, ...] that shares their memory.
+
+    Tensors that do not lie side by side yet are moved, so that the objects get other ones.
+    """
+    tensors = [getattr(owner, name) for owner in owners]
+    bank = as_bank(tensors)
+    if bank.data_ptr() != tensors[0].data_ptr():
+        for owner, tensor in zip(owners, bank.unbind(), strict=True):
+            setattr(owner, name, tensor)
+    return bank
+
+
 class Layout:
     """The places of tensors in one flat buffer, where those of one shape lie side by side.
 

@@ -36,7 +36,9 @@ def move_due_bases(subspaces: Sequence[Subspace], gate: torch.Tensor | None = No
     Returns:
         The overlap R = Q^T Q+ [r, r] of the old and the new basis, for each subspace that moved here.
     """
-    due = count_steps(subspaces)
+    due: Sequence[Subspace] = count_steps(subspaces)
+    if due == subspaces:  # as in most steps: a roster stays one
+        due = subspaces
     overlaps = _draw_due(subspaces)
     for moved in move_by_statistics(due, gate):
         overlaps.update(zip(moved.batch.subspaces, moved.overlaps, strict=True))

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from oasis_fx._torch.precision import whole_float32_products
-from oasis_fx.runtime.subspaces.banks import as_bank
+from oasis_fx.runtime.roster import once
+from oasis_fx.runtime.subspaces.banks import as_bank, side_by_side
 from oasis_fx.runtime.subspaces.orthonormalize import Orthonormalized, cholesky_orthonormalize
 from oasis_fx.runtime.subspaces.rules import StatisticRule
 from oasis_fx.runtime.subspaces.spec import SubspaceSpec
@@ -22,7 +23,6 @@ from oasis_fx.runtime.subspaces.subspace import Subspace, drift_of
 # Q + eta C / s has singular values from 1 to 1 + eta sqrt(r). At 100, C outweighs Q and yet the Gram matrix stays
 # positive definite in float32, whatever the data. No step size of a rule counts as more.
 POWER_STEP = 100.0
-_MEASURES = ("captured_energy", "drift", "condition")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Moved:
     overlaps: Sequence[torch.Tensor]
 
 
-def move_by_statistics(subspaces: Iterable[Subspace], gate: torch.Tensor | None) -> Iterator[Moved]:
+def move_by_statistics(subspaces: Sequence[Subspace], gate: torch.Tensor | None) -> Iterator[Moved]:
     """Move the bases of subspaces of one device, in place, and measure the moves.
 
     Args:
@@ -76,7 +76,17 @@ def move_by_statistics(subspaces: Iterable[Subspace], gate: torch.Tensor | None)
             yield _settle(batch, wanted, result, gate)
 
 
-def _batches(subspaces: Iterable[Subspace]) -> Iterator[Batch]:
+def _batches(subspaces: Sequence[Subspace]) -> Iterator[Batch]:
+    for batch in once(subspaces, _alike):
+        basis = torch.stack([subspace.basis for subspace in batch])
+        statistic = torch.stack([subspace.statistic for subspace in batch])
+        unknown = basis.new_full((), torch.nan)
+        energy = torch.stack([unknown if s.energy_sum is None else s.energy_sum for s in batch])
+        yield Batch(batch, basis, statistic, energy)
+
+
+def _alike(subspaces: Iterable[Subspace]) -> list[list[Subspace]]:
+    """Return subspaces of one shape, dtype, device and specification together."""
     found: dict[object, list[Subspace]] = {}
     equal: dict[SubspaceSpec, int] = {}
     numbers: dict[int, int] = {}  # of specifications by their identity: to hash one takes as long as all else here
@@ -85,12 +95,7 @@ def _batches(subspaces: Iterable[Subspace]) -> Iterator[Batch]:
         if number is None:
             number = numbers[id(subspace.spec)] = equal.setdefault(subspace.spec, len(equal))
         found.setdefault((subspace.shape, subspace.dtype, subspace.device, number), []).append(subspace)
-    for batch in found.values():
-        basis = torch.stack([subspace.basis for subspace in batch])
-        statistic = torch.stack([subspace.statistic for subspace in batch])  # type: ignore[misc]
-        unknown = basis.new_full((), torch.nan)
-        energy = torch.stack([unknown if s.energy_sum is None else s.energy_sum for s in batch])
-        yield Batch(batch, basis, statistic, energy)
+    return list(found.values())
 
 
 def _target(batch: Batch, gate: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +110,7 @@ def _target(batch: Batch, gate: torch.Tensor | None) -> tuple[torch.Tensor, torc
     # Divided by its largest entry first: squares could leave the exponent range.
     direction = torch.where(moved, statistic / peak, 0.0)
     energy = torch.where(moved, batch.energy.view(-1, 1, 1) / peak, 1.0)
-    first = torch.stack([subspace.num_updates for subspace in batch.subspaces]).view(-1, 1, 1) == 0
+    first = side_by_side(batch.subspaces, "num_updates").view(-1, 1, 1) == 0
     if rule.lr == "auto":
         rate = torch.stack([subspace.log_rate for subspace in batch.subspaces]).exp().view(-1, 1, 1)
     else:
@@ -129,8 +134,8 @@ def _settle(batch: Batch, wanted: torch.Tensor, found: Orthonormalized, gate: to
         _adapt_rates(subspaces, new - old, has_moved)
     before = [subspace.version for subspace in subspaces]
     torch._foreach_copy_([subspace.basis for subspace in subspaces], new.unbind())
-    torch._foreach_add_([subspace.num_updates for subspace in subspaces], has_moved.long().unbind())
-    torch._foreach_add_([subspace.num_stuck for subspace in subspaces], stuck.long().unbind())
+    side_by_side(subspaces, "num_updates").add_(has_moved)
+    side_by_side(subspaces, "num_stuck").add_(stuck)
     overlaps = overlap.unbind()
     for subspace, version, r in zip(subspaces, before, overlaps, strict=True):
         subspace.drop_statistic()
@@ -147,13 +152,11 @@ def _measure(batch: Batch, overlap: torch.Tensor, moved: torch.Tensor, condition
         condition: [L], as of `Orthonormalized`.
     """
     captured = (batch.basis * batch.statistic).sum(dim=(-2, -1)) / batch.energy  # ||A Q||^2 = <Q, C>
-    values = torch.stack([captured, drift_of(overlap), condition])
+    values = torch.stack([captured, drift_of(overlap), condition], dim=1)  # in the order of `MEASURES`
     # Side by side in memory, so that at the next step nothing has to be stacked.
-    last = [getattr(subspace, name) for name in _MEASURES for subspace in batch.subspaces]
-    found = torch.where(moved, values, as_bank(last).view_as(values)).flatten().unbind()
-    count = len(batch.subspaces)
-    for place, subspace in enumerate(batch.subspaces):
-        subspace.captured_energy, subspace.drift, subspace.condition = found[place::count]
+    last = as_bank([subspace.measures for subspace in batch.subspaces])
+    for subspace, found in zip(batch.subspaces, torch.where(moved.view(-1, 1), values, last).unbind(), strict=True):
+        subspace.measures = found
 
 
 def _adapt_rates(subspaces: Sequence[Subspace], move: torch.Tensor, moved: torch.Tensor) -> None:
@@ -164,7 +167,7 @@ def _adapt_rates(subspaces: Sequence[Subspace], move: torch.Tensor, moved: torch
         moved: bool [L].
     """
     seen = sketch(move)
-    second = torch.stack([subspace.num_updates for subspace in subspaces]) >= 1  # counted before this move
+    second = side_by_side(subspaces, "num_updates") >= 1  # counted before this move
     unknown = torch.zeros_like(seen[0])
     before = torch.stack([unknown if s.last_move is None else s.last_move for s in subspaces])
     log_rates = torch.stack([subspace.log_rate for subspace in subspaces])

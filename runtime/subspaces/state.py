@@ -16,6 +16,7 @@ import torch
 from oasis_fx.runtime.subspaces.momentum import Momentum
 
 Kind = Literal["tensor", "scalar", "count", "number"]
+MEASURES = ("captured_energy", "drift", "condition")
 
 
 class Family:
@@ -88,7 +89,7 @@ class SubspaceState:
         statistic_is_local: whether something in the statistic has yet to be averaged over ranks.
         has_pending_move: whether the basis has moved within a backward or forward pass since the last optimizer step.
         overlap: R = Q^T Q+ [r, r] of these moves; None for I.
-        captured_energy, drift, condition: scalars of the last move, NaN before: `oasis_fx.inspect.stats.SubspaceStats`.
+        measures: [3], the `MEASURES` of the last move, NaN before: `oasis_fx.inspect.stats.SubspaceStats`.
         num_idle_steps: optimizer steps in a row in which the weights took part and the basis could not move.
         num_missed: steps, in a row or not, in which there was nothing to move the basis by.
         num_stuck: int64 scalar on the device of the basis: how often there was a statistic and the basis could not move
@@ -120,9 +121,7 @@ class SubspaceState:
     statistic_is_local: bool = field(default=False, metadata=_OF_RANK)
     has_pending_move: bool = field(default=False, metadata=_OF_RANK)
     overlap: torch.Tensor | None = field(default=None, metadata=_OF_RANK)
-    captured_energy: torch.Tensor = field(default=None, metadata=_OF_RANK)  # type: ignore[assignment]
-    drift: torch.Tensor = field(default=None, metadata=_OF_RANK)  # type: ignore[assignment]
-    condition: torch.Tensor = field(default=None, metadata=_OF_RANK)  # type: ignore[assignment]
+    measures: torch.Tensor = field(default=None, metadata=_OF_RANK)  # type: ignore[assignment]
     num_idle_steps: int = field(default=0, metadata=_LASTING)
     num_missed: int = field(default=0, metadata=_LASTING)
     num_stuck: torch.Tensor = field(default=None, metadata=_LASTING)  # type: ignore[assignment]
@@ -132,19 +131,27 @@ class SubspaceState:
 
     def __post_init__(self) -> None:
         scalar = torch.zeros((), dtype=self.dtype, device=self.device)
-        unknown = torch.full_like(scalar, torch.nan)
         firsts = {
             "num_updates": torch.zeros((), dtype=torch.int64, device=self.device),
             "steps_since_due": torch.zeros((), dtype=torch.int64, device="cpu"),
             "num_tails": torch.zeros((), dtype=torch.int64, device="cpu"),
             "num_stuck": torch.zeros((), dtype=torch.int64, device=self.device),
             "log_rate": scalar,
-            **dict.fromkeys(("captured_energy", "drift", "condition"), unknown),
+            "measures": scalar.new_full((len(MEASURES),), torch.nan),
             "family": Family(),
         }
         for name, first in firsts.items():
             if getattr(self, name) is None:
                 setattr(self, name, first)
+
+    def measure(self, name: str) -> torch.Tensor:
+        """Return one of the `MEASURES`, a scalar."""
+        return self.measures[MEASURES.index(name)]
+
+    def note_measure(self, name: str, value: torch.Tensor) -> None:
+        """Note one of the `MEASURES` of a move; what was read before stays as it is."""
+        self.measures = self.measures.clone()
+        self.measures[MEASURES.index(name)] = value
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SubspaceState:
         """Return a copy of the state on a device and in a dtype, as for a model that was moved or cast."""

@@ -187,7 +187,7 @@ class Subspace(SubspaceState):
         stays = torch.equal(old, present)  # exactly I, which states are not multiplied by: as in a resumed run
         overlap = torch.eye(self.shape[1], dtype=self.dtype, device=self.device) if stays else old.mT @ present
         self.note_move(before, overlap)
-        self.drift = drift_of(overlap)
+        self.note_measure("drift", drift_of(overlap))
         self.has_pending_move = True
         if not stays:
             self.overlap = overlap if self.overlap is None else self.overlap @ overlap

@@ -7,6 +7,7 @@ import torch
 
 from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.optim.items import find_items
+from oasis_fx.runtime.optim.plan import low_rank_batches
 from oasis_fx.runtime.optim.preparation import prepare_state
 from oasis_fx.runtime.optim.step import begin_step, step_low_rank
 from oasis_fx.runtime.subspaces.rules import Oja
@@ -51,7 +52,7 @@ def test_moments_go_over_to_another_subspace(products, make_weight) -> None:
     with torch.no_grad():
         prepare_state(optimizer, next(iter(find_items(optimizer))))
         torch.testing.assert_close(optimizer.state[w]["exp_avg"], old_mean @ (old_basis.T @ new))
-        step_low_rank(optimizer, list(find_items(optimizer)), begin_step(optimizer, None))
+        step_low_rank(optimizer, low_rank_batches(optimizer, list(find_items(optimizer))), begin_step(optimizer, None))
     expected = BETAS[0] * old_mean @ (old_basis.T @ new) + (1 - BETAS[0]) * g
     torch.testing.assert_close(optimizer.state[w]["exp_avg"], expected)
 

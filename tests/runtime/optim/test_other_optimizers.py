@@ -12,6 +12,7 @@ from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.coordinates import transport_pending
 from oasis_fx.runtime.optim.items import find_items
 from oasis_fx.runtime.optim.muon import _limited, orthogonalize
+from oasis_fx.runtime.optim.plan import dense_batches, low_rank_batches
 from oasis_fx.runtime.optim.preparation import prepare_state
 from oasis_fx.runtime.optim.step import begin_step, step_dense, step_low_rank
 from oasis_fx.runtime.subspaces.rules import rule_of
@@ -197,8 +198,8 @@ def test_a_gate_that_is_shut_leaves_everything_as_it_is(kind, dtype) -> None:
     for flag, changes in ((False, False), (True, True)):
         context = begin_step(optimizer, torch.tensor(flag))
         with torch.no_grad():
-            step_low_rank(optimizer, [i for i in items if i.low_rank], context)
-            step_dense(optimizer, [i for i in items if not i.low_rank], context)
+            step_low_rank(optimizer, low_rank_batches(optimizer, [i for i in items if i.low_rank]), context)
+            step_dense(optimizer, dense_batches(optimizer, [i for i in items if not i.low_rank]), context)
         same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
         assert same != changes
         for state, old in zip(optimizer.state.values(), states, strict=True):

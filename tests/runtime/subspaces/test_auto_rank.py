@@ -110,10 +110,10 @@ def test_new_bases_are_orthonormal_and_means_are_kept(monkeypatch) -> None:
 
     share_out = optimizer_step.share_ranks_out
 
-    def watched(optimizer, context):
+    def watched(optimizer, plan, context):
         look()
         held = dict(seen)
-        share_out(optimizer, context)
+        share_out(optimizer, plan, context)
         look()
         for w, (mean, basis) in held.items():
             after, new = seen[w]

@@ -122,7 +122,7 @@ def test_bases_of_several_shapes_are_orthonormalised_as_each_alone() -> None:
     for one, other in zip(together, alone, strict=True):
         move_due_bases([other])
         assert torch.equal(one.basis, other.basis)
-        assert float(one.condition) == float(other.condition)
+        assert float(one.measure("condition")) == float(other.measure("condition"))
 
 
 def test_a_large_float16_gradient_is_finite() -> None:
