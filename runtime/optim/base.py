@@ -78,10 +78,10 @@ class SubspaceOptimizer(Algorithm):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the statistics behind them: a batch that is discarded moves no basis."""
+        for subspace in self.stored_subspaces():
+            subspace.drop_statistic()
         for weight in self.weights():
             gradient = local_gradient(weight)
-            for subspace in STORE.all_of(weight) if weight.dim() >= 2 else ():
-                subspace.drop_statistic()
             if isinstance(gradient, LowRankGrad) and weight in self.bindings:
                 if gradient.subspace is not self.bindings[weight].subspace:
                     weight.grad = None  # of a rank that has changed: nothing of the next one can be added to it

@@ -146,22 +146,24 @@ def bind_resting(optimizer: Algorithm, active: Iterable[torch.Tensor]) -> None:
                 break
 
 
-def bind_all(optimizer: Algorithm, members: Mapping[Subspace, Sequence[torch.Tensor]] | None = None) -> None:
+def bind_all(
+    optimizer: Algorithm, members: Mapping[Subspace, Sequence[torch.Tensor]] | None = None, *, at_rest: bool = False
+) -> None:
     """Bind all states to the bases as they are now, and write into them what a checkpoint needs of these bases.
 
     Args:
         members: what `Algorithm.subspaces` returns now, where the caller has it.
+        at_rest: whether all states are as the last step left them, so that one weight of a subspace stands for all.
     """
     for subspace, weights in (optimizer.subspaces() if members is None else members).items():
         # What moved before the first step of its weights moved from a random start: there is nothing to transport.
         subspace.forget_pending_move()
-        bindings = [optimizer.bindings[weight] for weight in weights]
-        shared = bindings[0]
+        shared = optimizer.bindings[weights[0]]
         shared.version = subspace.version
-        for weight, binding in zip(weights, bindings, strict=True):
-            if binding is not shared:
+        if not at_rest or not subspace.is_noted_in(optimizer.state[weights[0]]):
+            for weight in weights:
                 optimizer.bindings[weight] = shared
-            note_basis(optimizer.state[weight], subspace)
+                note_basis(optimizer.state[weight], subspace)
         if optimizer.mean_state is not None and getattr(subspace.spec.rule, "uses_momentum", False):
             _lend_momentum(optimizer, subspace, weights, optimizer.mean_state)
 

@@ -30,7 +30,8 @@ class PlannedBatch(Generic[U]):
     """A batch with the items that its updates are of, in order."""
 
     def __init__(self, items: list[Item], updates: Iterable[U]) -> None:
-        self.items, self.updates = items, Roster(updates)
+        self.items = items
+        self.updates: Roster[U] = Roster(updates)
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +50,7 @@ class Plan:
         items: of the step that it was made for.
         low_rank, dense: batches of weights whose states are in the coordinates of a basis, and of all others.
         subspaces: of the items, each once.
+        is_closed: whether it serves a second step: the items are settled, and nothing else has a state or is bound.
     """
 
     def __init__(self, optimizer: Algorithm, items: list[Item]) -> None:
@@ -60,7 +62,7 @@ class Plan:
 
     def forget_members(self) -> None:
         """Forget which weights are bound to which subspace, as that has changed."""
-        self._is_closed = False
+        self.is_closed = False
         self._members: dict[Subspace, list[torch.Tensor]] = {}
         self._by_device: dict[torch.device, Roster[Subspace]] = {}
         self._routes: dict[torch.device, tuple[list[Subspace], list[int], list[list[Route]]]] = {}
@@ -74,12 +76,12 @@ class Plan:
         if self.items != items or self._equal != _equal_settings(items):
             return False
         bound = sum(len(batch.items) for batch in self.low_rank)
-        self._is_closed = len(optimizer.state) == len(items) and len(optimizer.bindings) == bound
-        return self._is_closed
+        self.is_closed = len(optimizer.state) == len(items) and len(optimizer.bindings) == bound
+        return self.is_closed
 
     def members(self, optimizer: Algorithm) -> dict[Subspace, list[torch.Tensor]]:
         """Return what `Algorithm.subspaces` returns: the subspaces that states are in, each with its weights."""
-        if not self._is_closed or not self._members:
+        if not self.is_closed or not self._members:
             self._members = optimizer.subspaces()
         return self._members
 
@@ -108,7 +110,7 @@ class Plan:
             return
         moved, device = list(overlaps), next(iter(overlaps)).device
         known = self._routes.get(device)
-        if known is None or not self._is_closed or known[0] != moved:
+        if known is None or not self.is_closed or known[0] != moved:
             weights = [weight for subspace in moved for weight in members.get(subspace, ())]
             places = [place for place, subspace in enumerate(moved) for _ in members.get(subspace, ())]
             each = list(overlaps.values())

@@ -145,7 +145,7 @@ def move_all_bases(optimizer: Algorithm, plan: Plan, context: StepContext) -> No
         overlaps = move_due_bases(subspaces, context.gate_on(device))
         overlaps = {s: overlap for s, overlap in overlaps.items() if s.spec.rule.transports}
         plan.transport(optimizer, overlaps, members)
-    bind_all(optimizer, members)
+    bind_all(optimizer, members, at_rest=plan.is_closed)
 
 
 def warn_of_dense_steps(optimizer: Algorithm, items: Sequence[Item]) -> None:
