@@ -37,6 +37,7 @@ from oasis_fx.runtime.optim.transport import fit_columns, transport_mean, transp
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State, states_of
 from oasis_fx.runtime.roster import Roster, once
 from oasis_fx.runtime.subspaces import host_reads
+from oasis_fx.runtime.subspaces.banks import as_bank, write_bank
 from oasis_fx.runtime.subspaces.momentum import bias_correction
 
 
@@ -216,16 +217,17 @@ class OasisAdamW(SubspaceOptimizer):
         step_fused(weights, gradients, once(plain, states_of), step.settings, step.gate)
 
     def transport(self, states: Sequence[State], overlap: torch.Tensor, group: Mapping[str, Any]) -> None:
-        mean, second = (torch.stack([s[key] for s in states]) for key in self.states)
-        step = torch.stack([s["step"] for s in states]).view(-1, 1, 1).double()
+        means, seconds, steps = ([state[name] for state in states] for name in (*self.states, "step"))
+        mean, second = as_bank(means), as_bank(seconds)
+        step = as_bank(steps).view(-1, 1, 1).double()
         bias1, bias2 = (bias_correction(float(beta), step).to(mean.dtype) for beta in group["betas"])
         moved = transport_second_moment(second, mean, overlap, bias1, bias2)
         if not host_reads.reads_are_free(overlap.device):
             # Bases may not have moved, as in a step that is left out: what divides and multiplies would not be exact.
             eye = torch.eye(overlap.shape[-1], dtype=overlap.dtype, device=overlap.device)
             moved = torch.where((overlap == eye).all(dim=(-2, -1)).view(-1, 1, 1), second, moved)
-        torch._foreach_copy_([s["exp_avg_sq"] for s in states], moved.unbind())
-        torch._foreach_copy_([s["exp_avg"] for s in states], transport_mean(mean, overlap).unbind())
+        write_bank(seconds, moved)
+        write_bank(means, transport_mean(mean, overlap))
 
 
 def _in_codes(state: State) -> bool:

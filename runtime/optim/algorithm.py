@@ -18,6 +18,7 @@ from oasis_fx.graph.matricization import Features, as_rows
 from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.transport import fit_columns
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State
+from oasis_fx.runtime.subspaces.banks import as_bank, write_bank
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
 
@@ -120,8 +121,8 @@ class Algorithm(torch.optim.Optimizer):
             overlap: R = Q^T Q+ [L, r, r], of the old basis Q and the new one Q+.
         """
         for name in self.states:
-            moved = torch.stack([state[name] for state in states]) @ overlap
-            torch._foreach_copy_([state[name] for state in states], moved.unbind())
+            tensors = [state[name] for state in states]
+            write_bank(tensors, as_bank(tensors) @ overlap)
 
     def projected_states(
         self, state: State, basis: torch.Tensor, features: Features, group: Mapping[str, Any]

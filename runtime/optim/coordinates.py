@@ -14,6 +14,7 @@ from oasis_fx.runtime.optim.algorithm import Algorithm
 from oasis_fx.runtime.optim.chunks import in_chunks
 from oasis_fx.runtime.optim.states import basis_before, note_basis
 from oasis_fx.runtime.optim.updates import State, is_low_rank
+from oasis_fx.runtime.subspaces.banks import as_bank
 from oasis_fx.runtime.subspaces.momentum import Momentum
 from oasis_fx.runtime.subspaces.store import STORE
 from oasis_fx.runtime.subspaces.subspace import Subspace
@@ -75,6 +76,22 @@ def find_routes(
             pairs = [tuple(zip(*equal, strict=True)) for equal in by_shape.values()]
             found.append([Route(states, places, by_id[number]) for states, places in pairs])
     return found
+
+
+def lay_side_by_side(optimizer: Algorithm, routes: Iterable[Sequence[Route]]) -> None:
+    """Move the states of each route side by side in memory, so that transport neither gathers nor scatters them.
+
+    States in eight bits stay where they are.
+    """
+    for route in (route for together in routes for route in together):
+        for name in (*optimizer.states, "step"):
+            tensors = [state[name] for state in route.states]
+            if not all(map(torch.is_floating_point, tensors)):
+                continue
+            bank = as_bank(tensors)
+            if bank.data_ptr() != tensors[0].data_ptr():
+                for state, tensor in zip(route.states, bank.unbind(), strict=True):
+                    state[name] = tensor
 
 
 def transport_along(optimizer: Algorithm, routes: Iterable[Sequence[Route]], overlaps: Sequence[torch.Tensor]) -> None:

@@ -15,7 +15,7 @@ import torch
 from oasis_fx.graph.matricization import as_rows
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.algorithm import Algorithm
-from oasis_fx.runtime.optim.coordinates import Route, find_routes, transport_along
+from oasis_fx.runtime.optim.coordinates import Route, find_routes, lay_side_by_side, transport_along
 from oasis_fx.runtime.optim.items import Item
 from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate
 from oasis_fx.runtime.roster import Roster
@@ -115,7 +115,11 @@ class Plan:
             places = [place for place, subspace in enumerate(moved) for _ in members.get(subspace, ())]
             each = list(overlaps.values())
             known = moved, places, find_routes(optimizer, weights, [each[place] for place in places])
-            self._routes[device] = known
+            if self.is_closed:
+                self._routes[device] = known
+                # Where some bases move at this step and others at that, states would not stay where they are put.
+                if len(weights) == len(optimizer.bindings):
+                    lay_side_by_side(optimizer, known[2])
         each = list(overlaps.values())
         transport_along(optimizer, known[2], [each[place] for place in known[1]])
 

@@ -23,6 +23,15 @@ def as_bank(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
 
 
+def write_bank(tensors: Sequence[torch.Tensor], values: torch.Tensor) -> None:
+    """Copy values [k, ...] into k tensors of one shape: in one piece where `as_bank` views them."""
+    bank = as_bank(tensors)
+    if bank.data_ptr() == tensors[0].data_ptr():
+        bank.copy_(values)
+    else:
+        torch._foreach_copy_(list(tensors), values.unbind())
+
+
 def side_by_side(owners: Sequence[Any], name: str) -> torch.Tensor:
     """Return the tensors that objects have under a name as one [k, ...] that shares their memory.
 
