@@ -231,3 +231,23 @@ def test_gradients_live_no_longer_than_their_owner_wants(spoilt) -> None:
         run.step()
         run.optimizer.zero_grad()
         assert all(ref() is None for ref in held)
+
+
+def test_states_that_lie_side_by_side_are_saved_as_they_were_apart(tmp_path) -> None:
+    """Entries are views of one buffer, which a file has once; a state dict that was loaded shares no memory with it."""
+    sizes = []
+    for forgets in (False, True):
+        run = Training(OasisAdamW, forgets)
+        for number in range(6):
+            run.backward(number)
+            run.step()
+            run.optimizer.zero_grad()
+        moments = first_state(run)["exp_avg"]
+        assert (moments.untyped_storage().nbytes() > moments.nbytes) is not forgets
+        torch.save(run.optimizer.state_dict(), tmp_path / "states.pt")
+        sizes.append((tmp_path / "states.pt").stat().st_size)
+    assert sizes[0] <= sizes[1]
+    run = Training(OasisAdamW, False)
+    run.optimizer.load_state_dict(torch.load(tmp_path / "states.pt", weights_only=True))
+    run.backward(6)
+    assert run.step() is None
