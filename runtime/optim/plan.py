@@ -108,19 +108,17 @@ class Plan:
         """
         if not overlaps:
             return
-        moved, device = list(overlaps), next(iter(overlaps)).device
+        moved, each, device = list(overlaps), list(overlaps.values()), next(iter(overlaps)).device
         known = self._routes.get(device)
-        if known is None or not self.is_closed or known[0] != moved:
+        if known is None or known[0] != moved:
             weights = [weight for subspace in moved for weight in members.get(subspace, ())]
             places = [place for place, subspace in enumerate(moved) for _ in members.get(subspace, ())]
-            each = list(overlaps.values())
             known = moved, places, find_routes(optimizer, weights, [each[place] for place in places])
             if self.is_closed:
                 self._routes[device] = known
                 # Where some bases move at this step and others at that, states would not stay where they are put.
                 if len(weights) == len(optimizer.bindings):
                     lay_side_by_side(optimizer, known[2])
-        each = list(overlaps.values())
         transport_along(optimizer, known[2], [each[place] for place in known[1]])
 
     def take_gradients(self) -> None:
