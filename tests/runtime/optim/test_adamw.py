@@ -12,7 +12,7 @@ import torch
 from oasis_fx.runtime.gradients.low_rank_grad import LowRankGrad
 from oasis_fx.runtime.optim.adamw import OasisAdamW
 from oasis_fx.runtime.optim.items import find_items
-from oasis_fx.runtime.optim.plan import dense_batches, low_rank_batches
+from oasis_fx.runtime.optim.plan import Plan
 from oasis_fx.runtime.optim.preparation import prepare_state
 from oasis_fx.runtime.optim.step import begin_step, move_all_bases, step_dense, step_low_rank
 from oasis_fx.runtime.subspaces.rules import Oja
@@ -266,10 +266,10 @@ def test_the_gate_for_devices_that_are_not_waited_for(products, make_weight, mon
             with torch.no_grad():
                 for item in items:
                     prepare_state(gated, item)
-                context = begin_step(gated, gate)
-                step_low_rank(gated, low_rank_batches(gated, [i for i in items if i.low_rank]), context)
-                step_dense(gated, dense_batches(gated, [i for i in items if not i.low_rank]), context)
-                move_all_bases(gated, context)
+                context, plan = begin_step(gated, gate), Plan(gated, items)
+                step_low_rank(gated, plan.low_rank, context)
+                step_dense(gated, plan.dense, context)
+                move_all_bases(gated, plan, context)
             if finite:
                 plain.step()
                 assert torch.equal(gated.state[w]["exp_avg"], plain.state[twin]["exp_avg"])
