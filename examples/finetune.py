@@ -25,7 +25,7 @@ from _progress import Progress
 from _report import conclude, device_name, draw, summarize, write_json
 
 METHODS = ("oasis", "adamw", "lora")
-OF_OASIS = {"tail": 64, "memory_budget": 1.0, "state_bits": 32, "subspace_every": None}  # and their defaults
+OF_OASIS = {"tail": 32, "memory_budget": 1.0, "state_bits": 32, "subspace_every": None}  # and their defaults
 DATA = (
     f'{GENERATED}, generated (default); a .jsonl file, of which each line is an object with the texts "prompt" and '
     '"answer", or "question" and "answer"; or a text file, which is cut into sequences'
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", default=GENERATED, help=DATA)
     parser.add_argument("--layers", type=int, help="keep the first N blocks")
-    parser.add_argument("--rank", type=int, default=64, help="columns of each basis, or of each adapter")
+    parser.add_argument("--rank", type=int, default=32, help="columns of each basis, or of each adapter")
     parser.add_argument(
         "--tail",
         type=_number,
@@ -64,8 +64,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stop-after", type=int, help="stop at this step of the schedule's --steps (with --method)")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--num-heldout", type=int, default=32, help="held-out examples")
-    parser.add_argument("--evaluations", type=int, default=1, help="how often held-out loss is taken while training")
+    parser.add_argument("--num-heldout", type=int, default=16, help="held-out examples")
+    parser.add_argument("--evaluations", type=int, default=4, help="how often held-out loss is taken while training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
     parser.add_argument(
