@@ -51,12 +51,7 @@ class Settled:
         weight = item.weight
         self.item, self.state, self.binding, self.first = item, state, binding, first
         self.kind, self.shape, self.dtype, self.device = type(weight), weight.shape, weight.dtype, weight.device
-        self.strides = weight.stride()
-        self.note_entries()
-
-    def note_entries(self) -> None:
-        """Take the present entries of the state for those that the step has left."""
-        self.entries = tuple(self.state.values())
+        self.strides, self.entries = weight.stride(), tuple(state.values())
 
     def takes(
         self,
@@ -81,9 +76,9 @@ class Settled:
         # Objects may be the same and `.data` of them not.
         if type(weight) is not self.kind or weight.dtype != self.dtype or weight.device != self.device:
             return False
-        if weight.stride() != self.strides:
+        if weight.shape != self.shape or weight.stride() != self.strides:
             return False
-        if weight.shape != self.shape or gradient.shape != self.shape or self.first.device != self.device:
+        if gradient.shape != self.shape or self.first.device != self.device:
             return False
         if binding is None:
             return type(gradient) is torch.Tensor and gradient.layout is torch.strided
