@@ -11,8 +11,8 @@ T = TypeVar("T")
 class Roster(list[T]):
     """Weights, their updates or subspaces that are worked on together at many steps, always in the same order.
 
-    The entries stay the same objects, while the memory of their tensors may change: what `once` keeps holds no views of
-    it, and no addresses.
+    The entries stay the same objects. The states behind them do too, as dictionaries; the tensors in these may be
+    replaced, and the memory of weights may change. So what `once` keeps holds no tensors and no addresses.
     """
 
     _made: dict[object, Any]

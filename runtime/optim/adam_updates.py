@@ -24,7 +24,7 @@ from oasis_fx.graph.matricization import as_rows, from_rows
 from oasis_fx.runtime.optim.context import Step
 from oasis_fx.runtime.optim.rounding import round_stochastically_
 from oasis_fx.runtime.optim.strides import all_plain, is_packed, laid_out_as
-from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State, column, rank_scales, real_view, states_of
+from oasis_fx.runtime.optim.updates import DenseUpdate, LowRankUpdate, State, rank_scales, real_view, states_of
 from oasis_fx.runtime.optim.weight_steps import (
     add_scaled_,
     step_weights,
@@ -58,7 +58,8 @@ def step_low_rank(updates: Sequence[LowRankUpdate], step: Step[AdamWSettings]) -
     parameters of zero, a learning rate of 1 and no decay, it leaves -U in the parameters.
     """
     settings = step.settings
-    states, means = once(updates, states_of), once(updates, column, "exp_avg")
+    states = once(updates, states_of)
+    means = [state["exp_avg"] for state in states]
     directions = zero_directions(updates, means)
     step_fused(
         directions,

@@ -117,7 +117,6 @@ class Plan:
             if self.is_closed:
                 self._routes[device] = known
                 # Where some bases move at this step and others at that, states would not stay where they are put.
-                # The next step finds other tensors in the states, and makes another plan.
                 if len(weights) == len(optimizer.bindings):
                     lay_side_by_side(optimizer, known[2])
         transport_along(optimizer, known[2], [each[place] for place in known[1]])

@@ -43,13 +43,14 @@ class Settled:
 
     Attributes:
         item: what the step found out about the parameter; its gradient is put in at each step and taken out after it.
+        name: of one of the states, whose device stands for that of all.
     """
 
-    __slots__ = ("binding", "device", "dtype", "entries", "first", "item", "kind", "shape", "state", "strides")
+    __slots__ = ("binding", "device", "dtype", "entries", "item", "kind", "name", "shape", "state", "strides")
 
-    def __init__(self, item: Item, state: State, binding: Binding | None, first: torch.Tensor) -> None:
+    def __init__(self, item: Item, state: State, binding: Binding | None, name: str) -> None:
         weight = item.weight
-        self.item, self.state, self.binding, self.first = item, state, binding, first
+        self.item, self.state, self.binding, self.name = item, state, binding, name
         self.kind, self.shape, self.dtype, self.device = type(weight), weight.shape, weight.dtype, weight.device
         self.strides, self.entries = weight.stride(), tuple(state.values())
 
@@ -78,7 +79,7 @@ class Settled:
             return False
         if weight.shape != self.shape or weight.stride() != self.strides:
             return False
-        if gradient.shape != self.shape or self.first.device != self.device:
+        if gradient.shape != self.shape or state[self.name].device != self.device:
             return False
         if binding is None:
             return type(gradient) is torch.Tensor and gradient.layout is torch.strided
@@ -99,11 +100,15 @@ def settled_items(optimizer: Algorithm) -> Mapping[int, Settled]:
     return {} if rest is None or rest.entries != STORE.state_of_entries else rest.items
 
 
-def settle(optimizer: Algorithm, items: Iterable[Item]) -> None:
+def settle(optimizer: Algorithm, items: Iterable[Item], *, at_rest: bool) -> None:
     """Note, at the end of a step, what the next one may take for granted.
 
     Left out, and looked at anew at each step, is what changes with every step or is rare: a basis that is made from a
     code, weights on several devices or in shards, dense gradients of weights that are in a subspace, full-size states.
+
+    Args:
+        at_rest: whether the plan of this step may serve the next one too. What the step itself has put into the states
+            in place of something else, as a step size that is found during training, counts as no change then.
     """
     known, found = settled_items(optimizer), dict[int, Settled]()
     for item in items:
@@ -111,6 +116,8 @@ def settle(optimizer: Algorithm, items: Iterable[Item]) -> None:
         settled = known.get(number)
         if settled is None or settled.item is not item:
             settled = _settled(optimizer, item)
+        elif at_rest:
+            settled.entries = tuple(settled.state.values())
         if settled is not None:
             found[number] = settled
     optimizer.rest = Rest(STORE.state_of_entries, found)
@@ -131,4 +138,4 @@ def _settled(optimizer: Algorithm, item: Item) -> Settled | None:
         return None
     elif subspace.stored_basis is None or subspace.device != weight.device:
         return None
-    return Settled(item, state, binding, state[names[0]] if names else state["step"])
+    return Settled(item, state, binding, names[0] if names else "step")

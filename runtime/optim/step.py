@@ -50,7 +50,7 @@ def take_step(optimizer: Algorithm, items: list[Item], finite: torch.Tensor) -> 
     step_dense(optimizer, plan.dense, context)
     share_ranks_out(optimizer, plan, context)
     move_all_bases(optimizer, plan, context)
-    settle(optimizer, items)
+    settle(optimizer, items, at_rest=plan.is_closed)
     plan.drop_gradients()
 
 

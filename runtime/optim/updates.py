@@ -67,11 +67,6 @@ def states_of(updates: Sequence[Any]) -> list[State]:
     return [update.state for update in updates]
 
 
-def column(updates: Sequence[Any], name: str) -> list[torch.Tensor]:
-    """Return one tensor of the state of each update."""
-    return [update.state[name] for update in updates]
-
-
 def rank_scales(updates: Sequence[LowRankUpdate]) -> list[float]:
     """Return `LowRankUpdate.rank_scale` of each update."""
     return [update.rank_scale for update in updates]

@@ -160,7 +160,7 @@ AFTERWARDS = {
 @pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
 def test_steps_are_bitwise_those_that_take_nothing_for_granted(make, seed) -> None:
     drawn = random.Random(seed)
-    settings = drawn.choice([{}, {"tail": 2}, {"subspace": rules.Oja(every=2)}])
+    settings = drawn.choice([{}, {"tail": 2}, {"subspace": rules.Oja(every=2)}, {"subspace": rules.Oja(lr="auto")}])
     plan = []
     for _ in range(10):  # mostly nothing: a loop has to come to rest before it can be disturbed
         quiet = drawn.random() < 0.5
@@ -202,7 +202,9 @@ def test_each_disturbance_of_a_loop_at_rest(make, name) -> None:
     assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("settings", [{}, {"tail": 2}, {"subspace": rules.Oja(every=2)}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"tail": 2}, {"subspace": rules.Oja(every=2)}, {"subspace": rules.Oja(lr="auto")}], ids=str
+)
 @pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
 def test_a_loop_at_rest_looks_at_no_parameter_anew_and_plans_nothing(make, settings, monkeypatch) -> None:
     run = Training(make, False, **settings)
@@ -242,7 +244,10 @@ def test_states_that_lie_side_by_side_are_saved_as_they_were_apart(tmp_path) -> 
             run.backward(number)
             run.step()
             run.optimizer.zero_grad()
+            if number == 0:
+                before = weakref.ref(first_state(run)["exp_avg"])
         moments = first_state(run)["exp_avg"]
+        assert forgets or before() is None  # nothing holds the memory that they had
         assert (moments.untyped_storage().nbytes() > moments.nbytes) is not forgets
         torch.save(run.optimizer.state_dict(), tmp_path / "states.pt")
         sizes.append((tmp_path / "states.pt").stat().st_size)
