@@ -106,7 +106,7 @@ def validation_loss(model: torch.nn.Module, heldout: torch.Tensor, length: int, 
 def _subspaces(optimizer: torch.optim.Optimizer) -> list[tuple[float, float, int]]:
     """Drift, captured energy and rank of each subspace; NaN where they are unknown."""
     found = getattr(optimizer, "subspaces", dict)()
-    return [(float(s.drift), float(s.captured_energy), s.shape[1]) for s in found]
+    return [(float(s.measure("drift")), float(s.measure("captured_energy")), s.shape[1]) for s in found]
 
 
 def _sizes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
