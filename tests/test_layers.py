@@ -22,6 +22,7 @@ ROOMS = (
     "graph",
     "memory",
     "passes",
+    "runtime.roster",
     "runtime.subspaces",
     "runtime.gradients",
     "runtime.optim",
