@@ -20,7 +20,8 @@ PAGE = ROOT / "docs" / "which_card.md"
 RESULT = ROOT / "benchmarks" / "results" / "which_card.json"
 RANKS = {"SmolLM2-135M": 64, "Llama-3.2-1B": 128, "Qwen3-4B": 128, "Llama-3.1-8B": 256}
 BATCH, SEQ = 4, 2048
-# What is planned for on a card of so many GiB: a tenth is left to what the plan does not count, and to its error.
+# The size that is planned for, by the card's GiB. A tenth of the card stays free, for CUDA's own memory and for the
+# planner's error.
 FITS = {8: "7GiB", 12: "10.5GiB", 16: "14GiB", 24: "21GiB", 48: "43GiB", 80: "72GiB"}
 
 
