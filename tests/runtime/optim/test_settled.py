@@ -69,6 +69,13 @@ def replace_states(run: Training) -> None:
                 state[key] = value * 0.5
 
 
+def cast_states(run: Training) -> None:
+    for state in run.optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and key.startswith(("exp", "mom")):
+                state[key] = value.to(torch.float64 if value.dtype == torch.float32 else torch.float32)
+
+
 def write_states(run: Training) -> None:
     for state in run.optimizer.state.values():
         for key, value in state.items():
@@ -128,6 +135,7 @@ DISTURBANCES = {
     "a state is dropped": lambda run: run.optimizer.state.pop(run.net[0].q.weight, None),
     "all states are cleared": lambda run: run.optimizer.state.clear(),
     "states are replaced": replace_states,
+    "states are cast": cast_states,
     "states are written to": write_states,
     "a checkpoint is loaded": load,
     "another learning rate": lambda run: run.optimizer.param_groups[0].update(lr=3e-2),
